@@ -1,0 +1,179 @@
+//! What `edgectl` asks and the agent answers: CBOR documents, each behind a 4-byte big-endian length, over the local
+//! socket, an SSH pipe or the framed mode of the serial line. One request, then answers until `End` or `Error`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::generation::{Generation, GenerationState};
+use crate::id::{DeviceId, Digest, Sequence, WorkloadName};
+use crate::observed::RestartHistory;
+use crate::quantity::{Bytes, Timestamp};
+use crate::reason::Reason;
+use crate::report::{DiskReport, Pressure, Refusal};
+use crate::workload::{Health, Phase};
+
+/// The largest frame either side accepts.
+pub const MAX_FRAME_BYTES: usize = 2 << 20;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Request {
+    Version,
+    Status,
+    Inspect { workload: WorkloadName },
+    Logs { workload: WorkloadName, follow: bool, tail: Option<u32> },
+    Events { follow: bool, workload: Option<WorkloadName>, tail: Option<u32> },
+    Start { workload: WorkloadName },
+    Stop { workload: WorkloadName },
+    Restart { workload: WorkloadName },
+    Generations,
+    /// A signed envelope, as pushed.
+    Apply { envelope: Vec<u8> },
+    PowerOff,
+    Reboot,
+}
+
+impl Request {
+    /// Whether it only looks: what a read-only console allows.
+    pub fn is_read(&self) -> bool {
+        match self {
+            Self::Version
+            | Self::Status
+            | Self::Inspect { .. }
+            | Self::Logs { .. }
+            | Self::Events { .. }
+            | Self::Generations => true,
+            Self::Start { .. }
+            | Self::Stop { .. }
+            | Self::Restart { .. }
+            | Self::Apply { .. }
+            | Self::PowerOff
+            | Self::Reboot => false,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Answer {
+    Version(VersionInfo),
+    Status(Box<Status>),
+    Inspect(Box<Inspect>),
+    Log(LogLine),
+    Event(Event),
+    Generations(Vec<Generation>),
+    Accepted { what: String },
+    Error(Reason),
+    End,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct VersionInfo {
+    pub agent: String,
+    pub keeper: String,
+    pub arch: String,
+}
+
+/// All that `edgectl status` and `edgectl ps` print.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    pub device: DeviceId,
+    pub agent_version: String,
+    pub boot_id: String,
+    pub uptime_secs: u64,
+    pub now: Timestamp,
+    pub clock_source: String,
+    pub generation: Option<GenerationStatus>,
+    /// A newer one that is on its way.
+    pub candidate: Option<GenerationStatus>,
+    pub workloads: Vec<WorkloadStatus>,
+    pub fleet: FleetStatus,
+    pub disk: DiskReport,
+    pub memory_total: Bytes,
+    pub memory_available: Bytes,
+    pub pressure: Option<Pressure>,
+    pub refused: Option<Refusal>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GenerationStatus {
+    pub sequence: Sequence,
+    pub digest: Digest,
+    pub state: GenerationState,
+    pub since: Timestamp,
+    pub reason: Option<Reason>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FleetStatus {
+    pub url: Option<String>,
+    pub last_contact: Option<Timestamp>,
+    pub waiting_reports: u64,
+    pub problem: Option<Reason>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadStatus {
+    pub name: WorkloadName,
+    pub image: String,
+    pub phase: Phase,
+    pub health: Health,
+    pub pid: Option<i32>,
+    pub up_secs: Option<u64>,
+    pub restarts: u32,
+    pub oom_kills: u32,
+    pub memory: Option<Bytes>,
+    pub memory_max: Option<Bytes>,
+    pub cpu_milli: Option<u64>,
+    pub cpu_max_milli: Option<u64>,
+    pub address: Option<String>,
+    /// What it waits for, or why it ended; the words of the planner.
+    pub why: Option<Reason>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Inspect {
+    pub status: WorkloadStatus,
+    pub spec: crate::manifest::Workload,
+    pub history: RestartHistory,
+    pub image_digest: Option<Digest>,
+    pub cgroup: Option<String>,
+    /// The limits as the kernel has them: file name to content.
+    pub limits: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Stream {
+    Stdout,
+    Stderr,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LogLine {
+    pub at_unix_ms: i64,
+    pub stream: Stream,
+    pub text: String,
+}
+
+/// One durable line of the device's story.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Event {
+    pub number: u64,
+    pub at: Timestamp,
+    pub boot_id: String,
+    pub workload: Option<WorkloadName>,
+    pub generation: Option<Sequence>,
+    pub why: Reason,
+    /// Who asked: `planner`, `operator uid=0`, `fleet`, `kernel`.
+    pub by: String,
+}

@@ -1,0 +1,235 @@
+//! What keeper and agent say to each other: one CBOR document per `SOCK_SEQPACKET` message, descriptors beside it
+//! (`SCM_RIGHTS`). The agent asks, the keeper answers with the same `id`; `Exited` comes unasked.
+
+use serde::{Deserialize, Serialize};
+
+/// The largest message either side sends. A launch with a large environment is the biggest; more is refused by name.
+pub const MAX_MESSAGE_BYTES: usize = 192 * 1024;
+
+/// The most descriptors that travel with one message (the kernel's SCM_MAX_FD is 253).
+pub const MAX_MESSAGE_FDS: usize = 16;
+
+/// Agent to keeper.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    pub id: u64,
+    pub body: RequestBody,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RequestBody {
+    /// "I am alive and the planner makes progress." Without one for `HEARTBEAT_TIMEOUT_MS` the agent is killed and
+    /// started anew.
+    Heartbeat,
+    /// Start a container or, with `LaunchSpec::join`, a process in a living one. Descriptors: as the spec's indexes say.
+    Launch(Box<LaunchSpec>),
+    /// A signal by pidfd: never to a reused pid.
+    Signal { key: String, signal: i32 },
+    /// All living children and all exits not yet forgotten. Answer: `Table`, then one `Child` message per entry.
+    List,
+    /// The agent has made this exit durable; the keeper may forget it.
+    Forget { key: String },
+    /// Take the machine down in order. Under another init: end the keeper.
+    Shutdown { how: ShutdownHow },
+    /// Store the time floor: on a device, set the clock to it if the clock is behind.
+    TimeFloor { unix_seconds: i64 },
+    Version,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ShutdownHow {
+    PowerOff,
+    Reboot,
+    /// Leave the workloads running and end (host mode only).
+    Exit,
+}
+
+/// Keeper to agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// The request's id; 0 for what comes unasked.
+    pub id: u64,
+    pub body: ReplyBody,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReplyBody {
+    Done,
+    /// exec was reached. Descriptors: the read ends of stdout and stderr (or the pty's master).
+    Launched { key: String, pid: i32, boot_ms: u64 },
+    /// The child failed before exec. Nothing is left of it.
+    LaunchFailed { key: String, stage: String, errno: i32 },
+    /// How many `Child` messages follow.
+    Table { children: u32, keeper_version: String },
+    /// One entry. Descriptors: as in `Launched` (for a child that has ended too: its last words are still in the pipe).
+    Child(ChildState),
+    Exited(ChildExit),
+    Version { version: String },
+    Refused { why: String },
+}
+
+/// One child of the keeper.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChildState {
+    pub key: String,
+    pub pid: i32,
+    pub started_boot_ms: u64,
+    /// The agent's own words about the launch (`LaunchSpec::note`), given back as they were.
+    pub note: String,
+    pub exit: Option<ChildExit>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChildExit {
+    pub key: String,
+    pub pid: i32,
+    /// As in wait(2): an exit code, or the signal.
+    pub code: Option<i32>,
+    pub signal: Option<i32>,
+    pub core_dumped: bool,
+    pub boot_ms: u64,
+}
+
+/// Everything the child does between clone and exec, prepared by the runtime: plain data, no decision left.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct LaunchSpec {
+    /// The keeper's name for this run, unique among its children: `workload` or `workload/exec-N`.
+    pub key: String,
+    /// Kept by the keeper and given back in `ChildState`.
+    pub note: String,
+    /// Enter the namespaces of this living child instead of making new ones.
+    pub join: Option<String>,
+    /// New namespaces: CLONE_NEW* flags. `CLONE_NEWCGROUP` is unshared after the cgroup is entered.
+    pub namespaces: u64,
+    /// Index of a descriptor of a network namespace to enter.
+    pub netns_fd: Option<u32>,
+    pub cgroup: CgroupEntry,
+    pub hostname: Option<String>,
+    pub argv: Vec<String>,
+    pub env: Vec<String>,
+    pub cwd: String,
+    pub uid: u32,
+    pub gid: u32,
+    pub additional_gids: Vec<u32>,
+    pub umask: Option<u32>,
+    pub rootfs: Option<Rootfs>,
+    /// In order, inside the new root.
+    pub mounts: Vec<MountStep>,
+    pub device_nodes: Vec<DeviceNode>,
+    /// `link` then `target`, e.g. `/dev/fd` to `/proc/self/fd`.
+    pub symlinks: Vec<(String, String)>,
+    pub masked_paths: Vec<String>,
+    pub readonly_paths: Vec<String>,
+    pub sysctls: Vec<(String, String)>,
+    /// RLIMIT number, soft, hard.
+    pub rlimits: Vec<(u32, u64, u64)>,
+    pub oom_score_adj: Option<i32>,
+    /// The five sets as bit masks.
+    pub capabilities: CapabilitySets,
+    pub no_new_privs: bool,
+    /// The compiled filter: `struct sock_filter` array as bytes, native endian. Empty: none.
+    #[serde(with = "serde_bytes_vec")]
+    pub seccomp: Vec<u8>,
+    pub stdio: Stdio,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum CgroupEntry {
+    /// Stay where the keeper is (tests).
+    #[default]
+    Inherit,
+    /// Index of a descriptor of a cgroup v2 directory: `CLONE_INTO_CGROUP`.
+    V2 { dir_fd: u32 },
+    /// Indexes of opened `cgroup.procs` files, one per v1 hierarchy: the child writes `0` first of all.
+    V1 { procs_fds: Vec<u32> },
+}
+
+/// The root file system, mounted in the child's own mount namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Rootfs {
+    /// Layers from the top down; all absolute paths.
+    Overlay { lower: Vec<String>, upper: String, work: String, mount_at: String, volatile: bool, read_only: bool },
+    /// A ready directory, bind-mounted onto itself.
+    Directory { path: String, read_only: bool },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MountStep {
+    /// A path of the host for a bind, else the source name (`proc`, `tmpfs`).
+    pub source: String,
+    /// Absolute path inside the new root; made if missing (a file for a file, else a directory).
+    pub target: String,
+    pub fstype: String,
+    /// MS_* flags of the mount itself.
+    pub flags: u64,
+    pub data: String,
+    pub bind: bool,
+    pub recursive: bool,
+    /// MS_PRIVATE and the like; 0 leaves it.
+    pub propagation: u64,
+    /// Failing is no reason to stop (e.g. a mqueue the kernel lacks).
+    pub optional: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceNode {
+    /// Absolute path inside the root.
+    pub path: String,
+    /// `c` or `b`.
+    pub kind: char,
+    pub major: u32,
+    pub minor: u32,
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct CapabilitySets {
+    pub bounding: u64,
+    pub effective: u64,
+    pub permitted: u64,
+    pub inheritable: u64,
+    pub ambient: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Stdio {
+    /// stdin from /dev/null; stdout and stderr are pipes whose read ends the keeper keeps.
+    #[default]
+    Pipes,
+    /// A pty of the new root, its master given to the agent.
+    Terminal { rows: u16, columns: u16 },
+    /// Descriptors of the request: stdin, stdout, stderr.
+    Given { stdin_fd: u32, stdout_fd: u32, stderr_fd: u32 },
+}
+
+/// The agent must be heard of this often.
+pub const HEARTBEAT_TIMEOUT_MS: u64 = 30_000;
+
+/// Bytes as a CBOR byte string instead of an array of numbers.
+mod serde_bytes_vec {
+    use serde::{Deserializer, Serializer, de};
+    use std::fmt;
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_bytes(bytes)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u8>, D::Error> {
+        struct BytesVisitor;
+        impl de::Visitor<'_> for BytesVisitor {
+            type Value = Vec<u8>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a byte string")
+            }
+            fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+                Ok(bytes.to_vec())
+            }
+            fn visit_byte_buf<E: de::Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
+                Ok(bytes)
+            }
+        }
+        d.deserialize_byte_buf(BytesVisitor)
+    }
+}

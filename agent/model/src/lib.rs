@@ -1,0 +1,42 @@
+//! The dictionary of edged, in the order in which data flows. Words only: no I/O, no clock, no thread.
+//!
+//! ```text
+//! envelope ─> trust ─> manifest ─> generation ─> action ─> observed ─> report
+//!                                                  │                    api
+//!                                                keeper
+//! ```
+
+#![forbid(unsafe_code)]
+
+/// Names, digests and sequences.
+pub mod id;
+/// Bytes, CPU, spans and times as people write them.
+pub mod quantity;
+/// Every *why*: code, sentence, what to do next.
+pub mod reason;
+
+/// The trust root: roles, keys, thresholds.
+pub mod trust;
+
+/// The manifest `edge/v1` as it travels.
+pub mod manifest;
+
+/// A manifest's life on the device.
+pub mod generation;
+
+/// What the planner may order.
+pub mod action;
+/// What the planner is told.
+pub mod observed;
+
+/// Between agent and keeper.
+pub mod keeper;
+
+/// Phases, exits, health of one workload.
+pub mod workload;
+
+/// Device to fleet.
+pub mod report;
+
+/// `edgectl` to agent.
+pub mod api;

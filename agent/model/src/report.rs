@@ -1,0 +1,105 @@
+//! The device's report to the fleet: CBOR under `COSE_Sign1` with the device's own key. At most 2 KiB for 20 workloads,
+//! so absent values are left out.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::generation::GenerationState;
+use crate::id::{DeviceId, Digest, Sequence, WorkloadName};
+use crate::quantity::{Bytes, Timestamp};
+use crate::reason::Reason;
+use crate::workload::{ExitCause, Health, Phase};
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Report {
+    pub device: DeviceId,
+    /// `/proc/sys/kernel/random/boot_id`: changes with each boot.
+    pub boot_id: String,
+    /// Rises by one with each report of this device; the fleet refuses a replayed one.
+    pub number: u64,
+    pub at: Timestamp,
+    pub agent_version: String,
+    pub arch: String,
+    pub uptime_secs: u64,
+    /// `rtc`, `ntp` or `floor`.
+    pub clock_source: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<GenerationReport>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub workloads: BTreeMap<WorkloadName, WorkloadReport>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskReport>,
+    /// `some avg10` of memory, cpu and io pressure in hundredths of a percent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pressure: Option<Pressure>,
+    /// What was refused last, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refusal>,
+    /// Reports dropped from a full outbox since the last one that arrived.
+    #[serde(default)]
+    pub dropped: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct GenerationReport {
+    pub sequence: Sequence,
+    pub digest: Digest,
+    pub state: GenerationState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WorkloadReport {
+    pub phase: Phase,
+    pub health: Health,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub restarts: u32,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub oom_kills: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_exit: Option<ExitCause>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<Reason>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Bytes>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_max: Option<Bytes>,
+    /// Thousandths of a core over the time since the last report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_milli: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_max_milli: Option<u64>,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DiskReport {
+    pub total: Bytes,
+    pub free: Bytes,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Pressure {
+    pub memory: u32,
+    pub cpu: u32,
+    pub io: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Refusal {
+    pub at: Timestamp,
+    /// The digest of the document that was refused, or the image's name.
+    pub what: String,
+    pub why: Reason,
+}

@@ -1,0 +1,347 @@
+//! `agent.toml`: the device's own configuration, and the places on its disk. Every key has a default; an unknown key is
+//! an error, so that a spelling mistake is not a silent default.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use edged_model::id::{DeviceId, GroupName};
+use edged_model::quantity::{Bytes, MilliCpu, Span};
+use serde::{Deserialize, Serialize};
+
+/// Why the configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("cannot read {path}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{path} is not a valid agent.toml")]
+    Parse {
+        path: PathBuf,
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Config {
+    pub device: Device,
+    pub fleet: Fleet,
+    pub api: Api,
+    pub console: Console,
+    pub limits: Limits,
+    pub images: Images,
+    /// By registry host and port, as image names spell it.
+    pub registry: BTreeMap<String, Registry>,
+    pub allow: Allow,
+    pub log: Log,
+    pub network: Network,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Device {
+    pub id: DeviceId,
+    pub groups: Vec<GroupName>,
+    /// The factory trust root. Default: `trust.cose` beside this file.
+    pub trust_root: Option<PathBuf>,
+}
+
+impl Default for Device {
+    fn default() -> Self {
+        Self {
+            id: DeviceId::parse("edged").unwrap_or_else(|_| unreachable!("a valid label")),
+            groups: Vec::new(),
+            trust_root: None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Fleet {
+    /// `https://fleet.example`; empty: no fleet, manifests come by `edgectl push` or a stick.
+    pub url: Option<String>,
+    /// PEM file with the CA of the fleet endpoint; without it the built-in roots.
+    pub ca: Option<PathBuf>,
+    /// One-time token for `POST /v1/enroll`, or a file that holds it.
+    pub enroll_token: Option<String>,
+    /// How long one long-poll may wait.
+    pub poll_wait: Span,
+    /// Pause between two polls of an endpoint that does not long-poll.
+    pub poll_interval: Span,
+    /// A report is sent when something changed, and at least this often.
+    pub report_interval: Span,
+    /// Reports kept while the network is gone; the oldest go first, and are counted.
+    pub outbox_max: u32,
+}
+
+impl Default for Fleet {
+    fn default() -> Self {
+        Self {
+            url: None,
+            ca: None,
+            enroll_token: None,
+            poll_wait: Span::from_secs(60),
+            poll_interval: Span::from_secs(30),
+            report_interval: Span::from_secs(300),
+            outbox_max: 500,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Api {
+    /// Address of the direct-push HTTPS port, e.g. `0.0.0.0:7443`; empty: off.
+    pub listen: Option<String>,
+    /// Its certificate and key (PEM); without them a self-signed pair is made on first start.
+    pub tls_cert: Option<PathBuf>,
+    pub tls_key: Option<PathBuf>,
+    /// Group that may use the local socket besides root.
+    pub group: String,
+}
+
+impl Default for Api {
+    fn default() -> Self {
+        Self { listen: None, tls_cert: None, tls_key: None, group: "edged".to_owned() }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConsoleMode {
+    Off,
+    #[default]
+    ReadOnly,
+    /// All verbs. Whoever reaches the line rules the device.
+    Full,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Console {
+    /// Terminal of the line console, e.g. `/dev/hvc0`, `/dev/ttyS1`; empty: none.
+    pub tty: Option<PathBuf>,
+    pub mode: ConsoleMode,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Limits {
+    /// Kept for kernel, keeper and agent: workloads may have the rest of the memory.
+    pub memory_reserve: Bytes,
+    /// `memory.max` of the agent itself.
+    pub agent_memory: Bytes,
+    /// Kept for the supervisor out of all cores.
+    pub cpu_reserve: MilliCpu,
+    /// Workloads may be promised this many times the cores there are (1 = none over). Memory is never promised twice.
+    pub cpu_overcommit: u32,
+    /// Free space that no pull and no workload may take.
+    pub disk_reserve: Bytes,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            memory_reserve: Bytes::mebi(64),
+            agent_memory: Bytes::mebi(48),
+            cpu_reserve: MilliCpu(50),
+            cpu_overcommit: 1,
+            disk_reserve: Bytes::mebi(64),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImagePolicy {
+    /// Every image must be signed by `threshold` keys of the trust root's `image` role.
+    #[default]
+    Signature,
+    /// A digest in the signed manifest is enough.
+    Digest,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Images {
+    pub policy: ImagePolicy,
+    /// The most that one layer may unpack to.
+    pub layer_max: Bytes,
+    pub layer_entries_max: u64,
+    /// Layers fetched at the same time.
+    pub parallel: u32,
+}
+
+impl Default for Images {
+    fn default() -> Self {
+        Self {
+            policy: ImagePolicy::Signature,
+            layer_max: Bytes::mebi(4096),
+            layer_entries_max: 500_000,
+            parallel: 3,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Registry {
+    pub username: Option<String>,
+    pub password: Option<String>,
+    /// A file that holds the password.
+    pub password_file: Option<PathBuf>,
+    /// PEM file with the registry's CA.
+    pub ca: Option<PathBuf>,
+    /// Hosts that are asked first, in order.
+    pub mirrors: Vec<String>,
+    /// Plain HTTP: only sensible on loopback; the digest still guards the content.
+    pub insecure_http: bool,
+}
+
+/// What manifests may ask of this device. Nothing, unless said here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Allow {
+    /// Paths of the device (and all below) that may be bind-mounted.
+    pub bind: Vec<PathBuf>,
+    /// Device nodes that may be passed in.
+    pub devices: Vec<PathBuf>,
+    /// Capabilities beyond the default set that may be added.
+    pub capabilities: Vec<String>,
+    pub host_network: bool,
+    pub seccomp_unconfined: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Log {
+    /// `error`, `warn`, `info`, `debug`, or directives such as `edged::registry=debug`.
+    pub level: String,
+    /// Log space of one workload.
+    pub workload_max: Bytes,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".to_owned(), workload_max: Bytes::mebi(4) }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InterfaceMode {
+    #[default]
+    Dhcp,
+    Static,
+    /// Somebody else sets it up: what a host wants.
+    None,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Network {
+    /// The device's own interface. Only looked at when edged is PID 1.
+    pub mode: InterfaceMode,
+    /// Its name; empty: the first Ethernet interface.
+    pub interface: Option<String>,
+    /// `192.0.2.10/24`, for `static`.
+    pub address: Option<String>,
+    pub gateway: Option<String>,
+    pub dns: Vec<String>,
+    /// Where workloads in `bridge` mode live.
+    pub bridge: String,
+    pub subnet: String,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self {
+            mode: InterfaceMode::Dhcp,
+            interface: None,
+            address: None,
+            gateway: None,
+            dns: Vec::new(),
+            bridge: "edged0".to_owned(),
+            subnet: "10.88.0.0/16".to_owned(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads `path`; a missing file is all defaults.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Self::parse(&text)
+                .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) }),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+        }
+    }
+
+    pub fn parse(text: &str) -> Result<Self, toml::de::Error> {
+        toml::from_str(text)
+    }
+}
+
+/// Where everything lies: `/etc/edged`, `/run/edged`, `/var/lib/edged`, or all of it under one directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    pub config_file: PathBuf,
+    run: PathBuf,
+    data: PathBuf,
+}
+
+impl Places {
+    /// With `root`, everything lies under it, so that several agents run side by side.
+    pub fn new(root: Option<&Path>, config: Option<&Path>) -> Self {
+        let (run, data, etc) = match root {
+            Some(root) => (root.join("run"), root.to_owned(), root.join("agent.toml")),
+            None => ("/run/edged".into(), "/var/lib/edged".into(), "/etc/edged/agent.toml".into()),
+        };
+        Self { config_file: config.map_or(etc, Path::to_owned), run, data }
+    }
+
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+    pub fn socket(&self) -> PathBuf {
+        self.run.join("agent.sock")
+    }
+    /// Network namespaces, kept by bind mounts so that they outlive a run.
+    pub fn netns(&self) -> PathBuf {
+        self.run.join("netns")
+    }
+    pub fn state(&self) -> PathBuf {
+        self.data.join("state")
+    }
+    pub fn keep(&self) -> PathBuf {
+        self.data.join("keep")
+    }
+    pub fn content(&self) -> PathBuf {
+        self.data.join("content")
+    }
+    pub fn layers(&self) -> PathBuf {
+        self.data.join("layers")
+    }
+    pub fn workloads(&self) -> PathBuf {
+        self.data.join("workloads")
+    }
+    pub fn volumes(&self) -> PathBuf {
+        self.data.join("volumes")
+    }
+    pub fn log(&self) -> PathBuf {
+        self.data.join("log")
+    }
+    /// The device's own key pair, made on first start.
+    pub fn device_key(&self) -> PathBuf {
+        self.keep().join("device.key")
+    }
+}

@@ -1,0 +1,15 @@
+//! edged, room by room, in the order in which data flows.
+//!
+//! ```text
+//! signed manifest ─> verify ─> store ─> plan ─> execute ─> observe ─> report
+//!                    trust     sled     pure    pull, start, exits,    outbox ─> fleet
+//!                                               stop, remove health
+//! ```
+//!
+//! Stages (`verify execute observe report api`) use tools and never each other; tools (`store content registry runtime
+//! network`) know no stage; only `reconcile` knows them all.
+
+#![forbid(unsafe_code)]
+
+/// `agent.toml` and the places on disk.
+pub mod config;
