@@ -13,3 +13,6 @@
 
 /// `agent.toml` and the places on disk.
 pub mod config;
+
+/// Containers by the OCI runtime-spec: namespaces, walls, filters.
+pub mod runtime;

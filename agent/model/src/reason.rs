@@ -46,6 +46,7 @@ pub enum Code {
     OutOfMemory,
     StartFailed,
     Unhealthy,
+    BecameHealthy,
     BackOff,
     WaitingForDependency,
     WaitingForImage,
