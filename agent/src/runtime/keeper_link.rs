@@ -78,8 +78,10 @@ impl KeeperLink {
     /// Takes the socket and starts the reader. The receiver gives every exit; closed, it says that the keeper is gone.
     pub fn connect(socket: OwnedFd) -> io::Result<(Self, mpsc::Receiver<ChildExit>)> {
         rustix::io::ioctl_fionbio(&socket, true)?;
+        #[expect(deprecated, reason = "unsound only for types that lie about their descriptor; this one owns it")]
+        let socket = AsyncFd::with_interest(socket, Interest::READABLE | Interest::WRITABLE)?;
         let shared = Arc::new(Shared {
-            socket: AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE)?,
+            socket,
             next_id: AtomicU64::new(1),
             waiting: Mutex::new(HashMap::new()),
         });
