@@ -16,3 +16,8 @@ pub mod config;
 
 /// Containers by the OCI runtime-spec: namespaces, walls, filters.
 pub mod runtime;
+
+/// The state store: sled behind one door, and its second copy.
+pub mod store;
+/// Bytes to believed documents.
+pub mod verify;

@@ -93,8 +93,10 @@ fn capabilities(inputs: &ContainerInputs) -> Vec<String> {
 /// The whole specification.
 pub fn spec(inputs: &ContainerInputs) -> Result<Spec, OciSpecError> {
     let names = capabilities(inputs);
-    let set: std::collections::HashSet<Capability> =
-        names.iter().filter_map(|name| format!("CAP_{name}").parse().ok()).collect();
+    let set = names
+        .iter()
+        .map(|name| name.parse::<Capability>().map_err(|_| OciSpecError::Other(format!("no capability `{name}`"))))
+        .collect::<Result<std::collections::HashSet<_>, _>>()?;
     let capabilities = LinuxCapabilitiesBuilder::default()
         .bounding(set.clone())
         .effective(set.clone())

@@ -1,0 +1,1 @@
+//! Image signatures as cosign writes them.
