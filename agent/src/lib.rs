@@ -21,3 +21,16 @@ pub mod runtime;
 pub mod store;
 /// Bytes to believed documents.
 pub mod verify;
+
+/// Images on disk: documents by digest, layers unpacked once.
+pub mod content;
+/// Images from a registry or a directory.
+pub mod registry;
+
+/// The device's interface, namespaces and ports.
+pub mod network;
+
+/// One action at a time.
+pub mod execute;
+/// The world as events.
+pub mod observe;

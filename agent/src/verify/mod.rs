@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn each_refusal_has_its_own_code() {
-        assert_eq!(code_of(b"hello, world"), Code::NotCbor);
+        assert_eq!(code_of(b"{\"json\": true}"), Code::NotCbor);
         assert_eq!(code_of(&cbor::encode(&good()).unwrap()), Code::NotSigned);
         assert_eq!(code_of(&signed(&good(), 2)), Code::UnknownSigner);
         assert_eq!(code_of(&vec![0x81; 10_000]), Code::TooDeep);
