@@ -40,7 +40,9 @@ pub enum Code {
     RegistryRefused,
     ImageUnusable,
     LayerRefused,
+    ImageReady,
     // A workload.
+    Started,
     Exited,
     Signalled,
     OutOfMemory,
@@ -57,6 +59,7 @@ pub enum Code {
     NotInManifest,
     PolicyNever,
     // A generation.
+    Verified,
     Activated,
     BecameGood,
     ProbationFailed,
@@ -69,6 +72,9 @@ pub enum Code {
     DiskFull,
     ClockMoved,
     FleetUnavailable,
+    Network,
+    Busy,
+    NoSuchWorkload,
 }
 
 /// Why something is as it is.

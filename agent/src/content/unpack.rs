@@ -260,6 +260,10 @@ fn metadata(entry: &mut Entry<'_, impl Read>) -> io::Result<Metadata> {
     let mut xattrs = Vec::new();
     for extension in entry.pax_extensions()?.into_iter().flatten() {
         let extension = extension?;
+        // GNU's newest way to store holes; read as an ordinary file it would be something else than was meant.
+        if extension.key() == Ok("GNU.sparse.major") {
+            return Err(io::Error::other("a sparse file in GNU's pax form, which is not supported"));
+        }
         if let Some(name) = extension.key().ok().and_then(|key| key.strip_prefix("SCHILY.xattr.")) {
             // `trusted.overlay.*` would let a layer command overlayfs; labels of the builder's machine mean nothing here.
             if name.starts_with("user.") || name == "security.capability" {

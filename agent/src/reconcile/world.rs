@@ -163,6 +163,9 @@ fn exit_reason(name: &WorkloadName, exit: &Exit) -> Reason {
                 .next("raise resources.memory or find the leak")
         }
         ExitCause::NotStarted { stage, errno } => {
+            if *errno == 0 {
+                return Reason::new(Code::StartFailed, stage.clone());
+            }
             let error = std::io::Error::from_raw_os_error(*errno);
             Reason::new(Code::StartFailed, format!("{name} could not be started: {stage}: {error}"))
         }

@@ -157,7 +157,7 @@ fn the_same_tree_as_tar_gives() {
         mkfifo c/p && truncate -s 1M c/sparse && touch -d @1234567890 a/b/f c && chown 12:34 a/b";
     let made = std::process::Command::new("sh").args(["-ec", script]).current_dir(source.path()).status().unwrap();
     assert!(made.success());
-    let tar = std::process::Command::new("tar").args(["--sparse", "--format=pax", "-cf", "-", "-C"]).arg(source.path()).arg(".").output().unwrap();
+    let tar = std::process::Command::new("tar").args(["--sparse", "--format=gnu", "-cf", "-", "-C"]).arg(source.path()).arg(".").output().unwrap();
     let ground = Ground::new();
     ground.unpack(&tar.stdout).unwrap();
     let listing = |dir: &Path| {
@@ -165,6 +165,13 @@ fn the_same_tree_as_tar_gives() {
         let output = std::process::Command::new("sh").args(["-ec", find]).current_dir(dir).output().unwrap();
         String::from_utf8(output.stdout).unwrap()
     };
+    let pax = std::process::Command::new("tar")
+        .args(["--sparse", "--format=pax", "-cf", "-", "-C"])
+        .arg(source.path())
+        .arg(".")
+        .output()
+        .unwrap();
+    assert!(Ground::new().unpack(&pax.stdout).unwrap_err().to_string().contains("sparse"), "told, not misread");
     let strip_directory_sizes = |text: String| text.lines().map(|line| line.to_owned()).filter(|l| !l.contains(" d ")).collect::<Vec<_>>();
     assert_eq!(strip_directory_sizes(listing(&ground.layer)), strip_directory_sizes(listing(source.path())));
 }
