@@ -82,6 +82,15 @@ impl PublicKey {
     }
 }
 
+/// Ed25519ph (RFC 8032, 5.1): the hash of the text is signed. What cosign 3 makes with an Ed25519 key.
+impl PublicKey {
+    pub fn verifies_prehashed(&self, bytes: &[u8], signature: &[u8]) -> bool {
+        use sha2::Digest as _;
+        let hash = sha2::Sha512::new_with_prefix(bytes);
+        Signature::from_slice(signature).is_ok_and(|s| self.0.verify_prehashed_strict(hash, None, &s).is_ok())
+    }
+}
+
 /// The DER inside a public key's PEM, whatever kind of key it is (image keys may be ECDSA).
 pub fn spki_of_pem(pem: &str) -> Result<Vec<u8>, KeyError> {
     let (label, document) = spki::der::Document::from_pem(pem).map_err(|_| KeyError::NotPublic)?;

@@ -27,6 +27,14 @@ struct Options {
 }
 
 impl Options {
+    /// Paths that stay right wherever the keeper and the agent stand.
+    fn absolute(mut self) -> Self {
+        for path in [&mut self.root, &mut self.config].into_iter().flatten() {
+            *path = std::path::absolute(&*path).unwrap_or_else(|_| path.clone());
+        }
+        self
+    }
+
     fn words(&self) -> Vec<String> {
         let path = |name: &str, path: &Option<PathBuf>| {
             path.iter().flat_map(|path| [name.to_owned(), path.to_string_lossy().into_owned()]).collect::<Vec<_>>()
@@ -55,7 +63,7 @@ fn main() -> ExitCode {
     }
     // As PID 1 the words are what the kernel did not understand of its command line.
     let is_device = std::process::id() == 1;
-    let options = if is_device { Options { root: None, config: None, device: true } } else { Options::parse() };
+    let options = if is_device { Options { root: None, config: None, device: true } } else { Options::parse().absolute() };
     match keeper(&options) {
         Ok(code) => code,
         Err(error) => {

@@ -4,7 +4,9 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use edged_model::id::Digest;
 
@@ -33,12 +35,14 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> ContentError + '_ {
 pub struct Content {
     documents: PathBuf,
     layers: PathBuf,
+    /// One lock for each layer that is being unpacked: two images may bring the same one at the same time.
+    unpacking: Arc<Mutex<HashMap<Digest, Arc<Mutex<()>>>>>,
 }
 
 impl Content {
     /// Takes away what an earlier run left half done.
     pub fn open(places: &Places) -> Result<Self, ContentError> {
-        let content = Self { documents: places.content(), layers: places.layers() };
+        let content = Self { documents: places.content(), layers: places.layers(), unpacking: Arc::default() };
         let staging = content.staging();
         for dir in [&content.documents, &content.layers, &staging] {
             fs::create_dir_all(dir).map_err(at(dir))?;
@@ -79,6 +83,14 @@ impl Content {
 
     pub fn has_layer(&self, chain: Digest) -> bool {
         self.layer(chain).is_dir()
+    }
+
+    /// Whoever holds this lock may stage the layer.
+    pub fn layer_lock(&self, chain: Digest) -> Arc<Mutex<()>> {
+        let mut locks = self.unpacking.lock().unwrap_or_else(PoisonError::into_inner);
+        // Those that nobody holds any more are done.
+        locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+        Arc::clone(locks.entry(chain).or_default())
     }
 
     /// A fresh directory to unpack a layer in.

@@ -290,6 +290,11 @@ impl OneImage<'_> {
             return Err(PullFailure::permanent(Reason::new(Code::ImageUnusable, text)));
         };
         let digest = self.digest(descriptor)?;
+        let lock = self.ctx.content.layer_lock(chain);
+        let _alone = lock.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if self.ctx.content.has_layer(chain) {
+            return Ok(());
+        }
         let staged = self.ctx.content.stage(chain).map_err(|error| self.disk(&error))?;
         let mut reader = self.client.blob(&self.reference.repository, digest, descriptor.size());
         let expected = Expected { digest, diff_id, compression };

@@ -37,6 +37,9 @@ pub struct Prepared {
     pub cgroup: Cgroup,
 }
 
+/// Files a program may have open: what systemd gives a service as its hard limit.
+const OPEN_FILES: u64 = 65_536;
+
 /// The name under which a `none` workload's namespace is pinned: one, empty, for all of them.
 const SHARED_NETNS: &str = "none";
 
@@ -227,6 +230,7 @@ fn inputs(
         mounts,
         devices: workload.devices.iter().map(|wanted| device(name, wanted)).collect::<Result<_, _>>()?,
         cgroup_v2: ctx.cgroups.is_v2(),
+        open_files_max: OPEN_FILES.min(rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(OPEN_FILES)),
     })
 }
 

@@ -27,6 +27,8 @@ pub struct ContainerInputs {
     pub mounts: Vec<Mount>,
     pub devices: Vec<LinuxDevice>,
     pub cgroup_v2: bool,
+    /// The most files that may be open (RLIMIT_NOFILE): no more than the supervisor itself may have.
+    pub open_files_max: u64,
 }
 
 const MASKED: [&str; 12] = [
@@ -36,9 +38,6 @@ const MASKED: [&str; 12] = [
 ];
 
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
-
-/// Files a program may have open: what systemd gives a service as its hard limit.
-const OPEN_FILES: u64 = 65_536;
 
 fn mount(destination: &str, fstype: &str, options: &[&str]) -> Result<Mount, OciSpecError> {
     MountBuilder::default()
@@ -110,7 +109,7 @@ pub fn spec(inputs: &ContainerInputs) -> Result<Spec, OciSpecError> {
         .additional_gids(inputs.additional_gids.clone())
         .build()?;
     let nofile =
-        PosixRlimitBuilder::default().typ(PosixRlimitType::RlimitNofile).soft(1024_u64).hard(OPEN_FILES).build()?;
+        PosixRlimitBuilder::default().typ(PosixRlimitType::RlimitNofile).soft(inputs.open_files_max.min(1024)).hard(inputs.open_files_max).build()?;
     let process = ProcessBuilder::default()
         .terminal(false)
         .args(inputs.argv.clone())

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use edged_model::generation::{Generation, Pointers};
 use edged_model::quantity::Timestamp;
@@ -45,10 +46,14 @@ pub fn load(dir: &Path) -> Result<Option<Kept>, StoreError> {
     Ok(Some(Kept { pointers, generations, trust_root: trust_root.map(|blob| blob.0), time_floor }))
 }
 
+static WRITERS: AtomicU64 = AtomicU64::new(0);
+
 /// Writes a file such that a power cut leaves the old or the new content, never a mix.
 pub fn durable(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
     let dir = path.parent().unwrap_or(Path::new("."));
-    let temporary = path.with_extension("new");
+    // A name of its own for each writer: two may write the same file at the same time.
+    let number = WRITERS.fetch_add(1, Ordering::Relaxed);
+    let temporary = path.with_extension(format!("new-{number}"));
     let write = || {
         fs::create_dir_all(dir)?;
         let mut file = File::create(&temporary)?;

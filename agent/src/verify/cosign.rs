@@ -37,7 +37,8 @@ const P256_SPKI_PREFIX: [u8; 26] = [
 /// Whether the key in `spki` signed `bytes`. A key of an unknown kind has signed nothing.
 fn verifies(spki: &[u8], bytes: &[u8], signature: &[u8]) -> bool {
     if let Ok(key) = PublicKey::from_spki(spki) {
-        return key.verifies(bytes, signature);
+        // cosign up to 2 signs the text, cosign 3 its hash; RFC 8032 keeps the two apart by a prefix.
+        return key.verifies(bytes, signature) || key.verifies_prehashed(bytes, signature);
     }
     spki.strip_prefix(&P256_SPKI_PREFIX)
         .is_some_and(|point| UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, point).verify(bytes, signature).is_ok())
