@@ -186,6 +186,12 @@ pub fn verify1(bytes: &[u8], kind: Kind, key: &PublicKey) -> Result<Vec<u8>, Env
     sign1.payload.ok_or(EnvelopeError::NotCose { why: "no payload".to_owned() })
 }
 
+/// The content of a one-signer document, unverified: for what was verified when it was stored.
+pub fn payload1(bytes: &[u8]) -> Option<Vec<u8>> {
+    cbor::check(bytes, Keys::TextOrInteger).ok()?;
+    CoseSign1::from_slice(bytes).ok()?.payload
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
