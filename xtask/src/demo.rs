@@ -60,7 +60,7 @@ pub fn run(arch: Arch, keep: bool) -> Result<()> {
         let (web, crasher, hog) = (find("web"), find("crasher"), find("hog"));
         let healthy = web.is_some_and(|web| web["health"] == "healthy");
         let crashed = crasher.is_some_and(|crasher| crasher["restarts"].as_u64() > Some(1));
-        let killed = hog.is_some_and(|hog| hog["oom_kills"].as_u64() > Some(0));
+        let killed = hog.is_some_and(|hog| hog["oomKills"].as_u64() > Some(0));
         if healthy && crashed && killed { Ok(()) } else { bail!("{status:#}") }
     })?;
     say::step("`status` on the device's serial line");
