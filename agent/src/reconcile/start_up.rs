@@ -26,7 +26,7 @@ use crate::observe::{logs::Logs, pressure};
 use crate::report::{self, FleetLine, push};
 use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
-use crate::store::{Store, opened_reason};
+use crate::store::{Store, StoreError, opened_reason};
 use crate::verify::trust;
 
 /// Requests that may wait for the loop: as many as there may be clients.
@@ -118,10 +118,15 @@ fn trust_root(places: &Places, config: &Config, store: &Store) -> anyhow::Result
     let empty = |why: Reason| (TrustRoot { version: 0, expires: Timestamp(0), keys: BTreeMap::new(), roles: BTreeMap::new() }, Some(why));
     match std::fs::read(&path) {
         Ok(bytes) => match trust::factory(&bytes) {
-            Ok(root) => {
-                store.set_trust_root(&bytes)?;
-                Ok((root, None))
-            }
+            Ok(root) => match store.set_trust_root(root.version, &bytes) {
+                Ok(()) => Ok((root, None)),
+                // The newer root is lost and the factory's may not come back: believe nobody, but do run.
+                Err(error @ StoreError::TrustRollback { .. }) => {
+                    let text = format!("{}: {error}", path.display());
+                    Ok(empty(Reason::new(Code::TrustRollback, text).next("give the device its newest trust root")))
+                }
+                Err(error) => Err(error.into()),
+            },
             Err(why) => Ok(empty(why)),
         },
         // Without a root nothing is believed; the device still runs and can be asked why.
