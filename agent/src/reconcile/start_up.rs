@@ -229,8 +229,8 @@ impl Agent {
     /// Everything that listens or asks outside.
     async fn open_doors(&mut self, places: &Places, is_device: bool) -> anyhow::Result<mpsc::Receiver<api::Call>> {
         let (calls, receiver) = mpsc::channel(CALLS_DEPTH);
-        let group = nix::unistd::Group::from_name(&self.config.api.group).ok().flatten().map(|group| group.gid.as_raw());
-        api::listen(&places.socket(), group, calls.clone())?;
+        let allowed = api::peer::Allowed::group_named(&self.config.api.group);
+        api::listen(&places.socket(), allowed, calls.clone())?;
         if let Some(tty) = self.config.console.tty.clone() {
             let verbs = crate::cli::console::ConsoleVerbs;
             let prompt = format!("edged {}", self.device);
