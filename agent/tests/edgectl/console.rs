@@ -1,6 +1,6 @@
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -31,7 +31,7 @@ impl Pty {
         let path = PathBuf::from(ptsname_r(&master).unwrap());
         let flags = OFlag::O_NOCTTY.bits();
         let slave = File::options().read(true).write(true).custom_flags(flags).open(&path).unwrap();
-        let master = OwnedFd::from(master.as_fd().try_clone_to_owned().unwrap());
+        let master = master.as_fd().try_clone_to_owned().unwrap();
         Self { master: File::from(master), path, _slave: slave }
     }
 }
@@ -145,7 +145,7 @@ fn following_ends_with_a_key_and_what_is_printed_is_harmless() {
 #[test]
 fn noise_and_endless_lines_are_survived() {
     let mut person = Person::at_console(ConsoleMode::ReadOnly);
-    let noise: Vec<u8> = (0..20_000_u32).map(|n| (n * n >> 3).to_le_bytes()[0]).collect();
+    let noise: Vec<u8> = (0..20_000_u32).map(|n| ((n * n) >> 3).to_le_bytes()[0]).collect();
     // Nobody reads the echo meanwhile would stop the line: read it as it comes.
     for chunk in noise.chunks(256).chain(vec![b'x'; 20_000].chunks(256)) {
         person.types(chunk);
