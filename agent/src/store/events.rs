@@ -25,14 +25,17 @@ impl Store {
     /// The last `count` events that `wanted` lets through, oldest first.
     pub fn events(&self, count: usize, wanted: impl Fn(&Event) -> bool) -> Result<Vec<Event>, StoreError> {
         let mut found = Vec::new();
-        for key in self.inner.door.keys_backwards(trees::EVENTS)? {
-            if found.len() == count {
-                break;
+        self.with_door(|door| {
+            for key in door.keys_backwards(trees::EVENTS)? {
+                if found.len() == count {
+                    break;
+                }
+                let key = key?;
+                let sealed = door.get(trees::EVENTS, &key)?.unwrap_or_default();
+                found.extend(record::unseal::<Event>(trees::EVENTS, &key, &sealed).filter(|event| wanted(event)));
             }
-            let key = key?;
-            let sealed = self.inner.door.get(trees::EVENTS, &key)?.unwrap_or_default();
-            found.extend(record::unseal::<Event>(trees::EVENTS, &key, &sealed).filter(|event| wanted(event)));
-        }
+            Ok(())
+        })?;
         found.reverse();
         Ok(found)
     }

@@ -65,7 +65,7 @@ impl Store {
                 return Err(StoreError::NoSuchGeneration { sequence });
             }
         }
-        let mut others = self.inner.door.keys(trees::GENERATIONS)?;
+        let mut others = self.with_door(|door| door.keys(trees::GENERATIONS))?;
         let needed = pointed.iter().flatten().copied().chain(changed.iter().map(|generation| generation.sequence));
         let needed: Vec<String> = needed.map(|sequence| number_key(sequence.0)).collect();
         others.retain(|key| !needed.contains(key));

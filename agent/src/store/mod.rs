@@ -15,7 +15,8 @@
 //! One writer: all writes go through the store's own lock. All calls block; call them from a blocking thread.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use edged_model::id::{Sequence, WorkloadName};
 use serde::Serialize;
@@ -79,6 +80,8 @@ pub enum StoreError {
     InUse { path: PathBuf },
     #[error("trust root version {given} is below version {highest}, which this device has had")]
     TrustRollback { given: u64, highest: u64 },
+    #[error("the store could not be opened again after a failed write")]
+    Closed,
     #[error("generation {sequence} is not in the store")]
     NoSuchGeneration { sequence: Sequence },
 }
@@ -98,7 +101,11 @@ pub struct Store {
 }
 
 struct Inner {
-    door: Door,
+    /// `None` only while, or after, opening it again failed.
+    door: RwLock<Option<Door>>,
+    /// A write failed: sled takes no more until it is opened again.
+    is_broken: AtomicBool,
+    state: PathBuf,
     keep: PathBuf,
     writer: Mutex<Writer>,
     outbox_max: usize,
@@ -120,16 +127,46 @@ impl Store {
 
     /// Makes durable what was written with [`Durability::Soon`].
     pub fn sync(&self) -> Result<(), StoreError> {
-        self.inner.door.sync()
+        let _one = self.lock();
+        self.written(self.with_door(Door::sync))
     }
 
     fn lock(&self) -> MutexGuard<'_, Writer> {
         // A panic inside sled leaves no half-written record: batches are atomic.
-        self.inner.writer.lock().unwrap_or_else(PoisonError::into_inner)
+        let one = self.inner.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        self.mend();
+        one
+    }
+
+    fn with_door<T>(&self, work: impl FnOnce(&Door) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let door = self.inner.door.read().unwrap_or_else(PoisonError::into_inner);
+        door.as_ref().map_or(Err(StoreError::Closed), work)
+    }
+
+    fn written(&self, result: Result<(), StoreError>) -> Result<(), StoreError> {
+        if matches!(result, Err(StoreError::Sled(_) | StoreError::File { .. })) {
+            self.inner.is_broken.store(true, Ordering::Relaxed);
+        }
+        result
+    }
+
+    /// After one failed write (a full disk) sled fails for ever, though it still reads. It is opened again as soon as
+    /// there is room for it: what was acknowledged is on the disk, what failed was told.
+    fn mend(&self) {
+        if !self.inner.is_broken.load(Ordering::Relaxed) || !has_room(&self.inner.state) {
+            return;
+        }
+        let mut door = self.inner.door.write().unwrap_or_else(PoisonError::into_inner);
+        drop(door.take());
+        // One that cannot be opened now is tried again with the next write.
+        if let Ok(opened) = recover::open_door(&self.inner.state) {
+            *door = Some(opened);
+            self.inner.is_broken.store(false, Ordering::Relaxed);
+        }
     }
 
     fn get<T: DeserializeOwned>(&self, tree: &str, key: &str) -> Result<Option<T>, StoreError> {
-        let Some(sealed) = self.inner.door.get(tree, key)? else { return Ok(None) };
+        let Some(sealed) = self.with_door(|door| door.get(tree, key))? else { return Ok(None) };
         let damaged = || StoreError::Damaged { key: format!("{tree}/{key}") };
         record::unseal(tree, key, &sealed).map(Some).ok_or_else(damaged)
     }
@@ -137,7 +174,7 @@ impl Store {
     /// All readable records of a tree, in order. A damaged one is left out: one bad record must not take the others
     /// along.
     fn all<T: DeserializeOwned>(&self, tree: &str) -> Result<Vec<(String, T)>, StoreError> {
-        let records = self.inner.door.records(tree)?;
+        let records = self.with_door(|door| door.records(tree))?;
         let readable = |(key, sealed): (String, Vec<u8>)| {
             let value = record::unseal(tree, &key, &sealed)?;
             Some((key, value))
@@ -153,11 +190,13 @@ impl Store {
 
     /// Writes what only the database has.
     fn commit(&self, _one: &MutexGuard<'_, Writer>, changes: &[Change], durable: Durability) -> Result<(), StoreError> {
-        self.inner.door.write(changes)?;
-        match durable {
-            Durability::Now => self.inner.door.sync(),
-            Durability::Soon => Ok(()),
-        }
+        self.written(self.with_door(|door| {
+            door.write(changes)?;
+            match durable {
+                Durability::Now => door.sync(),
+                Durability::Soon => Ok(()),
+            }
+        }))
     }
 
     /// Writes what `keep/` has too: database first, then the second copy. When this comes back both are on the disk.
@@ -218,6 +257,14 @@ pub fn inline_chain(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+/// Room for sled to open: a few of its segments.
+const ROOM_BYTES: u64 = 4 << 20;
+
+fn has_room(dir: &Path) -> bool {
+    // A disk that cannot be asked is tried.
+    rustix::fs::statvfs(dir).map_or(true, |disk| disk.f_bavail.saturating_mul(disk.f_frsize) >= ROOM_BYTES)
 }
 
 fn sync_dir(dir: &Path) -> Result<(), StoreError> {

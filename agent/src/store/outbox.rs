@@ -12,7 +12,7 @@ impl Store {
     pub fn push_report(&self, report: &[u8], durability: Durability) -> Result<u64, StoreError> {
         let mut one = self.lock();
         let number = one.next_report;
-        let waiting = self.inner.door.keys(trees::OUTBOX)?;
+        let waiting = self.with_door(|door| door.keys(trees::OUTBOX))?;
         let spare = &waiting[..(waiting.len() + 1).saturating_sub(self.inner.outbox_max.max(1)).min(waiting.len())];
         let mut changes = vec![put(trees::OUTBOX, &number_key(number), &Blob(report.to_vec()))?];
         changes.extend(spare.iter().map(|key| remove(trees::OUTBOX, key)));
@@ -26,8 +26,8 @@ impl Store {
 
     /// The oldest report and its place. Damaged ones are thrown away on the way, and counted.
     pub fn oldest_report(&self) -> Result<Option<(u64, Vec<u8>)>, StoreError> {
-        for key in self.inner.door.keys(trees::OUTBOX)? {
-            let Some(sealed) = self.inner.door.get(trees::OUTBOX, &key)? else { continue };
+        for key in self.with_door(|door| door.keys(trees::OUTBOX))? {
+            let Some(sealed) = self.with_door(|door| door.get(trees::OUTBOX, &key))? else { continue };
             match (key.parse(), record::unseal::<Blob>(trees::OUTBOX, &key, &sealed)) {
                 (Ok(number), Some(blob)) => return Ok(Some((number, blob.0))),
                 _ => {
@@ -46,7 +46,7 @@ impl Store {
     }
 
     pub fn waiting_reports(&self) -> Result<u64, StoreError> {
-        Ok(self.inner.door.keys(trees::OUTBOX)?.len() as u64)
+        Ok(self.with_door(|door| door.keys(trees::OUTBOX))?.len() as u64)
     }
 
     pub fn dropped_reports(&self) -> Result<u64, StoreError> {

@@ -1,7 +1,8 @@
 //! What to believe when a store is opened, and how a lost one is rebuilt from `keep/`.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::Duration;
 
 use edged_model::generation::Pointers;
@@ -99,7 +100,7 @@ pub fn open(state: &Path, keep: &Path, outbox_max: usize) -> Result<(Store, Open
 const IN_USE_TRIES: u32 = 100;
 const IN_USE_PAUSE: Duration = Duration::from_millis(30);
 
-fn open_door(state: &Path) -> Result<Door, StoreError> {
+pub(super) fn open_door(state: &Path) -> Result<Door, StoreError> {
     for _ in 1..IN_USE_TRIES {
         match Door::open(state).map_err(|error| in_use(state, error)) {
             Err(StoreError::InUse { .. }) => std::thread::park_timeout(IN_USE_PAUSE),
@@ -111,7 +112,14 @@ fn open_door(state: &Path) -> Result<Door, StoreError> {
 
 fn bare(state: &Path, keep: &Path, outbox_max: usize) -> Result<Store, StoreError> {
     let door = open_door(state)?;
-    let inner = Inner { door, keep: keep.to_owned(), writer: Mutex::new(Writer::default()), outbox_max };
+    let inner = Inner {
+        door: RwLock::new(Some(door)),
+        is_broken: AtomicBool::new(false),
+        state: state.to_owned(),
+        keep: keep.to_owned(),
+        writer: Mutex::new(Writer::default()),
+        outbox_max,
+    };
     let store = Store { inner: Arc::new(inner) };
     if migrate::step(store.get(trees::META, meta::FORMAT)?)? == migrate::Step::Stamp {
         let change = put(trees::META, meta::FORMAT, &migrate::FORMAT)?;
@@ -158,6 +166,7 @@ fn is_damage(error: &StoreError) -> bool {
         | StoreError::Encode { .. }
         | StoreError::OtherFormat { .. }
         | StoreError::InUse { .. }
+        | StoreError::Closed
         | StoreError::TrustRollback { .. } => false,
     }
 }
@@ -178,7 +187,7 @@ impl Store {
         let mut damaged = Vec::new();
         let mut changes = Vec::new();
         for tree in trees::ALL {
-            for (key, sealed) in self.inner.door.records(tree)? {
+            for (key, sealed) in self.with_door(|door| door.records(tree))? {
                 if record::unseal::<serde_cbor::Value>(tree, &key, &sealed).is_none() {
                     damaged.push(format!("{tree}/{key}"));
                     changes.push(remove(tree, &key));
@@ -188,7 +197,7 @@ impl Store {
         let mut writer = self.lock();
         self.commit(&writer, &changes, Durability::Soon)?;
         let next = |tree| -> Result<u64, StoreError> {
-            let last = self.inner.door.keys_backwards(tree)?.next().transpose()?;
+            let last = self.with_door(|door| door.keys_backwards(tree)?.next().transpose())?;
             Ok(last.and_then(|key| key.parse::<u64>().ok()).map_or(1, |last| last.saturating_add(1)))
         };
         writer.next_event = next(trees::EVENTS)?;

@@ -118,7 +118,7 @@ fn values_of_every_size_come_back_and_leave_nothing_behind() {
         store.transition(&[good], Some((Sequence(7), &envelope)), &pointers(7)).unwrap();
         assert!(store.envelope(Sequence(7)).unwrap() == Some(envelope), "{size}");
     }
-    assert_eq!(store.inner.door.records(trees::ENVELOPES).unwrap().len(), 1);
+    assert_eq!(store.with_door(|door| door.records(trees::ENVELOPES)).unwrap().len(), 1);
     // What sled puts into files of their own is not synced by anybody: there must be none.
     assert_eq!(std::fs::read_dir(places(&dir).state().join("blobs")).unwrap().count(), 0);
 }

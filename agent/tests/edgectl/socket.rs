@@ -241,3 +241,21 @@ fn a_socket_left_behind_is_replaced_and_a_living_one_is_not() {
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     listen(&path).unwrap();
 }
+
+/// ssh itself is not ours to test: what stands for it does with its words what sshd does, it gives them to a shell.
+#[test]
+fn the_same_words_arrive_at_the_other_end_of_ssh() {
+    let device = Device::start();
+    let dir = tempfile::tempdir().unwrap();
+    let ssh = dir.path().join("ssh");
+    let script =
+        "#!/bin/sh\nwhile [ \"$1\" != -- ]; do shift; done\nshift; echo \"to $1\" >&2; shift\nexec sh -c \"$*\"\n";
+    std::fs::write(&ssh, script).unwrap();
+    std::fs::set_permissions(&ssh, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let program = std::path::Path::new(env!("CARGO_BIN_EXE_edgectl")).parent().unwrap();
+    let path = format!("{}:{}:{}", dir.path().display(), program.display(), std::env::var("PATH").unwrap());
+    let mut command = command("ssh://ops@pump-17:2222", &["version", "-o", "json"]);
+    let output = command.env("PATH", path).env("EDGED_HOST", format!("unix:{}", device.socket().display())).output();
+    let (code, out, err) = said(&output.unwrap());
+    assert!(code == 0 && out.contains("\"agent\": \"1.2.3\"") && err == "to ops@pump-17\n", "{code} {out} {err}");
+}

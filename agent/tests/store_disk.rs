@@ -1,5 +1,6 @@
-//! The state store when the power goes: a real ext4 on a loop device, shut down in mid-write without writing its journal
-//! (FS_IOC_SHUTDOWN with EXT4_GOING_FLAGS_NOLOGFLUSH), mounted again, and asked what it still knows.
+//! The state store on a disk that fails it: a real ext4 on a loop device, shut down in mid-write without writing its
+//! journal (FS_IOC_SHUTDOWN with EXT4_GOING_FLAGS_NOLOGFLUSH), mounted again, and asked what it still knows; and one that
+//! is full and has room again.
 //!
 //! Needs root, loop devices and mkfs.ext4; without them it says so and passes.
 
@@ -16,8 +17,8 @@ use edged_model::id::{Digest, Sequence};
 use edged_model::manifest::Manifest;
 use edged_model::quantity::Timestamp;
 
-const WRITER: &str = "EDGED_TEST_POWER_CUT_WRITER";
-const CHECKER: &str = "EDGED_TEST_POWER_CUT_CHECKER";
+const WRITER: &str = "EDGED_TEST_STORE_DISK_WRITER";
+const CHECKER: &str = "EDGED_TEST_STORE_DISK_CHECKER";
 const ROUNDS: u64 = 12;
 
 // `_IOR('X', 125, __u32)` of ext4 and xfs.
@@ -89,10 +90,10 @@ struct Disk {
 }
 
 impl Disk {
-    fn new() -> Result<Self, String> {
+    fn new(bytes: u64) -> Result<Self, String> {
         let disk = Self { dir: tempfile::tempdir().map_err(|error| error.to_string())? };
         let image = File::create(disk.image()).map_err(|error| error.to_string())?;
-        image.set_len(96 << 20).map_err(|error| error.to_string())?;
+        image.set_len(bytes).map_err(|error| error.to_string())?;
         std::fs::create_dir(disk.mounted()).map_err(|error| error.to_string())?;
         run("mkfs.ext4", &["-q", disk.image().to_str().unwrap_or_default()])?;
         disk.mount()?;
@@ -144,7 +145,7 @@ fn child(name: &str, variable: &str, root: &Path) -> (Child, std::io::Lines<BufR
 
 #[test]
 fn nothing_acknowledged_is_lost_when_the_power_goes() {
-    let disk = match Disk::new() {
+    let disk = match Disk::new(96 << 20) {
         Ok(disk) => disk,
         Err(why) => {
             eprintln!("left out: no file system to cut: {why}");
@@ -190,4 +191,45 @@ fn nothing_acknowledged_is_lost_when_the_power_goes() {
         assert_eq!(words[2], "true", "{told}: opened without a rebuild");
         (acknowledged, reports) = (active, waiting);
     }
+}
+
+const FILLER: &str = "EDGED_TEST_STORE_DISK_FILLER";
+
+/// Not a test: fills its disk, makes room, and writes on. A process of its own, as the checker is.
+#[test]
+fn child_on_a_full_disk() {
+    let Ok(root) = std::env::var(FILLER) else { return };
+    let root = Path::new(&root);
+    let (store, _) = open(root.join("data").to_str().unwrap());
+    let number = store.next_report_number().unwrap();
+    let filler = root.join("filler");
+    // As much as there is.
+    let _ = std::fs::write(&filler, vec![7; 64 << 20]);
+    let mut accepted = 0;
+    while store.push_report(&[2; 3000], Durability::Now).is_ok() {
+        accepted += 1;
+        assert!(accepted < 10_000, "the disk never filled");
+    }
+    assert_eq!(store.oldest_report().unwrap().unwrap().1, [2; 3000], "what is there can be read");
+    assert!(store.raise_time_floor(Timestamp(5)).is_err());
+    std::fs::remove_file(&filler).unwrap();
+    assert_eq!(store.raise_time_floor(Timestamp(5)).unwrap(), Timestamp(5));
+    store.push_report(b"after", Durability::Now).unwrap();
+    assert!(store.next_report_number().unwrap() > number);
+    assert!(store.waiting_reports().unwrap() > accepted);
+    println!("\nfound room again");
+}
+
+#[test]
+fn a_full_disk_is_told_and_passes() {
+    let disk = match Disk::new(16 << 20) {
+        Ok(disk) => disk,
+        Err(why) => {
+            eprintln!("left out: no file system to fill: {why}");
+            return;
+        }
+    };
+    let (mut child, lines) = child("child_on_a_full_disk", FILLER, &disk.mounted());
+    let lines: Vec<String> = lines.map_while(Result::ok).collect();
+    assert!(child.wait().unwrap().success() && lines.iter().any(|line| line == "found room again"), "{lines:#?}");
 }
