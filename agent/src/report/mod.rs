@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 
 use crate::config::Fleet;
 use crate::registry;
-use crate::store::{Store, inline_chain};
+use crate::store::{Durability, Store, inline_chain};
 
 /// However much changes, reports are no closer than this.
 const LEAST_PAUSE_MS: u64 = 2_000;
@@ -130,7 +130,7 @@ impl FleetLine {
         let report = collect::report(status, self.shared.arch, number, dropped);
         let payload = cbor::encode(&report).map_err(|error| error.to_string())?;
         let signed = envelope::sign1(Kind::Report, payload, &self.shared.key).map_err(|error| error.to_string())?;
-        store.push_report(&signed).map_err(|error| inline_chain(&error))?;
+        store.push_report(&signed, Durability::Now).map_err(|error| inline_chain(&error))?;
         *self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.shared.wake.notify_all();
         Ok(())
