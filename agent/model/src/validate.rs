@@ -29,6 +29,10 @@ impl fmt::Display for Problem {
     }
 }
 
+/// The device never goes back below the highest it has seen, so a slip of the hand must not use up all numbers. Also the
+/// largest whole number that every JSON program keeps exactly.
+const MOST_SEQUENCE: u64 = (1 << 53) - 1;
+
 /// More than a manifest of 1 MiB can fill with sense; each one costs a cgroup, an overlay and log space.
 const MOST_WORKLOADS: usize = 256;
 
@@ -57,6 +61,9 @@ pub fn problems(manifest: &Manifest) -> Vec<Problem> {
     }
     if manifest.sequence.0 == 0 {
         found.add("sequence", "begins with 1");
+    }
+    if manifest.sequence.0 > MOST_SEQUENCE {
+        found.add("sequence", format!("{} is above {MOST_SEQUENCE}: nothing could follow it", manifest.sequence));
     }
     if manifest.expires <= manifest.issued {
         found.add("expires", format!("{} is not after `issued` ({})", manifest.expires, manifest.issued));
