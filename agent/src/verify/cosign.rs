@@ -59,7 +59,7 @@ pub fn check(image: &str, digest: Digest, claims: &[Claim], keys: &[Vec<u8>], th
         }
     }
     let count = signed.iter().filter(|signed| **signed).count();
-    if count >= threshold {
+    if count >= threshold.max(1) {
         return Ok(());
     }
     if count > 0 {
@@ -85,7 +85,7 @@ fn signers(claim: &Claim, digest: Digest, keys: &[Vec<u8>]) -> Result<Vec<usize>
             let envelope = bundle.dsse_envelope;
             let payload = STANDARD.decode(&envelope.payload).map_err(|_| malformed("readable base64"))?;
             let named = statement_digest(&envelope.payload_type, &payload, digest)
-                .ok_or_else(|| malformed("in-toto statement"))?;
+                .ok_or_else(|| malformed("statement that the image was signed"))?;
             let signatures = envelope.signatures.iter().filter_map(|s| STANDARD.decode(&s.sig).ok()).collect();
             (pre_authentication(&envelope.payload_type, &payload), signatures, named)
         }
@@ -141,8 +141,15 @@ struct DsseSignature {
     sig: String,
 }
 
+/// What a signer of images states. A bill of materials or a test result signed with the same key is another statement.
+const SIGN_PREDICATE: &str = "https://sigstore.dev/cosign/sign/v1";
+
 #[derive(Deserialize)]
 struct Statement {
+    #[serde(rename = "_type")]
+    kind: String,
+    #[serde(rename = "predicateType")]
+    predicate_type: String,
     subject: Vec<Subject>,
 }
 
@@ -157,6 +164,9 @@ fn statement_digest(payload_type: &str, payload: &[u8], wanted: Digest) -> Optio
         return None;
     }
     let statement: Statement = serde_json::from_slice(payload).ok()?;
+    if statement.kind != "https://in-toto.io/Statement/v1" || statement.predicate_type != SIGN_PREDICATE {
+        return None;
+    }
     let hex = statement.subject.iter().filter_map(|subject| subject.digest.get("sha256"));
     let digests: Vec<_> = hex.filter_map(|hex| Digest::parse(&format!("sha256:{hex}")).ok()).collect();
     if digests.contains(&wanted) { Some(wanted) } else { digests.first().copied() }
@@ -191,7 +201,14 @@ mod tests {
     }
 
     fn bundle(digest: Digest, by: u8) -> Claim {
-        let statement = format!(r#"{{"_type":"https://in-toto.io/Statement/v1","subject":[{{"digest":{{"sha256":"{}"}}}}]}}"#, digest.hex());
+        stated(digest, by, SIGN_PREDICATE)
+    }
+
+    fn stated(digest: Digest, by: u8, predicate: &str) -> Claim {
+        let statement = format!(
+            r#"{{"_type":"https://in-toto.io/Statement/v1","subject":[{{"digest":{{"sha256":"{}"}}}}],"predicateType":"{predicate}"}}"#,
+            digest.hex()
+        );
         let kind = "application/vnd.in-toto+json";
         let sig = STANDARD.encode(key(by).sign(&pre_authentication(kind, statement.as_bytes())));
         let payload = STANDARD.encode(statement);
@@ -217,6 +234,13 @@ mod tests {
         for claim in [simple(other, 1), bundle(other, 1)] {
             assert_eq!(check("r/i", this, &[claim], &[spki(1)], 1).unwrap_err().code, Code::DigestMismatch);
         }
+    }
+
+    #[test]
+    fn an_attestation_is_no_signature_of_the_image() {
+        let digest = Digest::of(b"image");
+        let claim = stated(digest, 1, "https://slsa.dev/provenance/v1");
+        assert_eq!(check("r/i", digest, &[claim], &[spki(1)], 1).unwrap_err().code, Code::Malformed);
     }
 
     #[test]
