@@ -106,7 +106,13 @@ impl<R: Read> ArchiveReader<R> {
     pub fn next_item(&mut self) -> Result<Option<Item>, ArchiveError> {
         let mut extensions = Extensions::default();
         loop {
-            self.pass(self.left + self.padding)?;
+            if self.pass(self.left)? > 0 {
+                return Err(self.damaged("it ends in the middle of a file"));
+            }
+            // Some writers end with the last file's last byte.
+            if self.pass(self.padding)? > 0 {
+                return Ok(None);
+            }
             (self.left, self.padding) = (0, 0);
             let Some(header) = self.header()? else { return Ok(None) };
             match header.entry_type() {
@@ -149,12 +155,17 @@ impl<R: Read> ArchiveReader<R> {
         };
         let link = pax.linkpath.or(extensions.link);
         let link = link.unwrap_or_else(|| header.link_name_bytes().unwrap_or_default().into_owned());
-        let stored = if matches!(kind, Kind::File | Kind::Unknown) { pax.size.map_or_else(|| self.size(header), Ok)? } else { 0 };
+        let stored = if matches!(kind, Kind::File | Kind::Unknown) {
+            pax.size.map_or_else(|| self.size(header), Ok)?
+        } else {
+            0
+        };
         let number = |value: io::Result<u64>, what| value.ok().and_then(|n| u32::try_from(n).ok()).ok_or(what);
         let uid = pax.uid.map_or_else(|| number(header.uid(), "an owner that is no number"), Ok);
         let gid = pax.gid.map_or_else(|| number(header.gid(), "a group that is no number"), Ok);
         let mode = header.mode().map_err(|_| "a mode that is no number");
-        let mtime = pax.mtime.unwrap_or_else(|| (header.mtime().ok().and_then(|n| i64::try_from(n).ok()).unwrap_or(0), 0));
+        let mtime =
+            pax.mtime.unwrap_or_else(|| (header.mtime().ok().and_then(|n| i64::try_from(n).ok()).unwrap_or(0), 0));
         let mut item = Item {
             name,
             link,
@@ -200,7 +211,11 @@ impl<R: Read> ArchiveReader<R> {
             };
         }
         let bytes = header.as_bytes();
-        let sum: u32 = bytes.iter().enumerate().map(|(at, byte)| if (148..156).contains(&at) { 32 } else { u32::from(*byte) }).sum();
+        let sum: u32 = bytes
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| if (148..156).contains(&at) { 32 } else { u32::from(*byte) })
+            .sum();
         if header.cksum().ok() != Some(sum) {
             return Err(self.damaged("the next header has a wrong checksum"));
         }
@@ -226,7 +241,8 @@ impl<R: Read> ArchiveReader<R> {
     }
 
     fn start_body(&mut self, size: u64) -> Result<(), ArchiveError> {
-        let padded = size.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| self.damaged("a size beyond all disks"))?;
+        let padded =
+            size.checked_next_multiple_of(BLOCK as u64).ok_or_else(|| self.damaged("a size beyond all disks"))?;
         (self.left, self.padding) = (size, padded - size);
         Ok(())
     }
@@ -286,16 +302,17 @@ impl<R: Read> ArchiveReader<R> {
         Ok(lines.segments())
     }
 
-    fn pass(&mut self, mut bytes: u64) -> Result<(), ArchiveError> {
+    /// Reads over so many bytes; gives those that were missing at the stream's end.
+    fn pass(&mut self, mut bytes: u64) -> Result<u64, ArchiveError> {
         let mut waste = [0; 4096];
         while bytes > 0 {
             let take = waste.len().min(usize::try_from(bytes).unwrap_or(usize::MAX));
             match self.reader.read(&mut waste[..take]).map_err(|source| self.unreadable(source))? {
-                0 => return Err(self.damaged("it ends in the middle of a file")),
+                0 => break,
                 count => bytes -= count as u64,
             }
         }
-        Ok(())
+        Ok(bytes)
     }
 
     fn damaged(&self, what: &'static str) -> ArchiveError {

@@ -21,7 +21,9 @@ impl Compression {
     /// By the layer's media type (image-spec layer.md; Docker schema 2).
     pub fn of_media_type(media_type: &str) -> Option<Self> {
         match media_type {
-            "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => Some(Self::None),
+            "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => {
+                Some(Self::None)
+            }
             "application/vnd.oci.image.layer.v1.tar+gzip" | "application/vnd.docker.image.rootfs.diff.tar.gzip" => {
                 Some(Self::Gzip)
             }
@@ -146,7 +148,8 @@ fn unpack_archive(
     let mut plain = BufReader::with_capacity(BUFFER_BYTES, Hashing::new(reader));
     unpack::unpack(&mut plain, dir, below, bounds)?;
     // The padding behind the archive's end, which may not go on for ever either.
-    let padding = io::copy(&mut plain.by_ref().take(PADDING_MAX_BYTES + 1), &mut io::sink()).map_err(LayerError::Decompress)?;
+    let padding =
+        io::copy(&mut plain.by_ref().take(PADDING_MAX_BYTES + 1), &mut io::sink()).map_err(LayerError::Decompress)?;
     if padding > PADDING_MAX_BYTES {
         return Err(LayerError::Padding { max: PADDING_MAX_BYTES });
     }

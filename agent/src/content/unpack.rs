@@ -335,7 +335,8 @@ impl<R: Read> Unpacker<'_, R> {
     }
 
     fn finish(self) -> Result<(), UnpackError> {
-        let wrote = |name: &Path, errno: Errno| UnpackError::Write { name: name.display().to_string(), source: errno.into() };
+        let wrote =
+            |name: &Path, errno: Errno| UnpackError::Write { name: name.display().to_string(), source: errno.into() };
         if self.hides_root {
             for name in Below((self.below)()).root_names() {
                 let root = nodes::reopen(&self.root).map_err(|errno| wrote(Path::new("/"), errno))?;

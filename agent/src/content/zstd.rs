@@ -76,7 +76,9 @@ impl<R: Read> ZstdReader<R> {
             base + base / 8 * u64::from(header[1] & 7)
         };
         if window > WINDOW_MAX_BYTES {
-            return Err(bad(&format!("its zstd window of {window} bytes is more than the {WINDOW_MAX_BYTES} this device has for it")));
+            return Err(bad(&format!(
+                "its zstd window of {window} bytes is more than the {WINDOW_MAX_BYTES} this device has for it"
+            )));
         }
         Ok(header)
     }
@@ -130,8 +132,12 @@ mod tests {
     use std::process::{Command, Stdio};
 
     fn zstd(args: &[&str], input: &[u8]) -> Vec<u8> {
-        let mut child =
-            Command::new("zstd").args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("zstd is installed");
+        let mut child = Command::new("zstd")
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("zstd is installed");
         let mut stdin = child.stdin.take().unwrap();
         let input = input.to_vec();
         let writer = std::thread::spawn(move || stdin.write_all(&input));

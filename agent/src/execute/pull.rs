@@ -128,7 +128,10 @@ pub fn pull(ctx: &PullContext, image: &str, progress: &dyn Fn(Progress)) -> Resu
 type OpenSource<'c> = Box<dyn FnOnce() -> Result<Source, PullFailure> + 'c>;
 
 /// What to ask for, and whom: the mirrors of a registry, in order, then the registry.
-fn sources<'c>(ctx: &'c PullContext, image: &str) -> Result<(String, Option<Digest>, Vec<OpenSource<'c>>), PullFailure> {
+fn sources<'c>(
+    ctx: &'c PullContext,
+    image: &str,
+) -> Result<(String, Option<Digest>, Vec<OpenSource<'c>>), PullFailure> {
     if LayoutReference::is_one(image) {
         let reference = LayoutReference::parse(image).map_err(PullFailure::permanent)?;
         let (wanted, digest) = (reference.wanted(), reference.digest);
@@ -163,7 +166,9 @@ impl OneImage<'_> {
         self.check_signature(&top, &document)?;
         let manifest: ImageManifest = self.parse("manifest", &document.bytes)?;
         if !is_image(&manifest) {
-            return Err(self.unusable(&format!("not an image but an artifact of type {}", manifest.config().media_type())));
+            return Err(
+                self.unusable(&format!("not an image but an artifact of type {}", manifest.config().media_type()))
+            );
         }
         let config_digest = self.digest(manifest.config())?;
         let config = match self.ctx.content.document(config_digest) {
@@ -201,7 +206,11 @@ impl OneImage<'_> {
         }
         let index: ImageIndex = self.parse("index", &top.bytes)?;
         let Some(descriptor) = platform::choose(&index, architecture()) else {
-            return Err(self.unusable(&format!("nothing for linux/{}, only {}", architecture(), platform::list(&index))));
+            return Err(self.unusable(&format!(
+                "nothing for linux/{}, only {}",
+                architecture(),
+                platform::list(&index)
+            )));
         };
         Ok(self.source.manifest(descriptor.digest().as_ref())?)
     }
@@ -212,7 +221,8 @@ impl OneImage<'_> {
             if self.is_named_by_digest {
                 return Ok(());
             }
-            let text = format!("{} is named by a tag, and this device takes unsigned images by digest only", self.image);
+            let text =
+                format!("{} is named by a tag, and this device takes unsigned images by digest only", self.image);
             return Err(PullFailure::permanent(Reason::new(Code::ImageUnsigned, text).next("name it by its digest")));
         }
         let on_top = self.signed(top.digest)?;

@@ -175,7 +175,10 @@ mod tests {
     fn names_of_layouts() {
         let digest = Digest::of(b"x");
         let parsed = LayoutReference::parse(&format!("oci:/mnt/stick:app@{digest}")).unwrap();
-        assert_eq!(parsed, LayoutReference { path: "/mnt/stick".into(), reference: Some("app".to_owned()), digest: Some(digest) });
+        assert_eq!(
+            parsed,
+            LayoutReference { path: "/mnt/stick".into(), reference: Some("app".to_owned()), digest: Some(digest) }
+        );
         assert_eq!(LayoutReference::parse("oci:/mnt").unwrap().wanted(), "");
         for bad in ["oci:mnt", "oci:/mnt:", "oci:/mnt@sha256:0", "oci:"] {
             assert!(LayoutReference::parse(bad).is_err(), "{bad}");

@@ -99,7 +99,8 @@ impl Client {
             Some(path) => {
                 let pem = std::fs::read(path)
                     .map_err(|error| configuration(format!("CA of {registry}: {}: {error}", path.display())))?;
-                certificates(&pem).ok_or_else(|| configuration(format!("CA of {registry}: {} has no certificate", path.display())))?
+                certificates(&pem)
+                    .ok_or_else(|| configuration(format!("CA of {registry}: {} has no certificate", path.display())))?
             }
         };
         let password = match (&config.password, &config.password_file) {
@@ -139,10 +140,9 @@ impl Client {
     /// The referrers of an image: by the API, or by the tag that stands in for it where a registry has none.
     pub fn referrers(&self, repository: &str, digest: Digest) -> Result<Option<Document>, RegistryError> {
         const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-        for path in [
-            format!("/{repository}/referrers/{digest}"),
-            format!("/{repository}/manifests/sha256-{}", digest.hex()),
-        ] {
+        for path in
+            [format!("/{repository}/referrers/{digest}"), format!("/{repository}/manifests/sha256-{}", digest.hex())]
+        {
             match self.document(&path, INDEX, None) {
                 Ok(document) if document.media_type.starts_with(INDEX) => return Ok(Some(document)),
                 Ok(_) => {}
@@ -264,7 +264,9 @@ impl Client {
         let challenge = response.headers().get(header::WWW_AUTHENTICATE).and_then(|value| value.to_str().ok());
         let authorization = match challenge.and_then(Challenge::parse) {
             Some(Challenge::Basic) => self.basic.clone().ok_or_else(|| unauthorized("it wants a password"))?,
-            Some(Challenge::Bearer { realm, .. }) if self.base.starts_with("https:") && !realm.starts_with("https:") => {
+            Some(Challenge::Bearer { realm, .. })
+                if self.base.starts_with("https:") && !realm.starts_with("https:") =>
+            {
                 return Err(unauthorized("its token service is not encrypted"));
             }
             Some(Challenge::Bearer { realm, service, scope }) => {
@@ -279,7 +281,9 @@ impl Client {
                 let mut text = String::new();
                 let mut body = response.into_body().into_reader().take(64 << 10);
                 body.read_to_string(&mut text).map_err(|error| broken(&realm, &error))?;
-                auth::token(&text).map(|token| format!("Bearer {token}")).ok_or_else(|| unauthorized("no token came"))?
+                auth::token(&text)
+                    .map(|token| format!("Bearer {token}"))
+                    .ok_or_else(|| unauthorized("no token came"))?
             }
             None => return Err(unauthorized("it does not say how to log in")),
         };
@@ -293,6 +297,9 @@ impl Client {
     fn refused(&self, what: &str, response: &Response<Body>) -> RegistryError {
         let mut error = refused(what, response);
         if error.reason.code == Code::ImageUnauthorized {
+            if self.basic.is_some() {
+                error.reason.text.push_str(": the user name or password is wrong, or may not read this");
+            }
             error.reason = error.reason.next(self.credentials_hint());
         }
         error
@@ -375,4 +382,3 @@ fn pause(tries: u32, asked: Option<Duration>) {
     #[expect(clippy::disallowed_methods, reason = "this thread was made for one pull and has nothing else to do")]
     std::thread::sleep(asked.unwrap_or(backoff).min(RETRY_AFTER_MAX));
 }
-

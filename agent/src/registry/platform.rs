@@ -32,7 +32,12 @@ pub fn choose<'i>(index: &'i ImageIndex, architecture: &str) -> Option<&'i Descr
         let variant = platform.variant().as_deref().unwrap_or("");
         variants(architecture).iter().position(|known| *known == variant).filter(|_| fits)
     };
-    index.manifests().iter().filter_map(|descriptor| Some((rank(descriptor)?, descriptor))).min_by_key(|(rank, _)| *rank).map(|(_, descriptor)| descriptor)
+    index
+        .manifests()
+        .iter()
+        .filter_map(|descriptor| Some((rank(descriptor)?, descriptor)))
+        .min_by_key(|(rank, _)| *rank)
+        .map(|(_, descriptor)| descriptor)
 }
 
 /// What an index has, for people: `linux/amd64, linux/arm/v7`.

@@ -88,7 +88,11 @@ fn time(value: &[u8]) -> Option<(i64, u32)> {
     let nine: String = fraction.chars().chain("000000000".chars()).take(9).collect();
     let nanos: u32 = nine.parse().ok()?;
     // -1.25 is 0.75 after -2.
-    if text.starts_with('-') && nanos > 0 { Some((whole.checked_sub(1)?, 1_000_000_000 - nanos)) } else { Some((whole, nanos)) }
+    if text.starts_with('-') && nanos > 0 {
+        Some((whole.checked_sub(1)?, 1_000_000_000 - nanos))
+    } else {
+        Some((whole, nanos))
+    }
 }
 
 #[cfg(test)]

@@ -204,7 +204,8 @@ impl Below {
     fn find(&self, path: &Path, flags: OFlags) -> Option<File> {
         let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         for layer in self.0.iter().rev() {
-            let root = rustix::fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+            let root =
+                rustix::fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
             match openat2(&root, path, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), inside) {
                 Err(Errno::NOENT) => {}
                 found => return found.ok().map(File::from),

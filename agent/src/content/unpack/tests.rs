@@ -1,6 +1,6 @@
 use super::*;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use rustix::fs::XattrFlags;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use tar::{Builder, EntryType, Header};
 
 fn unpack_in_bounds(archive: &[u8], dir: &Path, below: &[PathBuf]) -> Result<(), UnpackError> {
@@ -106,11 +106,19 @@ fn links_do_not_lead_out() {
     let outside = ground.outside.to_str().unwrap().to_owned();
     // A link to the outside, then a file through it; the link replaced between two entries; a link to a link.
     let _ = ground.unpack(&entries(&[(Symlink, "way", &outside, b""), (Regular, "way/x", "", b"x")]));
-    let _ = ground.unpack(&entries(&[(Directory, "d", "", b""), (Symlink, "d", "../outside", b""), (Regular, "d/x", "", b"x")]));
+    let _ = ground.unpack(&entries(&[
+        (Directory, "d", "", b""),
+        (Symlink, "d", "../outside", b""),
+        (Regular, "d/x", "", b"x"),
+    ]));
     let _ = ground.unpack(&entries(&[(Symlink, "up", "../../../../..", b""), (Regular, "up/x", "", b"x")]));
     let _ = ground.unpack(&entries(&[(Symlink, "file", "../outside/secret", b""), (Regular, "file", "", b"x")]));
     let _ = ground.unpack(&entries(&[(Link, "hard", "../outside/secret", b"")]));
-    let _ = ground.unpack(&entries(&[(Symlink, "s", "../outside/secret", b""), (Link, "h", "s", b""), (Regular, "h", "", b"x")]));
+    let _ = ground.unpack(&entries(&[
+        (Symlink, "s", "../outside/secret", b""),
+        (Link, "h", "s", b""),
+        (Regular, "h", "", b"x"),
+    ]));
     let escape = format!("{outside}/secret");
     assert!(matches!(ground.unpack(&entries(&[(Link, "abs", &escape, b"")])), Err(UnpackError::DanglingLink { .. })));
 }
@@ -187,7 +195,9 @@ fn the_same_tree_as_tar_gives() {
     let made = std::process::Command::new("sh").args(["-ec", script]).current_dir(source.path()).status().unwrap();
     assert!(made.success());
     let whole_seconds = |text: String| {
-        text.lines().map(|line| line.rsplit_once('.').filter(|_| line.contains('|')).map_or(line, |(l, _)| l).to_owned()).collect::<Vec<_>>()
+        text.lines()
+            .map(|line| line.rsplit_once('.').filter(|_| line.contains('|')).map_or(line, |(l, _)| l).to_owned())
+            .collect::<Vec<_>>()
     };
     for options in [
         &["--format=gnu"][..],
@@ -245,9 +255,16 @@ fn whiteouts_never_hide_what_the_same_layer_brings() {
 #[test]
 fn a_layer_over_others_takes_what_it_needs_from_them() {
     let below = Ground::new();
-    below.unpack(&entries(&[(Directory, "dir/", "", b""), (Regular, "dir/tool", "", b"tool"), (Regular, "gone", "", b"")])).unwrap();
+    below
+        .unpack(&entries(&[
+            (Directory, "dir/", "", b""),
+            (Regular, "dir/tool", "", b"tool"),
+            (Regular, "gone", "", b""),
+        ]))
+        .unwrap();
     let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-    rustix::fs::setxattr(below.layer.join("dir/tool"), "security.capability", &capability, XattrFlags::empty()).unwrap();
+    rustix::fs::setxattr(below.layer.join("dir/tool"), "security.capability", &capability, XattrFlags::empty())
+        .unwrap();
     std::os::unix::fs::chown(below.layer.join("dir"), Some(7), Some(8)).unwrap();
     std::fs::set_permissions(below.layer.join("dir"), std::fs::Permissions::from_mode(0o700)).unwrap();
     let ground = Ground::new();
@@ -327,8 +344,9 @@ fn any_entry() -> impl Strategy<Value = (EntryType, String, String, Vec<u8>)> {
     let name = "[ab](/[ab.]{1,2}){0,3}/?|(\\.\\./)?[ab]|/[ab]|\\.wh\\.[ab]|[ab]/\\.wh\\.\\.wh\\.\\.opq";
     let kind = prop::sample::select(vec![Regular, Directory, Symlink, Link, Fifo]);
     let target = "[ab](/[ab]){0,2}|\\.\\./outside/secret|/[ab]|\\.\\.";
-    (kind, name, target, prop::collection::vec(any::<u8>(), 0..600))
-        .prop_map(|(kind, name, target, content)| (kind, name, target, if kind == Regular { content } else { Vec::new() }))
+    (kind, name, target, prop::collection::vec(any::<u8>(), 0..600)).prop_map(|(kind, name, target, content)| {
+        (kind, name, target, if kind == Regular { content } else { Vec::new() })
+    })
 }
 
 proptest! {

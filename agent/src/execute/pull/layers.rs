@@ -181,11 +181,8 @@ impl Work<'_> {
         let mut reader = Watched { stream, size_left: layer.size, unreported: 0, progress, failed: &self.failed };
         let expected = Expected { digest: layer.digest, diff_id: layer.diff_id, compression: layer.compression };
         let images = &self.ctx.images;
-        let bounds = Bounds {
-            bytes_max: images.layer_max.0,
-            entries_max: images.layer_entries_max,
-            disk_left: &self.disk_left,
-        };
+        let bounds =
+            Bounds { bytes_max: images.layer_max.0, entries_max: images.layer_entries_max, disk_left: &self.disk_left };
         match unpack_stream(&mut reader, &expected, staged.path(), &|| self.below(index), bounds) {
             Ok(()) => Ok(staged.publish().map_err(disk)?),
             Err(_) if self.failed.load(Ordering::Relaxed) => Err(Stopped::GivenUp),
@@ -207,7 +204,8 @@ impl Work<'_> {
 
     fn refused(&self, layer: &Layer, error: &LayerError) -> PullFailure {
         let text = format!("{}: layer {}: {}", self.image, layer.digest.short(), inline_chain(error));
-        let is_full = |source: &io::Error| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        let is_full =
+            |source: &io::Error| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
         match error {
             LayerError::Unpack(UnpackError::Write { source, .. }) if is_full(source) => {
                 PullFailure::passing(Code::DiskFull, text)
