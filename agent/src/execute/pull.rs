@@ -135,7 +135,7 @@ fn sources<'c>(
     if LayoutReference::is_one(image) {
         let reference = LayoutReference::parse(image).map_err(PullFailure::permanent)?;
         let (wanted, digest) = (reference.wanted(), reference.digest);
-        let open: OpenSource<'c> = Box::new(move || Ok(Source::Layout(Layout::open(&reference.path)?)));
+        let open: OpenSource<'c> = Box::new(move || Ok(Source::Layout(Box::new(Layout::open(&reference.path)?))));
         return Ok((wanted, digest, vec![open]));
     }
     let reference = Reference::parse(image).map_err(PullFailure::permanent)?;

@@ -19,7 +19,7 @@ pub trait BlobStream: Read {
 
 pub enum Source {
     Registry { client: Box<Client>, repository: String },
-    Layout(Layout),
+    Layout(Box<Layout>),
 }
 
 impl Source {

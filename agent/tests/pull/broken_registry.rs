@@ -279,3 +279,57 @@ fn an_image_that_does_not_fit_is_refused_with_the_three_numbers() {
     assert!(device.has_nothing_half_done());
     assert_eq!(server.requests().len(), 2, "manifest and configuration, no layer");
 }
+
+#[test]
+fn two_images_that_share_layers_fetch_them_once() {
+    let good = Good::new();
+    let (digest, server_has) = (good.digest, good.clone());
+    let server = FaultServer::start(move |request| server_has.answer(request));
+    let device = Device::new([(server.host.clone(), plain_http())]).trusting_digests();
+    std::thread::scope(|scope| {
+        for name in ["one", "two", "three"] {
+            let (device, server) = (&device, &server);
+            scope.spawn(move || device.pull(&format!("{}/{name}@{digest}", server.host)).unwrap());
+        }
+    });
+    let large = server.requests().into_iter().filter(|request| good.is_large_layer(request)).count();
+    assert_eq!(large, 1);
+}
+
+#[test]
+fn an_archive_that_leads_out_is_refused_by_the_name_of_its_entry() {
+    // Digest and diff id are right: only the entries are not.
+    let mut header = tar::Header::new_gnu();
+    header.set_size(1);
+    header.set_mode(0o644);
+    let name = b"../../escape";
+    header.as_old_mut().name[..name.len()].copy_from_slice(name);
+    header.set_cksum();
+    let mut archive = tar::Builder::new(Vec::new());
+    archive.append(&header, &b"x"[..]).unwrap();
+    let layer = archive.into_inner().unwrap();
+    let media = "application/vnd.oci.image";
+    let config = format!(
+        r#"{{"architecture":"{}","os":"linux","rootfs":{{"type":"layers","diff_ids":["{}"]}},"config":{{}}}}"#,
+        edged::registry::platform::architecture(),
+        Digest::of(&layer)
+    );
+    let manifest = format!(
+        r#"{{"schemaVersion":2,"mediaType":"{media}.manifest.v1+json","config":{{"mediaType":"{media}.config.v1+json","size":{},"digest":"{}"}},"layers":[{{"mediaType":"{media}.layer.v1.tar","size":{},"digest":"{}"}}]}}"#,
+        config.len(),
+        Digest::of(config.as_bytes()),
+        layer.len(),
+        Digest::of(&layer)
+    );
+    let digest = Digest::of(manifest.as_bytes());
+    let documents = [layer, config.into_bytes(), manifest.into_bytes()];
+    let server = FaultServer::start(move |request| {
+        let found = documents.iter().find(|bytes| request.path.ends_with(&Digest::of(bytes).to_string()));
+        found.map_or_else(|| Answer::new(404, ""), |bytes| Answer::new(200, bytes.clone()))
+    });
+    let device = Device::new([(server.host.clone(), plain_http())]).trusting_digests();
+    let failure = device.pull(&format!("{}/app@{digest}", server.host)).unwrap_err();
+    assert!(failure.permanent && failure.reason.code == Code::LayerRefused, "{}", failure.reason);
+    assert!(failure.reason.text.contains("`../../escape`"), "{}", failure.reason);
+    assert!(device.has_nothing_half_done() && !device.ctx.data.join("escape").exists());
+}
