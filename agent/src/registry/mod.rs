@@ -75,6 +75,8 @@ pub struct Client {
     base: String,
     name: String,
     basic: Option<String>,
+    /// [`STALL_TIMEOUT`].
+    stall_timeout: Duration,
     authorization: Arc<Mutex<Option<String>>>,
 }
 
@@ -122,6 +124,7 @@ impl Client {
             base: format!("{scheme}://{registry}/v2"),
             name: registry.to_owned(),
             basic,
+            stall_timeout: STALL_TIMEOUT,
             authorization: Arc::default(),
         })
     }
@@ -219,7 +222,7 @@ impl Client {
                 request = request.header(header::AUTHORIZATION, authorization);
             }
             let timeouts = request.config().timeout_recv_body(Some(body_timeout));
-            let request = timeouts.timeout_per_read(Some(STALL_TIMEOUT)).build();
+            let request = timeouts.timeout_per_read(Some(self.stall_timeout)).build();
             let response = request.call().map_err(|error| unreachable(what, &error))?;
             let status = response.status();
             if status == StatusCode::UNAUTHORIZED && is_registry && !authorized {
@@ -381,4 +384,57 @@ fn pause(tries: u32, asked: Option<Duration>) {
     let backoff = Duration::from_millis((200 << tries.min(5)) + u64::from(random[0]));
     #[expect(clippy::disallowed_methods, reason = "this thread was made for one pull and has nothing else to do")]
     std::thread::sleep(asked.unwrap_or(backoff).min(RETRY_AFTER_MAX));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    /// Answers the first request with half of the body and then says nothing more, the second as it should.
+    fn stalls_once(listener: &TcpListener, body: &[u8]) -> (TcpStream, String) {
+        let request = |listener: &TcpListener| {
+            let stream = listener.accept().unwrap().0;
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let head: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+            (stream, head.join("\n").to_lowercase())
+        };
+        let (mut first, _) = request(listener);
+        write!(first, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).unwrap();
+        first.write_all(&body[..body.len() / 2]).unwrap();
+        let (mut second, head) = request(listener);
+        let rest = &body[body.len() / 2..];
+        let range = format!("bytes {}-{}/{}", body.len() / 2, body.len() - 1, body.len());
+        write!(second, "HTTP/1.1 206 X\r\nContent-Range: {range}\r\nContent-Length: {}\r\n\r\n", rest.len()).unwrap();
+        second.write_all(rest).unwrap();
+        (first, head)
+    }
+
+    #[test]
+    fn a_link_that_falls_silent_is_left_and_the_blob_goes_on_from_there() {
+        let body: Vec<u8> = (0..100_000_u32).map(|n| n.to_be_bytes()[3]).collect();
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let mut client = Client::new(&host, &Registry { insecure_http: true, ..Registry::default() }).unwrap();
+        client.stall_timeout = Duration::from_millis(300);
+        let sent = body.clone();
+        let server = std::thread::spawn(move || stalls_once(&listener, &sent));
+        let mut read = Vec::new();
+        client.blob("app", Digest::of(&body), body.len() as u64).read_to_end(&mut read).unwrap();
+        assert!(read == body);
+        let (_, head) = server.join().unwrap();
+        assert!(head.contains("range: bytes=50000-"), "{head}");
+    }
+
+    #[test]
+    fn a_location_leads_where_rfc_3986_says() {
+        let base = "https://r.example:5000/v2/x/blobs/y?z=1";
+        let to = |location| absolute(base, location);
+        assert_eq!(to("/a?b"), Some("https://r.example:5000/a?b".to_owned()));
+        assert_eq!(to("//s.example/a"), Some("https://s.example/a".to_owned()));
+        assert_eq!(to("http://s.example/a"), Some("http://s.example/a".to_owned()));
+        assert_eq!(to("file:///etc/passwd"), None);
+        assert_eq!(to("a/b"), None);
+    }
 }
