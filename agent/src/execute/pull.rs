@@ -89,16 +89,20 @@ pub fn is_whole(content: &Content, image: &ReadyImage) -> bool {
     image.layers.iter().all(|chain| content.has_layer(*chain))
 }
 
-/// What a name was pulled to, if all of it is still on the disk: asks no network. It was verified when it was pulled.
-pub fn ready(content: &Content, image: &str) -> Option<ReadyImage> {
-    let record: Record = serde_json::from_slice(&content.record(image)?).ok()?;
-    (record.image == image && is_whole(content, &record.ready)).then_some(record.ready)
+/// What a name was pulled to, if all of it is still on the disk: asks no network. It was verified when it was pulled; what
+/// was taken without signatures is not ready on a device that has come to want them.
+pub fn ready(ctx: &PullContext, image: &str) -> Option<ReadyImage> {
+    let record: Record = serde_json::from_slice(&ctx.content.record(image)?).ok()?;
+    let believed = record.signed || ctx.images.policy == ImagePolicy::Digest;
+    (record.image == image && believed && is_whole(&ctx.content, &record.ready)).then_some(record.ready)
 }
 
 /// What is kept on disk of a name.
 #[derive(Serialize, Deserialize)]
 struct Record {
     image: String,
+    /// Its signatures were checked.
+    signed: bool,
     ready: ReadyImage,
 }
 
@@ -108,7 +112,7 @@ pub fn pull(ctx: &PullContext, image: &str, progress: &dyn Fn(Progress)) -> Resu
     let (wanted, digest, sources) = sources(ctx, image)?;
     // A digest never means anything else later; a tag may have moved.
     if digest.is_some() {
-        if let Some(ready) = ready(&ctx.content, image) {
+        if let Some(ready) = ready(ctx, image) {
             return Ok(ready);
         }
     }
@@ -186,7 +190,8 @@ impl OneImage<'_> {
             self.ctx.content.put_document(bytes).map_err(|error| self.disk(&error))?;
         }
         let ready = ready_image(document.digest, layers.iter().map(|layer| layer.chain).collect(), &configuration);
-        let record = Record { image: self.image.to_owned(), ready };
+        let signed = self.ctx.images.policy == ImagePolicy::Signature;
+        let record = Record { image: self.image.to_owned(), signed, ready };
         let bytes = serde_json::to_vec(&record).map_err(|error| self.unusable(&error.to_string()))?;
         // Last of all: what it speaks of is on the disk.
         self.ctx.content.put_record(self.image, &bytes).map_err(|error| self.disk(&error))?;
@@ -243,8 +248,11 @@ impl OneImage<'_> {
         if descriptors.len() != diff_ids.len() {
             return Err(self.unusable(&format!("{} layers, but {} diff ids", descriptors.len(), diff_ids.len())));
         }
-        if descriptors.is_empty() || descriptors.len() > LAYERS_MAX {
-            return Err(self.unusable(&format!("{} layers; 1 to {LAYERS_MAX} are possible", descriptors.len())));
+        // All layers have names of the same length.
+        let name_bytes = self.ctx.content.layer(Digest::of(b"")).as_os_str().len() + 1;
+        let layers_max = LOWER_DIRS_MAX_BYTES / name_bytes;
+        if descriptors.is_empty() || descriptors.len() > layers_max {
+            return Err(self.unusable(&format!("{} layers; 1 to {layers_max} are possible here", descriptors.len())));
         }
         let mut below = None;
         let layer = |(descriptor, diff_id): (&Descriptor, &String)| {
@@ -276,8 +284,9 @@ impl OneImage<'_> {
     }
 }
 
-/// overlayfs takes up to 500 lower directories (OVL_MAX_STACK), and their names must fit one page of mount options.
-const LAYERS_MAX: usize = 127;
+/// The names of an overlay's lower directories: mount(2) takes one page of options, some of it for the other options. An
+/// image of more layers would be fetched in vain.
+const LOWER_DIRS_MAX_BYTES: usize = 4096 - 512;
 
 fn is_image(manifest: &ImageManifest) -> bool {
     let config = manifest.config().media_type().to_string();

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
+use edged::config::ImagePolicy;
 use edged::execute::pull::{self, Progress};
 use edged_model::reason::Code;
 
@@ -44,9 +45,9 @@ fn a_signed_image_is_pulled_once_and_then_ready_without_a_network() {
 
     drop(registry);
     assert_eq!(device.pull(&image).unwrap(), ready, "the registry is gone");
-    assert_eq!(pull::ready(&device.ctx.content, &image).unwrap(), ready);
+    assert_eq!(pull::ready(&device.ctx, &image).unwrap(), ready);
     std::fs::remove_dir_all(device.layer(&ready, 0)).unwrap();
-    assert_eq!(pull::ready(&device.ctx.content, &image), None, "a layer is gone");
+    assert_eq!(pull::ready(&device.ctx, &image), None, "a layer is gone");
     assert_eq!(device.pull(&image).unwrap_err().reason.code, Code::RegistryUnavailable);
 }
 
@@ -171,12 +172,14 @@ fn mirrors_are_asked_first_and_passed_over_when_they_fail() {
 fn a_layout_on_a_stick_is_verified_the_same_way() {
     let dir = tempfile::tempdir().unwrap();
     let (layout, digest) = sample(dir.path());
-    let device = Device::new([]).trusting_digests();
-    let ready = device.pull(&format!("oci:{}:v1@{digest}", layout.display())).unwrap();
+    let mut device = Device::new([]).trusting_digests();
+    let named = format!("oci:{}:v1@{digest}", layout.display());
+    let ready = device.pull(&named).unwrap();
     assert_eq!((ready.digest, ready.layers.len()), (digest, 2));
     assert_eq!(device.pull(&format!("oci:{}:v1", layout.display())).unwrap_err().reason.code, Code::ImageUnsigned);
     assert_eq!(device.pull("oci:/nowhere:v1").unwrap_err().reason.code, Code::ImageNotFound);
-    let signatures = Device::new([]);
-    let unsigned = signatures.pull(&format!("oci:{}:v1@{digest}", layout.display())).unwrap_err();
-    assert_eq!(unsigned.reason.code, Code::ImageUnsigned);
+    device.ctx.images.policy = ImagePolicy::Signature;
+    let unsigned = device.pull(&named).unwrap_err();
+    assert_eq!(unsigned.reason.code, Code::ImageUnsigned, "what was taken without signatures is not ready any more");
+    assert_eq!(pull::ready(&device.ctx, &named), None);
 }
