@@ -279,6 +279,44 @@ fn a_layer_over_others_takes_what_it_needs_from_them() {
     assert!(std::fs::metadata(ground.layer.join("gone")).unwrap().file_type().is_char_device(), "an opaque root");
 }
 
+/// What overlayfs makes of two layers, in a mount namespace of its own.
+fn overlay_names(lower: &Path, upper: &Path) -> String {
+    let script = format!(
+        "mount -t overlay overlay -o ro,lowerdir={}:{} /mnt && cd /mnt && find . | LC_ALL=C sort",
+        upper.display(),
+        lower.display()
+    );
+    let output = std::process::Command::new("unshare").args(["-m", "sh", "-ec", &script]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().replace('\n', " ")
+}
+
+#[test]
+fn overlayfs_understands_the_whiteouts() {
+    let (lower, upper) = (Ground::new(), Ground::new());
+    let files = ["gone", "kept", "dir/gone", "dir/kept", "opaque/old", "again/old"];
+    lower.unpack(&entries(&files.map(|name| (Regular, name, "", &b""[..])))).unwrap();
+    let archive = entries(&[
+        (Regular, ".wh.gone", "", b""),
+        (Regular, "dir/.wh.gone", "", b""),
+        (Regular, "opaque/.wh..wh..opq", "", b""),
+        (Regular, "opaque/new", "", b""),
+        (Regular, ".wh.again", "", b""),
+        (Regular, "again/new", "", b""),
+    ]);
+    upper.unpack_over(&archive, std::slice::from_ref(&lower.layer)).unwrap();
+    let seen = overlay_names(&lower.layer, &upper.layer);
+    assert_eq!(seen.trim(), ". ./again ./again/new ./dir ./dir/kept ./kept ./opaque ./opaque/new");
+    // The whole root made anew.
+    let anew = Ground::new();
+    anew.unpack_over(
+        &entries(&[(Regular, ".wh..wh..opq", "", b""), (Regular, "new", "", b"")]),
+        std::slice::from_ref(&lower.layer),
+    )
+    .unwrap();
+    assert_eq!(overlay_names(&lower.layer, &anew.layer).trim(), ". ./new");
+}
+
 #[test]
 fn attributes_and_sub_second_times_of_pax_headers() {
     let mut archive = Builder::new(Vec::new());
