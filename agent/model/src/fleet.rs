@@ -33,6 +33,9 @@ pub struct Problem {
     pub code: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+    /// With `reportReplayed`: the number above which the fleet takes the next report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_number: Option<u64>,
 }
 
 impl Problem {
@@ -44,6 +47,7 @@ impl Problem {
             detail: detail.into(),
             code: None,
             next: None,
+            last_number: None,
         }
     }
 
@@ -166,9 +170,12 @@ pub struct DeviceStatus {
     pub key_id: Option<Digest>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enrolled_at: Option<Timestamp>,
-    /// Its last request of any kind.
+    /// Its enrolment or its last signed report: proved with its key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_seen: Option<Timestamp>,
+    /// When its manifest was last asked for. Anyone may ask, so this proves nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_poll: Option<Timestamp>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest: Option<ManifestSummary>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -46,7 +46,10 @@ pub struct DeviceRow {
     pub groups: Vec<GroupName>,
     pub key_id: Option<Digest>,
     pub enrolled_at: Option<Timestamp>,
+    /// Last enrolment or signed report: proved.
     pub last_seen: Option<Timestamp>,
+    /// Last time somebody asked for its manifest: anyone may.
+    pub last_poll: Option<Timestamp>,
     pub manifest: Option<ManifestSummary>,
     pub last_report: Option<ReportRow>,
 }
@@ -133,7 +136,8 @@ pub trait Db: Send + Sync {
     /// The PEM of the device's key.
     fn device_key(&self, device: &DeviceId) -> Result<Option<String>, DbError>;
     fn add_report(&self, device: &DeviceId, report: &ReportRow) -> Result<ReportOutcome, DbError>;
-    fn seen(&self, device: &DeviceId, now: Timestamp) -> Result<(), DbError>;
+    /// Notes a poll. Written at most twice a minute, and only for devices that enrolled.
+    fn polled(&self, device: &DeviceId, now: Timestamp) -> Result<(), DbError>;
     /// All devices by name, after `after`, at most `limit`.
     fn devices(&self, after: Option<&DeviceId>, limit: u32) -> Result<Vec<DeviceRow>, DbError>;
     fn device(&self, device: &DeviceId) -> Result<Option<DeviceRow>, DbError>;
