@@ -11,7 +11,7 @@ use crate::observed::RestartHistory;
 use crate::quantity::{Bytes, Timestamp};
 use crate::reason::Reason;
 use crate::report::{DiskReport, Pressure, Refusal};
-use crate::workload::{Health, Phase};
+use crate::workload::{ExitCause, Health, Phase};
 
 /// The largest frame either side accepts.
 pub const MAX_FRAME_BYTES: usize = 2 << 20;
@@ -128,6 +128,7 @@ pub struct WorkloadStatus {
     pub up_secs: Option<u64>,
     pub restarts: u32,
     pub oom_kills: u32,
+    pub last_exit: Option<ExitCause>,
     pub memory: Option<Bytes>,
     pub memory_max: Option<Bytes>,
     pub cpu_milli: Option<u64>,

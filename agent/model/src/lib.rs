@@ -15,11 +15,21 @@ pub mod quantity;
 /// Every *why*: code, sentence, what to do next.
 pub mod reason;
 
+/// The strict reading of CBOR.
+pub mod cbor;
+/// Signed documents: COSE.
+pub mod envelope;
+/// Ed25519 keys as PEM files.
+pub mod keys;
+
 /// The trust root: roles, keys, thresholds.
 pub mod trust;
 
 /// The manifest `edge/v1` as it travels.
 pub mod manifest;
+
+/// What must hold in a manifest beyond its shape.
+pub mod validate;
 
 /// A manifest's life on the device.
 pub mod generation;

@@ -404,3 +404,53 @@ pub struct Device {
 fn default_device_access() -> String {
     "rw".to_owned()
 }
+
+impl Manifest {
+    /// A manifest with nothing in it.
+    pub fn empty() -> Self {
+        Self {
+            api_version: API_VERSION.to_owned(),
+            device: None,
+            group: None,
+            sequence: Sequence(0),
+            issued: Timestamp(0),
+            expires: Timestamp(0),
+            workloads: BTreeMap::new(),
+            networks: BTreeMap::new(),
+            volumes: BTreeMap::new(),
+            secrets: BTreeMap::new(),
+            update: Update::default(),
+        }
+    }
+}
+
+impl Workload {
+    /// A workload with an image and all defaults (and so, without its walls, not yet a valid one).
+    pub fn of_image(image: &str) -> Self {
+        Self {
+            image: image.to_owned(),
+            command: Vec::new(),
+            args: Vec::new(),
+            env: BTreeMap::new(),
+            workdir: None,
+            user: None,
+            hostname: None,
+            resources: Resources { pids: default_pids(), ..Resources::default() },
+            restart: Restart::default(),
+            health: None,
+            depends_on: BTreeMap::new(),
+            network_mode: NetworkMode::default(),
+            ports: Vec::new(),
+            networks: BTreeMap::new(),
+            mounts: Vec::new(),
+            secrets: Vec::new(),
+            capabilities: Capabilities::default(),
+            seccomp: Seccomp::default(),
+            read_only: false,
+            devices: Vec::new(),
+            stop_signal: None,
+            stop_timeout: default_stop_timeout(),
+            labels: BTreeMap::new(),
+        }
+    }
+}

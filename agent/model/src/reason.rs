@@ -40,12 +40,15 @@ pub enum Code {
     RegistryRefused,
     ImageUnusable,
     LayerRefused,
+    ImageReady,
     // A workload.
+    Started,
     Exited,
     Signalled,
     OutOfMemory,
     StartFailed,
     Unhealthy,
+    BecameHealthy,
     BackOff,
     WaitingForDependency,
     WaitingForImage,
@@ -56,6 +59,7 @@ pub enum Code {
     NotInManifest,
     PolicyNever,
     // A generation.
+    Verified,
     Activated,
     BecameGood,
     ProbationFailed,
@@ -68,6 +72,9 @@ pub enum Code {
     DiskFull,
     ClockMoved,
     FleetUnavailable,
+    Network,
+    Busy,
+    NoSuchWorkload,
 }
 
 /// Why something is as it is.

@@ -1,1 +1,49 @@
-#![cfg_attr(not(test), forbid(unsafe_code))]
+//! The planner: `(desired, observed, now) -> plan`. Pure: no I/O, no clock of its own, no thread; it depends on the
+//! model alone.
+//!
+//! ```text
+//!  candidate ──rollout──> Staged ──> Activating ──> Probation ──> Good
+//!                                        │              └──> RolledBack (the last good one is active again)
+//!                                  per workload: diff, order, restart
+//! ```
+//!
+//! Laws (checked in `tests/laws.rs`):
+//! - a converged world's plan has no action;
+//! - what did not change is neither stopped nor started;
+//! - a workload has one run at a time, of one generation;
+//! - a workload starts only when what it depends on has got that far;
+//! - whoever waits says why, and either a time or an event ends the wait;
+//! - a transition of a generation stands alone: nothing that depends on it is ordered before it was written down.
+
+#![forbid(unsafe_code)]
+
+/// Which images and workloads nobody needs any more.
+pub mod garbage;
+/// Does it fit: memory, CPU.
+pub mod fit;
+/// The order in which workloads start.
+pub mod order;
+/// The word and the reason that people are shown for one workload.
+pub mod phase;
+/// Whether and when an ended workload starts again.
+pub mod restart;
+/// The life of generations.
+pub mod rollout;
+/// What one workload needs.
+mod workload;
+
+use edged_model::action::Plan;
+use edged_model::observed::{Desired, Observed};
+use edged_model::quantity::Now;
+
+/// What to do now. Called again after every event and when [`Plan::wake_at_boot_ms`] has come.
+pub fn plan(desired: &Desired, observed: &Observed, now: Now) -> Plan {
+    let mut plan = Plan::default();
+    rollout::candidate(desired, observed, now, &mut plan);
+    rollout::active(desired, observed, now, &mut plan);
+    let transition = plan.actions.iter().any(|action| matches!(action, edged_model::action::Action::Transition { .. }));
+    if !transition {
+        workload::all(desired, observed, now, &mut plan);
+    }
+    plan
+}

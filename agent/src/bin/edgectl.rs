@@ -1,1 +1,5 @@
-fn main() {}
+//! `edgectl`.
+
+fn main() -> std::process::ExitCode {
+    edged::cli::run()
+}

@@ -1,1 +1,32 @@
+//! The kernel's doors that no maintained crate opens safely, and the child between clone and exec. This is the only
+//! crate of edged that may say `unsafe`; each block names its invariant and who upholds it.
+//!
+//! | door | man page |
+//! |---|---|
+//! | [`spawn`] | clone(2) (clone3), pidfd_open(2) |
+//! | [`child`] | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
+//! | [`mount`] | open_tree(2), fsopen(2), move_mount(2), mount_setattr(2) |
+//! | [`resolve`] | openat2(2) |
+//! | [`privilege`] | prctl(2), capset(2), seccomp(2) |
+//! | [`fdpass`] | unix(7), SCM_RIGHTS |
+//! | [`device`] | watchdog-api, finit_module(2), clock_settime(2) |
 
+/// Starting a child: clone3 with a pidfd, into its cgroup.
+pub mod spawn;
+
+/// Everything between clone and exec.
+pub mod child;
+/// Mounts by descriptor.
+pub mod mount;
+/// Capabilities, ids, seccomp.
+pub mod privilege;
+/// Paths inside a root that is not trusted.
+pub mod resolve;
+
+/// Descriptors that an earlier self, or the keeper, left open for us.
+pub mod inherit;
+/// Messages with descriptors.
+pub mod fdpass;
+
+/// Watchdog, modules, clock: the machine itself.
+pub mod device;

@@ -1,0 +1,235 @@
+//! Signed documents: `COSE_Sign` for what several people may sign, `COSE_Sign1` for a device's report (RFC 9052), with
+//! EdDSA (RFC 9053, alg -8). The kind of document is in the protected header, so that one can never be taken for
+//! another; the signer is named by key id.
+
+use coset::{
+    CborSerializable, ContentType, CoseSign, CoseSign1, CoseSign1Builder, CoseSignBuilder, CoseSignature,
+    CoseSignatureBuilder, Header, HeaderBuilder, RegisteredLabelWithPrivate, iana,
+};
+
+use crate::cbor::{self, CborError, Keys};
+use crate::id::Digest;
+use crate::keys::{KeyError, PublicKey, SecretKey};
+use crate::reason::{Code, Reason};
+use crate::trust::KeyId;
+
+/// What is in an envelope.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Manifest,
+    TrustRoot,
+    Report,
+}
+
+impl Kind {
+    pub const fn content_type(self) -> &'static str {
+        match self {
+            Self::Manifest => "application/vnd.edged.manifest+cbor",
+            Self::TrustRoot => "application/vnd.edged.trust-root+cbor",
+            Self::Report => "application/vnd.edged.report+cbor",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EnvelopeError {
+    #[error(transparent)]
+    Cbor(#[from] CborError),
+    #[error("not a signed document (COSE): {why}")]
+    NotCose { why: String },
+    #[error("the content type is `{found}`, not `{}`", .wanted.content_type())]
+    WrongKind { wanted: Kind, found: String },
+    #[error("a critical header that this version does not know")]
+    Critical,
+    #[error("nobody has signed it")]
+    Unsigned,
+    #[error(transparent)]
+    Key(#[from] KeyError),
+}
+
+impl EnvelopeError {
+    pub fn reason(&self, what: &str) -> Reason {
+        let code = match self {
+            Self::Cbor(error) => error.code(),
+            Self::NotCose { .. } | Self::Unsigned => Code::NotSigned,
+            Self::WrongKind { .. } | Self::Critical | Self::Key(_) => Code::Malformed,
+        };
+        Reason::new(code, format!("{what}: {self}"))
+    }
+}
+
+fn header(kind: Kind) -> Header {
+    HeaderBuilder::new().content_type(kind.content_type().to_owned()).build()
+}
+
+fn signer_header(key: &KeyId) -> Header {
+    HeaderBuilder::new().algorithm(iana::Algorithm::EdDSA).key_id(key.bytes().to_vec()).build()
+}
+
+/// Packs `payload` and signs it with each of `keys`.
+pub fn sign(kind: Kind, payload: Vec<u8>, keys: &[SecretKey]) -> Result<Vec<u8>, EnvelopeError> {
+    let mut builder = CoseSignBuilder::new().protected(header(kind)).payload(payload);
+    for key in keys {
+        let signature = CoseSignatureBuilder::new().protected(signer_header(&key.public().id()?)).build();
+        builder = builder.add_created_signature(signature, b"", |bytes| key.sign(bytes));
+    }
+    builder.build().to_vec().map_err(not_cose)
+}
+
+/// Adds one more signature to an envelope: signers may be different people.
+pub fn add_signature(bytes: &[u8], kind: Kind, key: &SecretKey) -> Result<Vec<u8>, EnvelopeError> {
+    let Unverified { mut sign, .. } = open(bytes, kind)?;
+    let mut signature: CoseSignature = CoseSignatureBuilder::new().protected(signer_header(&key.public().id()?)).build();
+    signature.signature = key.sign(&sign.tbs_data(b"", &signature));
+    sign.signatures.retain(|other| other.protected.header.key_id != signature.protected.header.key_id);
+    sign.signatures.push(signature);
+    sign.to_vec().map_err(not_cose)
+}
+
+fn not_cose(error: coset::CoseError) -> EnvelopeError {
+    EnvelopeError::NotCose { why: error.to_string() }
+}
+
+/// An envelope that was read and not believed yet. Its content is out of reach until [`Unverified::signed_by`] says who
+/// stands behind it.
+#[derive(Debug)]
+pub struct Unverified {
+    sign: CoseSign,
+    /// The digest of the envelope's bytes: its name.
+    pub digest: Digest,
+}
+
+/// The content of an envelope and those of the asked keys that really signed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signed {
+    pub payload: Vec<u8>,
+    pub signers: Vec<KeyId>,
+}
+
+/// Reads an envelope strictly.
+pub fn open(bytes: &[u8], kind: Kind) -> Result<Unverified, EnvelopeError> {
+    cbor::check(bytes, Keys::TextOrInteger)?;
+    let sign = CoseSign::from_slice(bytes).map_err(not_cose)?;
+    check_kind(&sign.protected.header, kind)?;
+    let headers = sign.signatures.iter().flat_map(|s| [&s.protected.header, &s.unprotected]);
+    if headers.chain([&sign.unprotected]).any(|header| !header.crit.is_empty()) {
+        return Err(EnvelopeError::Critical);
+    }
+    if sign.signatures.is_empty() {
+        return Err(EnvelopeError::Unsigned);
+    }
+    Ok(Unverified { sign, digest: Digest::of(bytes) })
+}
+
+fn check_kind(header: &Header, wanted: Kind) -> Result<(), EnvelopeError> {
+    if !header.crit.is_empty() {
+        return Err(EnvelopeError::Critical);
+    }
+    match &header.content_type {
+        Some(ContentType::Text(text)) if text == wanted.content_type() => Ok(()),
+        found => Err(EnvelopeError::WrongKind { wanted, found: format!("{found:?}") }),
+    }
+}
+
+impl Unverified {
+    /// Who claims to have signed: for messages only.
+    pub fn claimed_signers(&self) -> Vec<KeyId> {
+        self.sign.signatures.iter().filter_map(|s| key_id(&s.protected.header)).collect()
+    }
+
+    /// The content and which of `keys` signed it, each counted once.
+    pub fn signed_by<'k>(&self, keys: impl IntoIterator<Item = &'k PublicKey>) -> Result<Signed, EnvelopeError> {
+        let mut signers = Vec::new();
+        for key in keys {
+            let id = key.id()?;
+            let is_by_key = |signature: &CoseSignature| {
+                key_id(&signature.protected.header) == Some(id)
+                    && is_eddsa(&signature.protected.header)
+                    && key.verifies(&self.sign.tbs_data(b"", signature), &signature.signature)
+            };
+            if !signers.contains(&id) && self.sign.signatures.iter().any(is_by_key) {
+                signers.push(id);
+            }
+        }
+        let payload = self.sign.payload.clone().ok_or(EnvelopeError::NotCose { why: "no payload".to_owned() })?;
+        Ok(Signed { payload, signers })
+    }
+}
+
+fn key_id(header: &Header) -> Option<KeyId> {
+    header.key_id.as_slice().try_into().ok().map(Digest::from_bytes)
+}
+
+fn is_eddsa(header: &Header) -> bool {
+    header.alg == Some(RegisteredLabelWithPrivate::Assigned(iana::Algorithm::EdDSA))
+}
+
+/// A document with one signer: a device's report.
+pub fn sign1(kind: Kind, payload: Vec<u8>, key: &SecretKey) -> Result<Vec<u8>, EnvelopeError> {
+    let mut protected = header(kind);
+    protected.alg = Some(RegisteredLabelWithPrivate::Assigned(iana::Algorithm::EdDSA));
+    let built = CoseSign1Builder::new().protected(protected).payload(payload).create_signature(b"", |b| key.sign(b));
+    built.build().to_vec().map_err(not_cose)
+}
+
+/// The content of a document that `key` signed.
+pub fn verify1(bytes: &[u8], kind: Kind, key: &PublicKey) -> Result<Vec<u8>, EnvelopeError> {
+    cbor::check(bytes, Keys::TextOrInteger)?;
+    let sign1 = CoseSign1::from_slice(bytes).map_err(not_cose)?;
+    check_kind(&sign1.protected.header, kind)?;
+    if !is_eddsa(&sign1.protected.header) {
+        return Err(EnvelopeError::NotCose { why: "not signed with EdDSA".to_owned() });
+    }
+    if !key.verifies(&sign1.tbs_data(b""), &sign1.signature) {
+        return Err(EnvelopeError::Unsigned);
+    }
+    sign1.payload.ok_or(EnvelopeError::NotCose { why: "no payload".to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u8) -> SecretKey {
+        SecretKey::from_seed(&[n; 32])
+    }
+
+    #[test]
+    fn only_who_signed_counts_and_only_once() {
+        let bytes = sign(Kind::Manifest, vec![0xa0], &[key(1), key(2)]).unwrap();
+        let asked = [key(1).public(), key(1).public(), key(3).public()];
+        let signed = open(&bytes, Kind::Manifest).unwrap().signed_by(&asked).unwrap();
+        assert_eq!(signed.signers, [key(1).public().id().unwrap()]);
+        let more = add_signature(&bytes, Kind::Manifest, &key(3)).unwrap();
+        assert_eq!(open(&more, Kind::Manifest).unwrap().signed_by(&asked).unwrap().signers.len(), 2);
+    }
+
+    #[test]
+    fn one_kind_is_never_another() {
+        let bytes = sign(Kind::TrustRoot, vec![0xa0], &[key(1)]).unwrap();
+        assert!(matches!(open(&bytes, Kind::Manifest), Err(EnvelopeError::WrongKind { .. })));
+        let report = sign1(Kind::Report, vec![0xa0], &key(1)).unwrap();
+        assert!(verify1(&report, Kind::Report, &key(1).public()).is_ok());
+        assert!(verify1(&report, Kind::Report, &key(2).public()).is_err());
+        assert!(verify1(&report, Kind::Manifest, &key(1).public()).is_err());
+        assert!(open(&report, Kind::Report).is_err(), "one signer is another structure");
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_cut_is_noticed() {
+        let bytes = sign(Kind::Manifest, b"\xa1\x61a\x01".to_vec(), &[key(1)]).unwrap();
+        let believed = |bytes: &[u8]| {
+            let signed = open(bytes, Kind::Manifest).and_then(|open| open.signed_by(&[key(1).public()]));
+            signed.is_ok_and(|signed| !signed.signers.is_empty())
+        };
+        assert!(believed(&bytes));
+        for at in 0..bytes.len() {
+            assert!(!believed(&bytes[..at]), "cut at {at}");
+            for bit in 0..8 {
+                let mut flipped = bytes.clone();
+                flipped[at] ^= 1 << bit;
+                assert!(!believed(&flipped), "bit {bit} of byte {at}");
+            }
+        }
+    }
+}

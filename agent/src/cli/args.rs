@@ -1,0 +1,158 @@
+//! The verbs and their options: one definition for the program, its help and the console.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use edged_model::api::Request;
+use edged_model::id::WorkloadName;
+
+use crate::authoring::{image::ImageCommand, key::KeyCommand, manifest::ManifestCommand, push::PushCommand, trust::TrustCommand};
+
+/// Where the agent of this machine listens.
+pub const DEFAULT_HOST: &str = "unix:/run/edged/agent.sock";
+
+#[derive(Debug, Parser)]
+#[command(name = "edgectl", version, about = "Asks and tells an edged device", max_term_width = 80)]
+pub struct Args {
+    /// The device: unix:PATH, or ssh://[USER@]HOST
+    #[arg(long, global = true, env = "EDGED_HOST", default_value = DEFAULT_HOST)]
+    pub host: String,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Output {
+    #[default]
+    Table,
+    Json,
+    Yaml,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Is the device well, what runs, what does not and why
+    Status {
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// The workloads
+    Ps {
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// All about one workload
+    Inspect {
+        workload: WorkloadName,
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// What a workload printed
+    Logs {
+        workload: WorkloadName,
+        /// Go on with what it prints from now on
+        #[arg(short, long)]
+        follow: bool,
+        /// How many lines back
+        #[arg(long)]
+        tail: Option<u32>,
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// What happened, and why
+    Events {
+        workload: Option<WorkloadName>,
+        #[arg(short, long)]
+        follow: bool,
+        #[arg(long)]
+        tail: Option<u32>,
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// Start a workload that was stopped; forget its back-off
+    Start { workload: WorkloadName },
+    /// Stop a workload until it is started again
+    Stop { workload: WorkloadName },
+    /// Stop a workload and start it again
+    Restart { workload: WorkloadName },
+    /// The manifests this device has had
+    Generations {
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// Give a signed manifest to the agent
+    Apply { file: std::path::PathBuf },
+    /// Versions of agent and keeper
+    Version {
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    Reboot,
+    Poweroff,
+    /// Make keys
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Make and look at trust roots
+    #[command(subcommand)]
+    Trust(TrustCommand),
+    /// Check, sign and look at manifests
+    #[command(subcommand)]
+    Manifest(ManifestCommand),
+    /// Pack images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Push a signed manifest to a device or a fleet
+    Push(PushCommand),
+}
+
+impl Verb {
+    pub fn output(&self) -> Output {
+        match self {
+            Self::Status { output }
+            | Self::Ps { output }
+            | Self::Inspect { output, .. }
+            | Self::Logs { output, .. }
+            | Self::Events { output, .. }
+            | Self::Generations { output }
+            | Self::Version { output } => *output,
+            _ => Output::Table,
+        }
+    }
+
+    /// What to ask the agent; `Err` for a verb that asks nobody.
+    pub fn request(&self) -> Result<Request, String> {
+        Ok(match self {
+            Self::Status { .. } | Self::Ps { .. } => Request::Status,
+            Self::Inspect { workload, .. } => Request::Inspect { workload: workload.clone() },
+            Self::Logs { workload, follow, tail, .. } => {
+                Request::Logs { workload: workload.clone(), follow: *follow, tail: *tail }
+            }
+            Self::Events { workload, follow, tail, .. } => {
+                Request::Events { follow: *follow, workload: workload.clone(), tail: *tail }
+            }
+            Self::Start { workload } => Request::Start { workload: workload.clone() },
+            Self::Stop { workload } => Request::Stop { workload: workload.clone() },
+            Self::Restart { workload } => Request::Restart { workload: workload.clone() },
+            Self::Generations { .. } => Request::Generations,
+            Self::Apply { file } => {
+                let envelope = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
+                Request::Apply { envelope }
+            }
+            Self::Version { .. } => Request::Version,
+            Self::Reboot => Request::Reboot,
+            Self::Poweroff => Request::PowerOff,
+            Self::Key(_) | Self::Trust(_) | Self::Manifest(_) | Self::Image(_) | Self::Push(_) => {
+                return Err("this verb works on a workstation, not on a device".to_owned());
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+}

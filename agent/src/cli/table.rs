@@ -1,0 +1,332 @@
+//! Answers as text for people: 80 columns, one look. Pure. Aligning a few columns takes the twenty lines at the end of
+//! this file; a crate for tables would be the largest dependency of `edgectl`.
+
+use std::fmt::Write;
+
+use edged_model::api::{Answer, Event, GenerationStatus, Inspect, LogLine, Status, WorkloadStatus};
+use edged_model::generation::{Generation, GenerationState};
+use edged_model::quantity::{Span, Timestamp};
+use edged_model::reason::Reason;
+use edged_model::workload::{Health, Phase};
+
+const WIDTH: usize = 80;
+
+#[derive(Debug, Clone, Copy)]
+pub struct Style {
+    pub color: bool,
+}
+
+#[derive(Clone, Copy)]
+enum Tone {
+    Good,
+    Bad,
+    Plain,
+}
+
+impl Style {
+    fn paint(self, text: &str, tone: Tone) -> String {
+        match (self.color, tone) {
+            (true, Tone::Good) => format!("\x1b[32m{text}\x1b[0m"),
+            (true, Tone::Bad) => format!("\x1b[31m{text}\x1b[0m"),
+            (false, _) | (_, Tone::Plain) => text.to_owned(),
+        }
+    }
+}
+
+pub fn answer(answer: &Answer, style: Style) -> String {
+    match answer {
+        Answer::Version(version) => {
+            format!("agent {}\nkeeper {}\narch {}\n", version.agent, version.keeper, version.arch)
+        }
+        Answer::Status(status) => self::status(status, style),
+        Answer::Inspect(inspect) => self::inspect(inspect, style),
+        Answer::Log(line) => log(line),
+        Answer::Event(event) => self::event(event),
+        Answer::Generations(list) => generations(list),
+        Answer::Accepted { what } => format!("{what}\n"),
+        Answer::Error(reason) => format!("{reason}\n"),
+        Answer::End => String::new(),
+    }
+}
+
+/// Whether all is well; if not, what is not, in a few words.
+pub fn verdict(status: &Status) -> Result<(), String> {
+    if let Some(generation) = status.generation.as_ref().filter(|g| g.state == GenerationState::RolledBack) {
+        return Err(format!("generation {} was rolled back", generation.sequence));
+    }
+    let unwell: Vec<_> = status.workloads.iter().filter(|workload| !is_well(workload)).collect();
+    match unwell.as_slice() {
+        [] if status.generation.is_none() => Err("it has no manifest yet".to_owned()),
+        [] => Ok(()),
+        [one] => Err(format!("{} {}", one.name, state_word(one))),
+        many => Err(format!("{} of {} workloads are not well", many.len(), status.workloads.len())),
+    }
+}
+
+fn is_well(workload: &WorkloadStatus) -> bool {
+    match workload.phase {
+        Phase::Running => workload.health != Health::Unhealthy,
+        Phase::Completed | Phase::Stopped | Phase::Paused => true,
+        Phase::Pending | Phase::Pulling | Phase::Waiting | Phase::Starting | Phase::Stopping | Phase::Failed => false,
+    }
+}
+
+fn state_word(workload: &WorkloadStatus) -> &'static str {
+    match (workload.phase, workload.health) {
+        (Phase::Running, Health::Healthy) => "healthy",
+        (Phase::Running, Health::Unhealthy) => "unhealthy",
+        (Phase::Running, Health::Starting) => "running",
+        (Phase::Running, Health::Unchecked) => "running",
+        (Phase::Pending, _) => "pending",
+        (Phase::Pulling, _) => "pulling",
+        (Phase::Waiting, _) => "waiting",
+        (Phase::Starting, _) => "starting",
+        (Phase::Stopping, _) => "stopping",
+        (Phase::Completed, _) => "completed",
+        (Phase::Failed, _) => "failed",
+        (Phase::Stopped, _) => "stopped",
+        (Phase::Paused, _) => "paused",
+    }
+}
+
+fn status(status: &Status, style: Style) -> String {
+    let mut out = String::new();
+    let verdict = match verdict(status) {
+        Ok(()) => style.paint("well", Tone::Good),
+        Err(why) => style.paint(&format!("NOT WELL: {why}"), Tone::Bad),
+    };
+    let up = Span::from_secs(status.uptime_secs).human();
+    line(&mut out, &format!("{}  {verdict}", status.device));
+    line(&mut out, &format!("  up {up}, {} ({} clock), edged {}", status.now, status.clock_source, status.agent_version));
+    match &status.generation {
+        Some(generation) => line(&mut out, &format!("  generation  {}", generation_text(generation))),
+        None => line(&mut out, "  generation  none: push a signed manifest"),
+    }
+    if let Some(candidate) = &status.candidate {
+        line(&mut out, &format!("  coming      {}", generation_text(candidate)));
+    }
+    let memory = status.memory_total.0.saturating_sub(status.memory_available.0);
+    let memory = edged_model::quantity::Bytes(memory).human();
+    let disk = edged_model::quantity::Bytes(status.disk.total.0.saturating_sub(status.disk.free.0)).human();
+    line(
+        &mut out,
+        &format!(
+            "  memory      {memory} of {}   disk {disk} of {}",
+            status.memory_total.human(),
+            status.disk.total.human()
+        ),
+    );
+    line(&mut out, &format!("  fleet       {}", fleet_text(status)));
+    if let Some(refused) = &status.refused {
+        wrapped(&mut out, "  refused     ", &format!("{} at {}: {}", refused.what, refused.at, refused.why));
+    }
+    if !status.workloads.is_empty() {
+        out.push('\n');
+        out.push_str(&workloads(status, style));
+    }
+    out
+}
+
+fn generation_text(generation: &GenerationStatus) -> String {
+    let state = state_text(generation.state);
+    format!("{} {state} since {} ({})", generation.sequence, generation.since, generation.digest.short())
+}
+
+fn state_text(state: GenerationState) -> &'static str {
+    match state {
+        GenerationState::Received => "received",
+        GenerationState::Verified => "verified",
+        GenerationState::Staged => "staged",
+        GenerationState::Activating => "activating",
+        GenerationState::Probation => "on probation",
+        GenerationState::Good => "good",
+        GenerationState::Superseded => "superseded",
+        GenerationState::Rejected => "rejected",
+        GenerationState::RolledBack => "rolled back",
+    }
+}
+
+fn fleet_text(status: &Status) -> String {
+    let fleet = &status.fleet;
+    let Some(url) = &fleet.url else { return "none configured".to_owned() };
+    let waiting = match fleet.waiting_reports {
+        0 => String::new(),
+        n => format!(", {n} reports wait"),
+    };
+    match (&fleet.problem, fleet.last_contact) {
+        (Some(problem), _) => format!("{}{waiting}", problem.text),
+        (None, Some(at)) => format!("{url}, last heard {at}{waiting}"),
+        (None, None) => format!("{url}, not heard yet{waiting}"),
+    }
+}
+
+/// The workloads as a table, and under each that is not well, why and what to do.
+pub fn workloads(status: &Status, style: Style) -> String {
+    let header = ["NAME", "STATE", "UP", "RESTARTS", "MEMORY", "CPU"].map(str::to_owned);
+    let rows: Vec<[String; 6]> = status.workloads.iter().map(row).collect();
+    let widths = widths(&header, &rows);
+    let mut out = String::new();
+    line(&mut out, &aligned(&header, &widths));
+    for (workload, row) in status.workloads.iter().zip(&rows) {
+        let tone = match (workload.phase, is_well(workload)) {
+            (Phase::Running, true) => Tone::Plain,
+            (_, true) => Tone::Plain,
+            (_, false) => Tone::Bad,
+        };
+        let text = cut(&aligned(row, &widths), WIDTH);
+        line_raw(&mut out, &style.paint(&text, tone));
+        if let Some(why) = workload.why.as_ref().filter(|_| !is_well(workload) || workload.phase == Phase::Stopped) {
+            reason(&mut out, why);
+        }
+    }
+    out
+}
+
+fn row(workload: &WorkloadStatus) -> [String; 6] {
+    let restarts = match workload.oom_kills {
+        0 => workload.restarts.to_string(),
+        oom => format!("{} ({oom} oom)", workload.restarts),
+    };
+    let memory = match (workload.memory, workload.memory_max) {
+        (Some(used), Some(max)) => format!("{}/{}", used.human(), max.human()),
+        (None, Some(max)) => format!("-/{}", max.human()),
+        _ => "-".to_owned(),
+    };
+    let cpu = match (workload.cpu_milli, workload.cpu_max_milli) {
+        (Some(used), Some(max)) => format!("{used}m/{max}m"),
+        (None, Some(max)) => format!("-/{max}m"),
+        _ => "-".to_owned(),
+    };
+    let up = workload.up_secs.map_or("-".to_owned(), |secs| Span::from_secs(secs).human());
+    [cut(workload.name.as_str(), 24), state_word(workload).to_owned(), up, restarts, memory, cpu]
+}
+
+fn reason(out: &mut String, why: &Reason) {
+    wrapped(out, "  ", &why.text);
+    if !why.next.is_empty() {
+        wrapped(out, "  -> ", &why.next);
+    }
+}
+
+fn inspect(inspect: &Inspect, style: Style) -> String {
+    let workload = &inspect.status;
+    let mut out = String::new();
+    let pairs = [
+        ("name", workload.name.to_string()),
+        ("state", state_word(workload).to_owned()),
+        ("image", workload.image.clone()),
+        ("digest", inspect.image_digest.map_or("-".to_owned(), |digest| digest.to_string())),
+        ("pid", workload.pid.map_or("-".to_owned(), |pid| pid.to_string())),
+        ("restarts", format!("{} ({} out of memory)", workload.restarts, workload.oom_kills)),
+        ("cgroup", inspect.cgroup.clone().unwrap_or_else(|| "-".to_owned())),
+    ];
+    for (key, value) in pairs {
+        let _ = writeln!(out, "{key:<10}{value}");
+    }
+    if let Some(exit) = &inspect.history.last_exit {
+        let peak = exit.peak_memory.map_or("-".to_owned(), |peak| peak.human());
+        let ran = Span::from_ms(exit.ran_ms).human();
+        let _ = writeln!(out, "{:<10}{} at {} after {ran}, peak memory {peak}", "last exit", exit.cause, exit.at);
+    }
+    for (file, value) in &inspect.limits {
+        let _ = writeln!(out, "{file:<28}{value}");
+    }
+    if let Some(why) = &workload.why {
+        out.push_str(&style.paint("why\n", Tone::Bad));
+        reason(&mut out, why);
+    }
+    out
+}
+
+fn log(line: &LogLine) -> String {
+    let at = Timestamp(line.at_unix_ms.div_euclid(1000)).to_string();
+    let at = at.strip_suffix('Z').unwrap_or(&at);
+    format!("{at}.{:03}Z {}\n", line.at_unix_ms.rem_euclid(1000), line.text)
+}
+
+fn event(event: &Event) -> String {
+    let mut out = String::new();
+    let generation = event.generation.map(|generation| format!(" [{generation}]")).unwrap_or_default();
+    wrapped(&mut out, &format!("{}{generation} ", event.at), &format!("{} ({})", event.why, event.by));
+    out
+}
+
+fn generations(list: &[Generation]) -> String {
+    let header = ["SEQUENCE", "STATE", "SINCE", "DIGEST"].map(str::to_owned);
+    let row = |generation: &Generation| {
+        [
+            generation.sequence.to_string(),
+            state_text(generation.state).to_owned(),
+            generation.since.to_string(),
+            generation.digest.short(),
+        ]
+    };
+    let rows: Vec<_> = list.iter().map(row).collect();
+    let widths = widths(&header, &rows);
+    let mut out = String::new();
+    line(&mut out, &aligned(&header, &widths));
+    for (generation, row) in list.iter().zip(&rows) {
+        line(&mut out, &aligned(row, &widths));
+        let tells = matches!(generation.state, GenerationState::Rejected | GenerationState::RolledBack);
+        if let Some(why) = generation.reason.as_ref().filter(|_| tells) {
+            reason(&mut out, why);
+        }
+    }
+    out
+}
+
+fn widths<const N: usize>(header: &[String; N], rows: &[[String; N]]) -> [usize; N] {
+    std::array::from_fn(|column| {
+        rows.iter().chain([header]).map(|row| row[column].chars().count()).max().unwrap_or(0)
+    })
+}
+
+fn aligned<const N: usize>(row: &[String; N], widths: &[usize; N]) -> String {
+    let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+    cells.join("  ").trim_end().to_owned()
+}
+
+fn cut(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    text.chars().take(width - 1).chain(['…']).collect()
+}
+
+fn line(out: &mut String, text: &str) {
+    // Colour has no width, but these lines are only coloured at their end.
+    out.push_str(&if text.contains('\x1b') { text.to_owned() } else { cut(text, WIDTH) });
+    out.push('\n');
+}
+
+fn line_raw(out: &mut String, text: &str) {
+    out.push_str(text);
+    out.push('\n');
+}
+
+/// `text` behind `head`, at most 80 columns wide, further lines under the first.
+fn wrapped(out: &mut String, head: &str, text: &str) {
+    let indent = head.chars().count();
+    let mut current = head.to_owned();
+    let mut used = indent;
+    for word in text.split_whitespace() {
+        let length = word.chars().count();
+        if used > indent && used + 1 + length > WIDTH {
+            out.push_str(current.trim_end());
+            out.push('\n');
+            current = " ".repeat(indent);
+            used = indent;
+        }
+        if used > indent {
+            current.push(' ');
+            used += 1;
+        }
+        current.push_str(word);
+        used += length;
+    }
+    out.push_str(current.trim_end());
+    out.push('\n');
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,99 @@
+use super::*;
+use edged_model::api::FleetStatus;
+use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
+use edged_model::quantity::Bytes;
+use edged_model::reason::Code;
+use edged_model::report::DiskReport;
+
+fn workload(name: &str, phase: Phase) -> WorkloadStatus {
+    let running = phase == Phase::Running;
+    WorkloadStatus {
+        name: WorkloadName::parse(name).unwrap(),
+        image: "r.example/i:1".to_owned(),
+        phase,
+        health: if running { Health::Healthy } else { Health::Unchecked },
+        pid: running.then_some(42),
+        up_secs: running.then_some(3_700),
+        restarts: 0,
+        oom_kills: 0,
+        last_exit: None,
+        memory: running.then_some(Bytes(12 << 20)),
+        memory_max: Some(Bytes(64 << 20)),
+        cpu_milli: running.then_some(7),
+        cpu_max_milli: Some(250),
+        address: None,
+        why: None,
+    }
+}
+
+fn device(workloads: Vec<WorkloadStatus>) -> Status {
+    Status {
+        device: DeviceId::parse("pump-17").unwrap(),
+        agent_version: "0.1.0".to_owned(),
+        boot_id: "b".to_owned(),
+        uptime_secs: 90_000,
+        now: Timestamp(1_700_000_000),
+        clock_source: "system".to_owned(),
+        generation: Some(GenerationStatus {
+            sequence: Sequence(4),
+            digest: Digest::of(b"x"),
+            state: GenerationState::Good,
+            since: Timestamp(1_699_990_000),
+            reason: None,
+        }),
+        candidate: None,
+        workloads,
+        fleet: FleetStatus { url: None, last_contact: None, waiting_reports: 0, problem: None },
+        disk: DiskReport { total: Bytes(2 << 30), free: Bytes(1 << 30) },
+        memory_total: Bytes(192 << 20),
+        memory_available: Bytes(128 << 20),
+        pressure: None,
+        refused: None,
+    }
+}
+
+const PLAIN: Style = Style { color: false };
+
+#[test]
+fn one_look_at_a_device_that_is_not_well() {
+    let mut hog = workload("hog", Phase::Waiting);
+    (hog.restarts, hog.oom_kills) = (3, 3);
+    let text = "hog reached its memory limit and was killed after 2s, peak memory 16Mi; again in 4s (failure 3 in a row)";
+    hog.why = Some(Reason::new(Code::BackOff, text).next("raise resources.memory or find the leak"));
+    let shown = status(&device(vec![workload("web", Phase::Running), hog]), PLAIN);
+    let expected = "\
+pump-17  NOT WELL: hog waiting
+  up 1d1h, 2023-11-14T22:13:20Z (system clock), edged 0.1.0
+  generation  4 good since 2023-11-14T19:26:40Z (2d711642b726)
+  memory      64Mi of 192Mi   disk 1Gi of 2Gi
+  fleet       none configured
+
+NAME  STATE    UP    RESTARTS   MEMORY     CPU
+web   healthy  1h1m  0          12Mi/64Mi  7m/250m
+hog   waiting  -     3 (3 oom)  -/64Mi     -/250m
+  hog reached its memory limit and was killed after 2s, peak memory 16Mi; again
+  in 4s (failure 3 in a row)
+  -> raise resources.memory or find the leak
+";
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn nothing_is_wider_than_eighty_columns() {
+    let mut long = workload(&"w".repeat(63), Phase::Failed);
+    long.why = Some(Reason::new(Code::Exited, "word ".repeat(60)).next("do ".repeat(60)));
+    let mut status = device(vec![long, workload("web", Phase::Running)]);
+    status.fleet.url = Some(format!("https://{}.example", "f".repeat(100)));
+    for line in super::status(&status, PLAIN).lines() {
+        assert!(line.chars().count() <= WIDTH, "{line}");
+    }
+}
+
+#[test]
+fn a_verdict_in_a_few_words() {
+    assert_eq!(verdict(&device(vec![workload("web", Phase::Running), workload("job", Phase::Completed)])), Ok(()));
+    let two = device(vec![workload("a", Phase::Failed), workload("b", Phase::Waiting)]);
+    assert_eq!(verdict(&two), Err("2 of 2 workloads are not well".to_owned()));
+    let new = Status { generation: None, ..device(Vec::new()) };
+    assert_eq!(verdict(&new), Err("it has no manifest yet".to_owned()));
+}

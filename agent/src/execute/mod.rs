@@ -1,0 +1,10 @@
+//! Stage: performs one action and says how it went. It decides nothing.
+
+/// The folders and files of a workload.
+pub mod place;
+/// An image from its registry to its layers.
+pub mod pull;
+/// A workload from its manifest to a running program.
+pub mod start;
+/// Who a workload runs as.
+pub mod user;

@@ -1,0 +1,287 @@
+//! What workloads print. The agent reads each pipe, cuts it into lines and hands them to one writer thread, which
+//! appends to two segments per workload (`current`, `previous`); when `current` has half the allowed space it becomes
+//! `previous`. A workload that prints faster than the disk takes loses lines, with a count: it never blocks, and
+//! neither does anyone else.
+//!
+//! One line on disk: `<unix ms> <o|e> <text>\n`. Bytes that are not UTF-8 and control characters are replaced when
+//! read, so that a log cannot drive the reader's terminal.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+
+use edged_model::api::{LogLine, Stream};
+use edged_model::id::WorkloadName;
+use edged_model::quantity::Bytes;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tokio::sync::broadcast;
+
+/// A line longer than this is cut into several.
+const LINE_MAX_BYTES: usize = 8 * 1024;
+
+/// Lines that may wait for the writer: about 100 KiB of ordinary log, an instant of a full disk.
+const QUEUE_LINES: usize = 1024;
+
+/// Lines a follower may lag behind before it is told that some are missing.
+const FOLLOW_LINES: usize = 256;
+
+/// The door to all logs. Cheap to clone.
+#[derive(Clone)]
+pub struct Logs {
+    queue: SyncSender<(WorkloadName, LogLine)>,
+    followers: broadcast::Sender<(WorkloadName, LogLine)>,
+    dropped: Arc<AtomicU64>,
+    dir: PathBuf,
+}
+
+impl Logs {
+    /// Starts the writer thread. `max` is the space of one workload.
+    pub fn start(dir: PathBuf, max: Bytes) -> io::Result<Self> {
+        std::fs::create_dir_all(&dir)?;
+        let (queue, lines) = sync_channel(QUEUE_LINES);
+        let (followers, _) = broadcast::channel(FOLLOW_LINES);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let writer = Writer { dir: dir.clone(), max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
+        std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run(&lines))?;
+        Ok(Self { queue, followers, dropped, dir })
+    }
+
+    /// Reads `fd` to its end on the current runtime. `clock` gives the wall time in milliseconds.
+    pub fn pump(&self, workload: &WorkloadName, stream: Stream, fd: OwnedFd, clock: fn() -> i64) -> io::Result<()> {
+        let mut pipe = pipe::Receiver::from_owned_fd(fd)?;
+        let (logs, workload) = (self.clone(), workload.clone());
+        tokio::spawn(async move {
+            let mut lines = LineCutter::default();
+            let mut buffer = vec![0_u8; 16 * 1024];
+            // A read error on a pipe cannot be mended: it ends the stream like its end does.
+            while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
+                lines.feed(&buffer[..count], |text| logs.line(&workload, stream, text, clock()));
+            }
+            lines.finish(|text| logs.line(&workload, stream, text, clock()));
+        });
+        Ok(())
+    }
+
+    fn line(&self, workload: &WorkloadName, stream: Stream, text: &[u8], at_unix_ms: i64) {
+        let line = LogLine { at_unix_ms, stream, text: printable(text) };
+        // No follower is the ordinary case, not an error.
+        let _ = self.followers.send((workload.clone(), line.clone()));
+        match self.queue.try_send((workload.clone(), line)) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => {}
+            Err(TrySendError::Full(_)) => {
+                self.dropped.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Lines lost because the disk was slower than the workloads.
+    pub fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// From now on, everything that any workload prints.
+    pub fn follow(&self) -> broadcast::Receiver<(WorkloadName, LogLine)> {
+        self.followers.subscribe()
+    }
+
+    /// The last `count` lines on disk, oldest first. Blocking.
+    pub fn tail(&self, workload: &WorkloadName, count: usize) -> io::Result<Vec<LogLine>> {
+        let dir = self.dir.join(workload.as_str());
+        let mut lines = std::collections::VecDeque::with_capacity(count.min(4096));
+        for segment in [PREVIOUS, CURRENT] {
+            let file = match File::open(dir.join(segment)) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            for line in BufReader::new(file).split(b'\n') {
+                if let Some(line) = parse(&line?) {
+                    if lines.len() == count {
+                        lines.pop_front();
+                    }
+                    lines.push_back(line);
+                }
+            }
+        }
+        Ok(lines.into())
+    }
+}
+
+const CURRENT: &str = "current";
+const PREVIOUS: &str = "previous";
+
+/// Cuts a byte stream into lines of bounded length.
+#[derive(Default)]
+struct LineCutter {
+    rest: Vec<u8>,
+}
+
+impl LineCutter {
+    fn feed(&mut self, bytes: &[u8], mut each: impl FnMut(&[u8])) {
+        for piece in bytes.split_inclusive(|b| *b == b'\n') {
+            self.rest.extend_from_slice(piece);
+            if self.rest.last() == Some(&b'\n') {
+                self.rest.pop();
+                self.rest.chunks(LINE_MAX_BYTES).for_each(&mut each);
+                if self.rest.is_empty() {
+                    each(b"");
+                }
+                self.rest.clear();
+            } else {
+                while self.rest.len() >= LINE_MAX_BYTES {
+                    each(&self.rest[..LINE_MAX_BYTES]);
+                    self.rest.drain(..LINE_MAX_BYTES);
+                }
+            }
+        }
+    }
+
+    fn finish(&mut self, mut each: impl FnMut(&[u8])) {
+        if !self.rest.is_empty() {
+            each(&self.rest);
+            self.rest.clear();
+        }
+    }
+}
+
+/// Text that cannot drive a terminal: tabs stay, other control characters become `\u{fffd}`.
+fn printable(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    text.trim_end_matches('\r').chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect()
+}
+
+fn parse(line: &[u8]) -> Option<LogLine> {
+    let text = std::str::from_utf8(line).ok()?;
+    let (at, rest) = text.split_once(' ')?;
+    let (stream, text) = rest.split_once(' ')?;
+    let stream = match stream {
+        "o" => Stream::Stdout,
+        "e" => Stream::Stderr,
+        _ => return None,
+    };
+    Some(LogLine { at_unix_ms: at.parse().ok()?, stream, text: text.to_owned() })
+}
+
+struct Segment {
+    file: File,
+    bytes: u64,
+}
+
+struct Writer {
+    dir: PathBuf,
+    max_segment_bytes: u64,
+    open: HashMap<WorkloadName, Segment>,
+}
+
+impl Writer {
+    fn run(mut self, lines: &Receiver<(WorkloadName, LogLine)>) {
+        while let Ok((workload, line)) = lines.recv() {
+            // A disk that is full or broken costs lines, never the supervisor: the next line tries afresh.
+            if self.append(&workload, &line).is_err() {
+                self.open.remove(&workload);
+            }
+        }
+    }
+
+    fn append(&mut self, workload: &WorkloadName, line: &LogLine) -> io::Result<()> {
+        let dir = self.dir.join(workload.as_str());
+        let segment = match self.open.get_mut(workload) {
+            Some(segment) => segment,
+            None => {
+                let segment = open_segment(&dir)?;
+                self.open.entry(workload.clone()).or_insert(segment)
+            }
+        };
+        let stream = match line.stream {
+            Stream::Stdout => 'o',
+            Stream::Stderr => 'e',
+        };
+        let text = format!("{} {stream} {}\n", line.at_unix_ms, line.text);
+        segment.file.write_all(text.as_bytes())?;
+        segment.bytes += text.len() as u64;
+        if segment.bytes >= self.max_segment_bytes {
+            self.open.remove(workload);
+            std::fs::rename(dir.join(CURRENT), dir.join(PREVIOUS))?;
+        }
+        Ok(())
+    }
+}
+
+fn open_segment(dir: &Path) -> io::Result<Segment> {
+    std::fs::create_dir_all(dir)?;
+    let file = OpenOptions::new().append(true).create(true).open(dir.join(CURRENT))?;
+    let bytes = file.metadata()?.len();
+    Ok(Segment { file, bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !done() {
+            assert!(Instant::now() < deadline, "{what} did not happen in 10 s");
+            std::thread::yield_now();
+        }
+    }
+
+    fn line(text: &str) -> LogLine {
+        LogLine { at_unix_ms: 7, stream: Stream::Stdout, text: text.to_owned() }
+    }
+
+    #[test]
+    fn lines_are_cut_wherever_the_pipe_was_cut() {
+        let mut cutter = LineCutter::default();
+        let mut seen = Vec::new();
+        for piece in [&b"one\ntw"[..], b"o\n\nthr", b"ee"] {
+            cutter.feed(piece, |line| seen.push(String::from_utf8_lossy(line).into_owned()));
+        }
+        cutter.finish(|line| seen.push(String::from_utf8_lossy(line).into_owned()));
+        assert_eq!(seen, ["one", "two", "", "three"]);
+    }
+
+    #[test]
+    fn a_line_without_end_stays_bounded() {
+        let mut cutter = LineCutter::default();
+        let mut longest = 0;
+        for _ in 0..100 {
+            cutter.feed(&[b'x'; 1000], |line| longest = longest.max(line.len()));
+            assert!(cutter.rest.len() < LINE_MAX_BYTES);
+        }
+        assert_eq!(longest, LINE_MAX_BYTES);
+    }
+
+    #[test]
+    fn escape_sequences_do_not_reach_the_reader() {
+        assert_eq!(printable(b"a\x1b[2Jb\tc\r"), "a\u{fffd}[2Jb\tc");
+    }
+
+    #[test]
+    fn the_disk_holds_the_newest_lines_within_the_bound() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = Logs::start(dir.path().to_owned(), Bytes(16 * 1024)).unwrap();
+        let web = WorkloadName::parse("web").unwrap();
+        for n in 0..2000 {
+            let line = line(&format!("line {n:04} {}", "x".repeat(40)));
+            logs.queue.send((web.clone(), line)).unwrap();
+        }
+        let newest = || logs.tail(&web, 1).unwrap().pop().map(|line| line.text);
+        wait_until("line 1999", || newest().is_some_and(|text| text.starts_with("line 1999")));
+        let on_disk: u64 = std::fs::read_dir(dir.path().join("web"))
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .sum();
+        assert!(on_disk <= 17 * 1024, "{on_disk} bytes");
+        let tail = logs.tail(&web, 100).unwrap();
+        assert_eq!(tail.len(), 100);
+        assert!(tail[0].text.starts_with("line 1900"));
+    }
+}

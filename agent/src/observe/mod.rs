@@ -1,0 +1,30 @@
+//! Stage: the kernel, the keeper and the probes become [`Event`]s. Events are the only way the world reaches the
+//! planner. Nothing here decides.
+
+use edged_model::id::WorkloadName;
+use edged_model::keeper::ChildExit;
+
+/// Space on the data disk.
+pub mod disk;
+/// The workload's output: bounded segments on disk, followers in memory.
+pub mod logs;
+/// Whether a workload answers.
+pub mod probes;
+/// Memory, CPU and I/O pressure of the machine.
+pub mod pressure;
+
+/// What the world may say.
+#[derive(Debug)]
+pub enum Event {
+    /// A run ended; the keeper remembers it until it is told to forget.
+    Exited(ChildExit),
+    Probed { workload: WorkloadName, pid: i32, outcome: ProbeOutcome },
+}
+
+/// What one probe found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProbeOutcome {
+    Passed,
+    /// In words: `connection refused`, `status 503`, `exit 1`, `no answer in 3s`.
+    Failed { why: String },
+}

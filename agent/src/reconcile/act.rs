@@ -1,0 +1,392 @@
+//! Actions are given to tasks, and what comes back is taken into the world. Each is ordered once while it is under way.
+
+use edged_model::action::Action;
+use edged_model::generation::GenerationState;
+use edged_model::id::{Sequence, WorkloadName};
+use edged_model::keeper::ChildExit;
+use edged_model::manifest::Restart;
+use edged_model::observed::{Hold, ImageStatus, InstanceState};
+use edged_model::quantity::{Bytes, Now};
+use edged_model::reason::{Code, Reason};
+use edged_model::workload::{Exit, ExitCause};
+
+use super::store_thread::Busy;
+use super::world::Began;
+use super::{Agent, Message, Run, StartFailure, clock, health, transition};
+use crate::execute::{place, pull, start};
+use crate::network::netns;
+use crate::runtime::keeper_link::{LaunchError, Launched};
+use crate::store::{Durability, SavedHistory, inline_chain};
+
+/// The longest pause between two tries of an image that cannot be had now.
+const PULL_RETRY_MAX_MS: u64 = 300_000;
+const PULL_RETRY_MS: u64 = 2_000;
+
+impl Agent {
+    pub(super) async fn act(&mut self, action: Action, now: Now) {
+        match action {
+            Action::Pull { image } => self.pull(image),
+            Action::Start { workload, generation, why } => self.start(workload, generation, &why, now),
+            Action::Stop { workload, why } => self.stop(&workload, &why, now).await,
+            Action::Kill { workload, why } => self.kill(&workload, &why).await,
+            Action::Remove { workload } => self.remove(workload),
+            Action::Transition { generation, to, why } => self.change(generation, to, &why, now),
+        }
+    }
+
+    fn pull(&mut self, image: String) {
+        if !self.under_way.pulls.insert(image.clone()) {
+            return;
+        }
+        let nothing = ImageStatus::Pulling { done: Bytes(0), total: Bytes(0) };
+        let attempts = match self.world.observed.images.get(&image) {
+            Some(ImageStatus::Failed { attempts, .. }) => *attempts,
+            _ => 0,
+        };
+        self.pull_attempts.insert(image.clone(), attempts);
+        self.world.observed.images.insert(image.clone(), nothing);
+        let (context, inbox) = (self.pull_context.clone(), self.inbox.clone());
+        tokio::task::spawn_blocking(move || {
+            let tell = |progress| {
+                // A progress that finds no room is told by the next one.
+                let _ = inbox.try_send(Message::PullProgress { image: image.clone(), progress });
+            };
+            let result = Box::new(pull::pull(&context, &image, &tell));
+            // The loop has ended only when the agent ends.
+            let _ = inbox.blocking_send(Message::Pulled { image: image.clone(), result });
+        });
+    }
+
+    pub(super) fn pulled(&mut self, image: String, result: Result<pull::ReadyImage, pull::PullFailure>) {
+        self.under_way.pulls.remove(&image);
+        let now = self.now();
+        match result {
+            Ok(ready) => {
+                let (record, key) = (ready.clone(), image.clone());
+                let written = self.writes.submit(move |store| {
+                    if let Err(error) = store.put_image(&key, &record) {
+                        tracing::error!("image record: {}", inline_chain(&error));
+                    }
+                });
+                self.warn_if_busy(written);
+                self.world.observed.images.insert(image.clone(), ImageStatus::Ready { digest: ready.digest });
+                let text = format!("image {image} ({}) is on disk and verified", ready.digest.short());
+                self.tell(None, None, &Reason::new(Code::ImageReady, text), "agent");
+                self.images.insert(image, ready);
+            }
+            Err(failure) => {
+                let attempts = self.pull_attempts.get(&image).copied().unwrap_or(0) + 1;
+                let backoff = (PULL_RETRY_MS << attempts.min(10)).min(PULL_RETRY_MAX_MS);
+                let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
+                let retry_at_boot_ms = now.boot_ms.saturating_add(backoff.max(asked).min(PULL_RETRY_MAX_MS));
+                self.tell(None, None, &failure.reason, "agent");
+                self.refuse(&image, &failure.reason);
+                let status = ImageStatus::Failed {
+                    reason: failure.reason,
+                    attempts,
+                    retry_at_boot_ms,
+                    permanent: failure.permanent,
+                };
+                self.world.observed.images.insert(image, status);
+            }
+        }
+    }
+
+    fn start(&mut self, workload: WorkloadName, generation: Sequence, why: &Reason, now: Now) {
+        let Some(manifest) = self.world.desired.generations.get(&generation).map(|g| g.manifest.clone()) else { return };
+        let Some(spec) = manifest.workloads.get(&workload).cloned() else { return };
+        let Some(image) = self.images.get(&spec.image).cloned() else { return };
+        if !self.under_way.starts.insert(workload.clone()) {
+            return;
+        }
+        tracing::debug!(%workload, "start: {why}");
+        self.world.starting(&workload, now);
+        let (context, link, inbox) = (self.start_context.clone(), self.link.clone(), self.inbox.clone());
+        tokio::spawn(async move {
+            let name = workload.clone();
+            let note = spec.digest().to_string();
+            let prepared = tokio::task::spawn_blocking(move || {
+                start::prepare(&context, &name, &spec, &manifest, &image, note)
+            });
+            let result = match prepared.await {
+                Ok(Ok(prepared)) => link.launch(prepared.spec, prepared.fds).await.map_err(StartFailure::Launch),
+                Ok(Err(reason)) => Err(StartFailure::Reason(reason)),
+                Err(error) => Err(StartFailure::Reason(Reason::new(Code::StartFailed, error.to_string()))),
+            };
+            // The loop has ended only when the agent ends.
+            let _ = inbox.send(Message::Started { workload, result }).await;
+        });
+    }
+
+    pub(super) async fn started(&mut self, name: WorkloadName, result: Result<Launched, StartFailure>) {
+        self.under_way.starts.remove(&name);
+        self.under_way.signalled.remove(&name);
+        let now = self.now();
+        let spec = self.active().and_then(|active| active.manifest.workloads.get(&name)).cloned();
+        match result {
+            Ok(launched) => {
+                let Some(spec) = spec else { return };
+                self.take_outputs(&name, launched.outputs);
+                let began = Began {
+                    pid: launched.pid,
+                    since_boot_ms: launched.boot_ms,
+                    spec: spec.digest(),
+                    stop_timeout_ms: spec.stop_timeout.ms,
+                    checked: spec.health.is_some(),
+                };
+                self.world.began(&name, &began);
+                if self.world.desired.held.get(&name) == Some(&Hold::Restart) {
+                    self.hold(&name, None);
+                }
+                self.watch(&name, launched.pid).await;
+                let text = format!("{name} runs (pid {})", launched.pid);
+                self.tell(Some(&name), self.world.desired.pointers.active, &Reason::new(Code::Started, text), "planner");
+                self.save_history(&name, Durability::Soon);
+            }
+            Err(failure) => {
+                let (stage, errno) = match failure {
+                    StartFailure::Reason(reason) => (reason.text, 0),
+                    StartFailure::Launch(LaunchError::Failed { stage, errno }) => (stage, errno),
+                    StartFailure::Launch(LaunchError::Link(error)) => (inline_chain(&error), 0),
+                };
+                if let Some(spec) = &spec {
+                    self.world.instance(&name).spec = Some(spec.digest());
+                }
+                let cause = ExitCause::NotStarted { stage, errno };
+                let exit = Exit { cause, at: now.wall, at_boot_ms: now.boot_ms, ran_ms: 0, peak_memory: None };
+                self.ended(&name, exit);
+            }
+        }
+    }
+
+    pub(super) fn take_outputs(&self, name: &WorkloadName, outputs: Vec<std::os::fd::OwnedFd>) {
+        use edged_model::api::Stream;
+        for (stream, fd) in [Stream::Stdout, Stream::Stderr].into_iter().zip(outputs) {
+            if let Err(error) = self.logs.pump(name, stream, fd, clock::unix_ms) {
+                tracing::error!(workload = %name, "its output cannot be read: {error}");
+            }
+        }
+    }
+
+    /// What a living run needs from us: its wall's counters, its probe, its ports.
+    pub(super) async fn watch(&mut self, name: &WorkloadName, pid: i32) {
+        let cgroup = self.start_context.cgroups.open(name.as_str());
+        let usage = cgroup.usage();
+        let before = self.runs.get(name).map_or(usage.oom_kills, |_| usage.oom_kills);
+        let probe = self.probe_task(name, pid);
+        let run = Run { cgroup, oom_kills_before: before, probe, cpu: None, cpu_milli: None };
+        if let Some(old) = self.runs.insert(name.clone(), run) {
+            old.probe.inspect(tokio::task::JoinHandle::abort);
+        }
+        let Some(spec) = self.active().and_then(|active| active.manifest.workloads.get(name)).cloned() else { return };
+        if let Some(netns) = start::netns_path(&self.start_context.places, name, spec.network_mode) {
+            if let Err(error) = self.ports.publish(name, &spec.ports, &netns).await {
+                let text = format!("the ports of {name} cannot be opened: {error}");
+                self.tell(Some(name), None, &Reason::new(Code::StartFailed, text), "agent");
+            }
+        }
+    }
+
+    /// The keeper says that a child ended.
+    pub(super) async fn exited(&mut self, exit: ChildExit) {
+        let key = exit.key.clone();
+        if !health::finish(&self.execs, &exit) {
+            if let Ok(name) = WorkloadName::parse(&key) {
+                let cause = self.cause(&name, &exit);
+                let since = match self.world.instance(&name).state {
+                    InstanceState::Running { since_boot_ms, .. } => since_boot_ms,
+                    _ => exit.boot_ms,
+                };
+                let peak = self.runs.get(&name).and_then(|run| run.cgroup.usage().memory_peak_bytes).map(Bytes);
+                let exit = Exit {
+                    cause,
+                    at: self.now().wall,
+                    at_boot_ms: exit.boot_ms,
+                    ran_ms: exit.boot_ms.saturating_sub(since),
+                    peak_memory: peak,
+                };
+                self.ended(&name, exit);
+            }
+        }
+        if let Err(error) = self.link.forget(&key).await {
+            tracing::warn!(key, "forget: {}", inline_chain(&error));
+        }
+    }
+
+    fn cause(&self, name: &WorkloadName, exit: &ChildExit) -> ExitCause {
+        let oom = self.runs.get(name).is_some_and(|run| run.cgroup.usage().oom_kills > run.oom_kills_before);
+        match (exit.code, exit.signal) {
+            (Some(0), _) => ExitCause::Code { code: 0 },
+            _ if oom => ExitCause::OutOfMemory,
+            (Some(code), _) => ExitCause::Code { code },
+            (None, Some(signal)) => ExitCause::Signal { signal, core_dumped: exit.core_dumped },
+            (None, None) => ExitCause::Unknown,
+        }
+    }
+
+    pub(super) fn ended(&mut self, name: &WorkloadName, exit: Exit) {
+        let policy = self.active().and_then(|active| active.manifest.workloads.get(name));
+        let policy = policy.map_or_else(Restart::default, |workload| workload.restart.clone());
+        if let Some(probe) = self.runs.get_mut(name).and_then(|run| run.probe.take()) {
+            probe.abort();
+        }
+        self.under_way.signalled.remove(name);
+        let by = if exit.cause == ExitCause::OutOfMemory { "kernel" } else { "workload" };
+        let why = self.world.ended(name, exit, &policy);
+        let generation = self.world.desired.pointers.active;
+        self.tell(Some(name), generation, &why, by);
+        self.save_history(name, Durability::Soon);
+    }
+
+    async fn stop(&mut self, name: &WorkloadName, why: &Reason, now: Now) {
+        let workload = self.active().and_then(|active| active.manifest.workloads.get(name));
+        let image = workload.and_then(|workload| self.images.get(&workload.image));
+        let signal = workload.and_then(|w| w.stop_signal.clone()).or_else(|| image.and_then(|i| i.stop_signal.clone()));
+        let number = signal.as_deref().and_then(signal_number).unwrap_or(nix::sys::signal::Signal::SIGTERM as i32);
+        self.tell(Some(name), self.world.desired.pointers.active, why, "planner");
+        self.world.stopping(name, why, now);
+        if let Err(error) = self.link.signal(name.as_str(), number).await {
+            tracing::warn!(workload = %name, "stop: {}", inline_chain(&error));
+        }
+    }
+
+    async fn kill(&mut self, name: &WorkloadName, why: &Reason) {
+        if !self.under_way.signalled.insert(name.clone()) {
+            return;
+        }
+        let text = format!("{name} did not stop in its time and is killed ({})", why.text);
+        self.tell(Some(name), None, &Reason::new(why.code, text), "planner");
+        if let Err(error) = self.link.signal(name.as_str(), nix::sys::signal::Signal::SIGKILL as i32).await {
+            tracing::warn!(workload = %name, "kill: {}", inline_chain(&error));
+        }
+    }
+
+    fn remove(&mut self, workload: WorkloadName) {
+        if !self.under_way.removals.insert(workload.clone()) {
+            return;
+        }
+        self.ports.close(&workload);
+        self.runs.remove(&workload);
+        let (context, inbox, store) = (self.start_context.clone(), self.inbox.clone(), self.store.clone());
+        tokio::task::spawn_blocking(move || {
+            let cgroup = context.cgroups.open(workload.as_str());
+            let path = context.places.netns().join(format!("w-{workload}"));
+            let steps = [
+                cgroup.remove().map_err(|error| inline_chain(&error)),
+                netns::remove(&path).map_err(|error| inline_chain(&error)),
+                place::remove(&context.places, &workload).map_err(|error| inline_chain(&error)),
+                store.forget_workload(&workload).map_err(|error| inline_chain(&error)),
+            ];
+            let failed = steps.into_iter().find_map(Result::err);
+            let _ = inbox.blocking_send(Message::Removed { workload, failed });
+        });
+    }
+
+    pub(super) fn removed(&mut self, workload: &WorkloadName, failed: Option<String>) {
+        self.under_way.removals.remove(workload);
+        match failed {
+            None => {
+                self.world.observed.workloads.remove(workload);
+                let text = format!("{workload} was removed; its volumes stay");
+                self.tell(Some(workload), None, &Reason::new(Code::NotInManifest, text), "planner");
+            }
+            // Tried again with the next plan.
+            Some(error) => tracing::warn!(%workload, "remove: {error}"),
+        }
+    }
+
+    fn change(&mut self, generation: Sequence, to: GenerationState, why: &Reason, now: Now) {
+        if self.under_way.change {
+            return;
+        }
+        let Some(change) = transition::step(&self.world.desired, generation, to, why, now.wall) else { return };
+        self.tell(None, Some(generation), why, "planner");
+        let failed_digest = self.world.desired.generations.get(&generation).map(|generation| generation.digest);
+        let is_failure = matches!(to, GenerationState::RolledBack | GenerationState::Rejected);
+        if is_failure {
+            self.refuse(&format!("generation {generation}"), why);
+        }
+        let remember = failed_digest.filter(|_| is_failure);
+        let activated = matches!(to, GenerationState::Activating | GenerationState::RolledBack);
+        self.write_change(change, None, remember, activated);
+    }
+
+    /// Writes a change and tells the loop when it is on the disk: only then does it count.
+    pub(super) fn write_change(
+        &mut self,
+        change: transition::Change,
+        envelope: Option<(Sequence, Vec<u8>)>,
+        failed_digest: Option<edged_model::id::Digest>,
+        activated: bool,
+    ) {
+        let inbox = self.inbox.clone();
+        let submitted = self.writes.submit(move |store| {
+            let envelope = envelope.as_ref().map(|(sequence, bytes)| (*sequence, bytes.as_slice()));
+            let remembered = failed_digest.map_or(Ok(()), |digest| store.remember_failed(digest));
+            let written = remembered.and_then(|()| store.transition(&change.generations, envelope, &change.pointers));
+            let failed = written.err().map(|error| inline_chain(&error));
+            let _ = inbox.blocking_send(Message::Changed { change: Box::new(change), failed, activated });
+        });
+        self.under_way.change = submitted.is_ok();
+        self.warn_if_busy(submitted);
+    }
+
+    pub(super) fn changed(&mut self, change: transition::Change, failed: Option<String>, activated: bool) {
+        self.under_way.change = false;
+        if let Some(error) = failed {
+            // Nothing was acted on; the planner orders it again.
+            let text = format!("a generation's state cannot be written: {error}");
+            return self.tell(None, None, &Reason::new(Code::DiskFull, text), "agent");
+        }
+        let now = self.now();
+        let desired = &mut self.world.desired;
+        desired.pointers = change.pointers;
+        desired.generations.extend(change.generations.into_iter().map(|generation| (generation.sequence, generation)));
+        if activated {
+            self.world.observed.active_since_boot_ms = Some(now.boot_ms);
+            self.world.observed.all_well_since_boot_ms = None;
+            for name in self.world.desired.held.keys().cloned().collect::<Vec<_>>() {
+                self.hold(&name, None);
+            }
+        }
+    }
+
+    /// An operator's word, remembered.
+    pub(super) fn hold(&mut self, name: &WorkloadName, hold: Option<Hold>) {
+        match hold {
+            Some(hold) => self.world.desired.held.insert(name.clone(), hold),
+            None => self.world.desired.held.remove(name),
+        };
+        let key = name.clone();
+        let written = self.writes.submit(move |store| {
+            if let Err(error) = store.hold(&key, hold) {
+                tracing::error!("hold: {}", inline_chain(&error));
+            }
+        });
+        self.warn_if_busy(written);
+    }
+
+    pub(super) fn save_history(&mut self, name: &WorkloadName, durability: Durability) {
+        let instance = self.world.instance(name);
+        let saved = SavedHistory { spec: instance.spec, history: instance.history.clone(), boot_id: self.boot_id.clone() };
+        let key = name.clone();
+        let written = self.writes.submit(move |store| {
+            if let Err(error) = store.save_history(&key, &saved, durability) {
+                tracing::error!("history: {}", inline_chain(&error));
+            }
+        });
+        self.warn_if_busy(written);
+    }
+
+    fn warn_if_busy(&self, written: Result<(), Busy>) {
+        if let Err(busy) = written {
+            tracing::error!("{busy}");
+        }
+    }
+}
+
+/// 15 for `SIGTERM`, `TERM` or `15`.
+fn signal_number(text: &str) -> Option<i32> {
+    let name = if text.starts_with("SIG") { text.to_owned() } else { format!("SIG{text}") };
+    name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32).or_else(|| text.parse().ok())
+}

@@ -1,0 +1,21 @@
+//! The only place of the agent that reads clocks. Everything else is handed a [`Now`].
+
+use edged_model::quantity::{Now, Timestamp};
+use nix::time::{ClockId, clock_gettime};
+
+/// Both clocks, the wall clock never behind the time floor (a device without a battery wakes up in 1970).
+pub fn now(floor: Timestamp) -> Now {
+    Now { boot_ms: boot_ms(), wall: Timestamp(unix_ms() / 1000).max(floor) }
+}
+
+/// CLOCK_BOOTTIME in milliseconds: counts through suspend and never jumps (clock_gettime(2)).
+pub fn boot_ms() -> u64 {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |t| {
+        u64::try_from(t.tv_sec()).unwrap_or(0) * 1000 + u64::try_from(t.tv_nsec()).unwrap_or(0) / 1_000_000
+    })
+}
+
+/// The wall clock as it is, in milliseconds: for log lines.
+pub fn unix_ms() -> i64 {
+    clock_gettime(ClockId::CLOCK_REALTIME).map_or(0, |t| t.tv_sec() * 1000 + t.tv_nsec() / 1_000_000)
+}

@@ -1,0 +1,127 @@
+//! A signed manifest was offered: by the fleet, by a push, by hand. It is verified, written down, and only then wanted.
+
+use edged_model::generation::{Generation, GenerationState};
+use edged_model::id::Sequence;
+use edged_model::reason::{Code, Reason};
+use edged_model::report::Refusal;
+use tokio::sync::oneshot;
+
+use super::{Agent, Message, clock, transition};
+use crate::execute::start;
+use crate::verify::{self, DeviceFacts, Verdict};
+
+impl Agent {
+    pub(super) async fn receive(&mut self, message: Message) {
+        match message {
+            Message::Pulled { image, result } => self.pulled(image, *result),
+            Message::PullProgress { image, progress } => {
+                use edged_model::observed::ImageStatus;
+                if let Some(ImageStatus::Pulling { done, total }) = self.world.observed.images.get_mut(&image) {
+                    (*done, *total) = (progress.done, progress.total);
+                }
+            }
+            Message::Started { workload, result } => self.started(workload, result).await,
+            Message::Changed { change, failed, activated } => self.changed(*change, failed, activated),
+            Message::Removed { workload, failed } => self.removed(&workload, failed),
+            Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
+            Message::Offer { envelope, by, reply } => self.offer(envelope, &by, reply),
+            Message::Network(text) => self.tell(None, None, &Reason::new(Code::Network, text), "agent"),
+        }
+    }
+
+    fn probed(&mut self, name: &edged_model::id::WorkloadName, pid: i32, outcome: &crate::observe::ProbeOutcome) {
+        let check = self.active().and_then(|active| active.manifest.workloads.get(name)?.health.clone());
+        let Some(check) = check else { return };
+        let now = self.now();
+        if let Some(why) = self.world.probed(name, pid, &check, outcome, now) {
+            self.world.instance(name).history.last_reason = Some(why.clone());
+            self.tell(Some(name), self.world.desired.pointers.active, &why, "probe");
+        }
+    }
+
+    fn offer(&mut self, envelope: Vec<u8>, by: &str, reply: Option<oneshot::Sender<Result<Sequence, Reason>>>) {
+        let result = self.consider(envelope, by);
+        if let Some(reply) = reply {
+            // Who pushed may have gone.
+            let _ = reply.send(result);
+        }
+    }
+
+    /// Verifies and takes a manifest. What runs is not touched by a refusal.
+    fn consider(&mut self, envelope: Vec<u8>, by: &str) -> Result<Sequence, Reason> {
+        if self.under_way.change {
+            return Err(Reason::new(Code::Busy, "another change is being written").next("push it again"));
+        }
+        let pointers = self.world.desired.pointers;
+        let facts = DeviceFacts {
+            id: self.device.clone(),
+            groups: self.config.device.groups.clone(),
+            highest_sequence: pointers.highest_sequence,
+            newest_digest: self.newest_digest(),
+            now: self.now().wall,
+        };
+        let verdict = verify::manifest(&envelope, &self.root, &facts).and_then(|verdict| match verdict {
+            Verdict::Accepted(verified) => match start::refusal(&verified.manifest, &self.config.allow) {
+                Some(reason) => Err(reason),
+                None => edged_plan::fit::fits(&verified.manifest, &self.world.observed.capacity)
+                    .map(|()| Verdict::Accepted(verified)),
+            },
+            known @ Verdict::Known { .. } => Ok(known),
+        });
+        let verified = match verdict {
+            Ok(Verdict::Accepted(verified)) => verified,
+            Ok(Verdict::Known { .. }) => return Ok(pointers.highest_sequence),
+            Err(reason) => {
+                self.refuse(&format!("manifest {}", edged_model::id::Digest::of(&envelope).short()), &reason);
+                self.tell(None, None, &reason, by);
+                return Err(reason);
+            }
+        };
+        let (sequence, issued) = (verified.manifest.sequence, verified.manifest.issued);
+        let now = self.now().wall;
+        let generation = Generation {
+            sequence,
+            digest: verified.digest,
+            manifest: verified.manifest,
+            state: GenerationState::Received,
+            since: now,
+            reason: None,
+        };
+        let signers = verified.signers.iter().map(edged_model::id::Digest::short).collect::<Vec<_>>().join(", ");
+        let why = Reason::new(Code::Verified, format!("generation {sequence} is signed by {signers} and meant for this device"));
+        self.tell(None, Some(sequence), &why, by);
+        let change = transition::received(&self.world.desired, generation, now);
+        self.write_change(change, Some((sequence, envelope)), None, false);
+        self.raise_floor(issued);
+        Ok(sequence)
+    }
+
+    /// The time floor: no earlier than the newest verified document, nor than the clock once was.
+    pub(super) fn raise_floor(&mut self, to: edged_model::quantity::Timestamp) {
+        if to <= self.floor {
+            return;
+        }
+        self.floor = to;
+        let written = self.writes.submit(move |store| {
+            if let Err(error) = store.raise_time_floor(to) {
+                tracing::error!("time floor: {}", crate::store::inline_chain(&error));
+            }
+        });
+        if let Err(busy) = written {
+            tracing::error!("{busy}");
+        }
+        let link = self.link.clone();
+        tokio::spawn(async move {
+            if let Err(error) = link.time_floor(to.0).await {
+                tracing::warn!("time floor: {}", crate::store::inline_chain(&error));
+            }
+        });
+    }
+
+    /// Remembers what was refused last, for the status and the report.
+    pub(super) fn refuse(&mut self, what: &str, why: &Reason) {
+        let at = clock::now(self.floor).wall;
+        self.refused = Some(Refusal { at, what: what.to_owned(), why: why.clone() });
+        self.fleet.changed();
+    }
+}

@@ -1,0 +1,231 @@
+//! The agent's loop: the only place that knows all stages. Events come in, the planner is asked, its actions are given to
+//! tasks, their outcomes come back as events. Nothing in the loop waits for a disk, a network or a program.
+//!
+//! ```text
+//!   keeper exits ┐                                      ┌> store thread
+//!   probes       ├─> Message ─> world ─> plan ─> act ───┼> pull threads
+//!   pulls, starts│                                      ├> keeper (launch, signal)
+//!   fleet, api   ┘                                      └> probes, ports
+//! ```
+
+mod act;
+mod answer;
+/// The only reader of clocks.
+pub mod clock;
+mod health;
+mod intake;
+mod start_up;
+mod status;
+mod store_thread;
+mod transition;
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use edged_model::action::Plan;
+use edged_model::api::Event as StoryEvent;
+use edged_model::generation::Generation;
+use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
+use edged_model::keeper::ChildExit;
+use edged_model::quantity::{Now, Timestamp};
+use edged_model::reason::Reason;
+use edged_model::report::Refusal;
+use edged_model::trust::TrustRoot;
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use crate::api::Call;
+use crate::config::Config;
+use crate::execute::pull::{Progress, PullContext, PullFailure, ReadyImage};
+use crate::execute::start::StartContext;
+use crate::network::ports::Ports;
+use crate::observe::ProbeOutcome;
+use crate::observe::logs::Logs;
+use crate::report::FleetLine;
+use crate::runtime::cgroup::Cgroup;
+use crate::runtime::keeper_link::{KeeperLink, LaunchError, Launched};
+use crate::store::Store;
+
+pub use start_up::run;
+use store_thread::StoreThread;
+use transition::Change;
+use world::World;
+
+/// Messages that may wait for the loop: each running task has at most a few under way.
+const MESSAGES_DEPTH: usize = 1024;
+
+/// The keeper is told this often that the loop turns.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// What comes back to the loop.
+enum Message {
+    Pulled { image: String, result: Box<Result<ReadyImage, PullFailure>> },
+    PullProgress { image: String, progress: Progress },
+    Started { workload: WorkloadName, result: Result<Launched, StartFailure> },
+    Changed { change: Box<Change>, failed: Option<String>, activated: bool },
+    Removed { workload: WorkloadName, failed: Option<String> },
+    Probed { workload: WorkloadName, pid: i32, outcome: ProbeOutcome },
+    /// A signed manifest, from whoever.
+    Offer { envelope: Vec<u8>, by: String, reply: Option<oneshot::Sender<Result<Sequence, Reason>>> },
+    Network(String),
+}
+
+enum StartFailure {
+    /// It could not be prepared.
+    Reason(Reason),
+    Launch(LaunchError),
+}
+
+/// What is under way, so that it is not ordered twice.
+#[derive(Default)]
+struct UnderWay {
+    pulls: BTreeSet<String>,
+    starts: BTreeSet<WorkloadName>,
+    removals: BTreeSet<WorkloadName>,
+    signalled: BTreeSet<WorkloadName>,
+    change: bool,
+}
+
+/// What is known of a run beyond what the planner needs.
+struct Run {
+    cgroup: Cgroup,
+    /// OOM kills of the group before this run.
+    oom_kills_before: u64,
+    probe: Option<tokio::task::JoinHandle<()>>,
+    /// CPU time at the last look, and when that was.
+    cpu: Option<(u64, u64)>,
+    cpu_milli: Option<u64>,
+}
+
+struct Agent {
+    config: Config,
+    device: DeviceId,
+    boot_id: String,
+    keeper_version: String,
+    root: TrustRoot,
+    store: Store,
+    writes: StoreThread,
+    link: KeeperLink,
+    logs: Logs,
+    ports: Ports,
+    world: World,
+    plan: Plan,
+    images: BTreeMap<String, ReadyImage>,
+    runs: BTreeMap<WorkloadName, Run>,
+    under_way: UnderWay,
+    /// Failed tries of images that are being fetched again.
+    pull_attempts: BTreeMap<String, u32>,
+    pull_context: Arc<PullContext>,
+    start_context: StartContext,
+    floor: Timestamp,
+    refused: Option<Refusal>,
+    /// The device's story, for whoever follows it.
+    story: broadcast::Sender<StoryEvent>,
+    execs: health::Execs,
+    fleet: FleetLine,
+    inbox: mpsc::Sender<Message>,
+}
+
+impl Agent {
+    fn now(&self) -> Now {
+        clock::now(self.floor)
+    }
+
+    /// The loop. Comes back when the keeper has gone.
+    async fn turn(
+        mut self,
+        mut messages: mpsc::Receiver<Message>,
+        mut exits: mpsc::Receiver<ChildExit>,
+        mut calls: mpsc::Receiver<Call>,
+    ) {
+        let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        self.replan().await;
+        loop {
+            let wake = self.plan.wake_at_boot_ms().map_or(HEARTBEAT, |at| {
+                Duration::from_millis(at.saturating_sub(clock::boot_ms())).min(HEARTBEAT)
+            });
+            tokio::select! {
+                exit = exits.recv() => match exit {
+                    Some(exit) => self.exited(exit).await,
+                    None => return,
+                },
+                message = messages.recv() => {
+                    if let Some(message) = message {
+                        self.receive(message).await;
+                    }
+                }
+                call = calls.recv() => {
+                    if let Some(call) = call {
+                        self.answer(call).await;
+                    }
+                }
+                _ = heartbeat.tick() => self.beat().await,
+                () = tokio::time::sleep(wake) => {}
+            }
+            self.replan().await;
+        }
+    }
+
+    /// Asks the planner and carries out what it orders.
+    async fn replan(&mut self) {
+        let now = self.now();
+        self.look_whether_all_is_well(now);
+        self.plan = edged_plan::plan(&self.world.desired, &self.world.observed, now);
+        for action in self.plan.actions.clone() {
+            self.act(action, now).await;
+        }
+    }
+
+    fn look_whether_all_is_well(&mut self, now: Now) {
+        let well = edged_plan::rollout::all_well(&self.world.desired, &self.world.observed);
+        let since = &mut self.world.observed.all_well_since_boot_ms;
+        *since = if well { since.or(Some(now.boot_ms)) } else { None };
+    }
+
+    async fn beat(&mut self) {
+        if let Err(error) = self.link.heartbeat().await {
+            tracing::warn!("heartbeat: {}", crate::store::inline_chain(&error));
+        }
+        self.sample();
+        self.report_if_due();
+    }
+
+    /// Writes a line of the device's story: to the store, to whoever follows, to the log.
+    fn tell(&self, workload: Option<&WorkloadName>, generation: Option<Sequence>, why: &Reason, by: &str) {
+        tracing::info!(workload = workload.map(WorkloadName::as_str), generation = generation.map(|s| s.0), by, "{why}");
+        let event = StoryEvent {
+            number: 0,
+            at: self.now().wall,
+            boot_id: self.boot_id.clone(),
+            workload: workload.cloned(),
+            generation,
+            why: why.clone(),
+            by: by.to_owned(),
+        };
+        let story = self.story.clone();
+        let written = self.writes.submit(move |store| {
+            let mut event = event;
+            match store.append_event(event.clone(), crate::store::Durability::Now) {
+                Ok(number) => event.number = number,
+                Err(error) => tracing::error!("event: {}", crate::store::inline_chain(&error)),
+            }
+            // Nobody follows: the ordinary case.
+            let _ = story.send(event);
+        });
+        if let Err(busy) = written {
+            tracing::error!("an event is lost: {busy}");
+        }
+        self.fleet.changed();
+    }
+
+    fn active(&self) -> Option<&Generation> {
+        let desired = &self.world.desired;
+        desired.generations.get(&desired.pointers.active?)
+    }
+
+    fn newest_digest(&self) -> Option<Digest> {
+        let desired = &self.world.desired;
+        desired.generations.get(&desired.pointers.highest_sequence).map(|generation| generation.digest)
+    }
+}

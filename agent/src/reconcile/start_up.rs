@@ -1,0 +1,271 @@
+//! From a start to the loop: the store, what is trusted, what lives, who listens. The way after a crash is the way after
+//! a power cut is the way at the first boot.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use edged_model::generation::GenerationState;
+use edged_model::id::{Digest, WorkloadName};
+use edged_model::keeper::ChildState;
+use edged_model::observed::{Capacity, Desired, ImageStatus, Instance, InstanceState};
+use edged_model::quantity::{Bytes, MilliCpu, Timestamp};
+use edged_model::reason::{Code, Reason};
+use edged_model::trust::{RoleName, TrustRoot};
+use tokio::sync::{broadcast, mpsc};
+
+use super::world::{Began, World};
+use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock};
+use crate::api::{self, console};
+use crate::config::{Config, Places};
+use crate::content::Content;
+use crate::execute::pull::{PullContext, ReadyImage, is_whole};
+use crate::execute::start::StartContext;
+use crate::network::{interface, ports::Ports};
+use crate::observe::{logs::Logs, pressure};
+use crate::report::{self, FleetLine, push};
+use crate::runtime::cgroup::CgroupRoot;
+use crate::runtime::keeper_link::KeeperLink;
+use crate::store::{Store, opened_reason};
+use crate::verify::trust;
+
+/// Requests that may wait for the loop: as many as there may be clients.
+const CALLS_DEPTH: usize = 32;
+/// Followers of the story may lag this far behind.
+const STORY_DEPTH: usize = 64;
+
+/// Runs the agent until the keeper goes.
+pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: bool) -> anyhow::Result<()> {
+    use anyhow::Context;
+    std::fs::create_dir_all(places.run()).with_context(|| format!("{}", places.run().display()))?;
+    std::fs::create_dir_all(places.data()).with_context(|| format!("{}", places.data().display()))?;
+    let (link, exits) = KeeperLink::connect(socket)?;
+    // Opening the store may take long after a power cut: the keeper hears of us meanwhile.
+    link.heartbeat().await?;
+    let opening = (places.clone(), config.fleet.outbox_max);
+    let (store, opened) = tokio::task::spawn_blocking(move || Store::open(&opening.0, opening.1)).await??;
+    link.heartbeat().await?;
+    let (root, root_problem) = trust_root(&places, &config, &store)?;
+    let instance = (!is_device).then(|| Digest::of(places.data().as_os_str().as_encoded_bytes()).short());
+    let cgroups = CgroupRoot::detect(instance.as_deref())?;
+    let content = Content::open(&places)?;
+    let capacity = capacity(&config);
+    if is_device {
+        cgroups.limit_all(capacity.memory_total.0.saturating_sub(capacity.memory_reserve.0))?;
+    }
+    let logs = Logs::start(places.log(), config.log.workload_max)?;
+    let key = report::device_key(&places.device_key())?;
+    let fleet = FleetLine::new(key, config.device.id.clone());
+    let (inbox, messages) = mpsc::channel(MESSAGES_DEPTH);
+    let (story, _) = broadcast::channel(STORY_DEPTH);
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
+    let image_threshold = root.roles.get(&RoleName::Image).map_or(1, |role| role.threshold as usize);
+    let pull_context = PullContext {
+        content: content.clone(),
+        registries: config.registry.clone(),
+        images: config.images.clone(),
+        keys: trust::role_spki(&root, RoleName::Image),
+        threshold: image_threshold,
+        data: places.data().to_owned(),
+        disk_reserve: config.limits.disk_reserve,
+    };
+    let floor = store.time_floor()?.max(Timestamp(crate::BUILT_AT));
+    let mut agent = Agent {
+        device: config.device.id.clone(),
+        boot_id,
+        keeper_version: String::new(),
+        root,
+        writes: super::StoreThread::start(store.clone())?,
+        link,
+        logs,
+        ports: Ports::default(),
+        world: World::default(),
+        plan: edged_model::action::Plan::default(),
+        images: images(&store, &content)?,
+        runs: BTreeMap::new(),
+        under_way: UnderWay::default(),
+        pull_attempts: BTreeMap::new(),
+        pull_context: Arc::new(pull_context),
+        start_context: StartContext { places: places.clone(), content, cgroups, allow: config.allow.clone() },
+        floor,
+        refused: None,
+        story,
+        execs: super::health::Execs::default(),
+        fleet,
+        inbox,
+        store,
+        config,
+    };
+    agent.load(capacity)?;
+    for why in opened_reason(&opened).into_iter().chain(root_problem) {
+        agent.tell(None, None, &why, "agent");
+    }
+    agent.adopt().await?;
+    let calls = agent.open_doors(&places, is_device).await?;
+    agent.turn(messages, exits, calls).await;
+    Ok(())
+}
+
+/// The newest trust root: the stored one if there is one, else the factory's.
+fn trust_root(places: &Places, config: &Config, store: &Store) -> anyhow::Result<(TrustRoot, Option<Reason>)> {
+    if let Some(stored) = store.trust_root().ok().flatten() {
+        if let Ok(root) = trust::factory(&stored) {
+            return Ok((root, None));
+        }
+    }
+    let beside = places.config_file.with_file_name("trust.cose");
+    let path = config.device.trust_root.clone().unwrap_or(beside);
+    let empty = |why: Reason| (TrustRoot { version: 0, expires: Timestamp(0), keys: BTreeMap::new(), roles: BTreeMap::new() }, Some(why));
+    match std::fs::read(&path) {
+        Ok(bytes) => match trust::factory(&bytes) {
+            Ok(root) => {
+                store.set_trust_root(&bytes)?;
+                Ok((root, None))
+            }
+            Err(why) => Ok(empty(why)),
+        },
+        // Without a root nothing is believed; the device still runs and can be asked why.
+        Err(error) => {
+            let text = format!("no trust root: {}: {error}", path.display());
+            Ok(empty(Reason::new(Code::UnknownSigner, text).next("`edgectl trust init` makes one")))
+        }
+    }
+}
+
+/// What this machine has to give.
+fn capacity(config: &Config) -> Capacity {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    Capacity {
+        memory_total: pressure::memory().map_or(Bytes(0), |memory| memory.total),
+        memory_reserve: config.limits.memory_reserve,
+        cpu_total: MilliCpu(cores * 1000 * u64::from(config.limits.cpu_overcommit.max(1))),
+        cpu_reserve: config.limits.cpu_reserve,
+        disk_free: Bytes(0),
+        disk_reserve: config.limits.disk_reserve,
+    }
+}
+
+/// The images on record whose layers are all there.
+fn images(store: &Store, content: &Content) -> anyhow::Result<BTreeMap<String, ReadyImage>> {
+    Ok(store.images::<ReadyImage>()?.into_iter().filter(|(_, image)| is_whole(content, image)).collect())
+}
+
+impl Agent {
+    /// The world as the store remembers it.
+    fn load(&mut self, capacity: Capacity) -> anyhow::Result<()> {
+        self.world.desired = Desired {
+            pointers: self.store.pointers()?,
+            generations: self.store.generations()?.into_iter().map(|g| (g.sequence, g)).collect(),
+            held: self.store.held()?.into_iter().collect(),
+        };
+        self.world.observed.capacity = capacity;
+        for (name, image) in &self.images {
+            self.world.observed.images.insert(name.clone(), ImageStatus::Ready { digest: image.digest });
+        }
+        for (name, saved) in self.store.histories()? {
+            let mut history = saved.history;
+            if saved.boot_id != self.boot_id {
+                // A new boot is a new start: its times mean nothing now, and a failure of yesterday holds nobody up.
+                history.last_exit = None;
+                history.in_a_row = 0;
+            }
+            let state = if history.last_exit.is_some() { InstanceState::Ended } else { InstanceState::Absent };
+            let instance = Instance { state, spec: saved.spec, history, ..Instance::default() };
+            self.world.observed.workloads.insert(name, instance);
+        }
+        let is_young = |state| matches!(state, GenerationState::Activating | GenerationState::Probation);
+        if self.active().is_some_and(|active| is_young(active.state)) {
+            self.world.observed.active_since_boot_ms = Some(clock::boot_ms());
+        }
+        Ok(())
+    }
+
+    /// Takes over what the keeper has: living runs with their output, ends that nobody has written down.
+    async fn adopt(&mut self) -> anyhow::Result<()> {
+        let (children, keeper_version) = self.link.list().await?;
+        self.keeper_version = keeper_version;
+        let adopted = children.iter().filter(|(child, _)| child.exit.is_none() && !child.key.contains('/')).count();
+        for (child, outputs) in children {
+            self.adopt_one(child, outputs).await;
+        }
+        let (code, text) = match adopted {
+            0 => (Code::Boot, format!("the agent {} starts", crate::VERSION)),
+            n => (Code::AgentRestarted, format!("the agent {} starts and takes over {n} running workloads", crate::VERSION)),
+        };
+        self.tell(None, self.world.desired.pointers.active, &Reason::new(code, text), "agent");
+        Ok(())
+    }
+
+    async fn adopt_one(&mut self, child: ChildState, outputs: Vec<OwnedFd>) {
+        let Ok(name) = WorkloadName::parse(&child.key) else {
+            // A probe of the agent before us: nobody waits for it any more.
+            let _ = self.link.signal(&child.key, nix::sys::signal::Signal::SIGKILL as i32).await;
+            if let Some(exit) = child.exit {
+                self.exited(exit).await;
+            }
+            return;
+        };
+        self.take_outputs(&name, outputs);
+        let spec = self.active().and_then(|active| active.manifest.workloads.get(&name)).cloned();
+        let began = Began {
+            pid: child.pid,
+            since_boot_ms: child.started_boot_ms,
+            spec: Digest::parse(&child.note).unwrap_or_else(|_| Digest::of(b"")),
+            stop_timeout_ms: spec.as_ref().map_or(10_000, |spec| spec.stop_timeout.ms),
+            checked: spec.as_ref().is_some_and(|spec| spec.health.is_some()),
+        };
+        self.world.adopted(&name, &began);
+        match child.exit {
+            Some(exit) => self.exited(exit).await,
+            None => self.watch(&name, child.pid).await,
+        }
+    }
+
+    /// Everything that listens or asks outside.
+    async fn open_doors(&mut self, places: &Places, is_device: bool) -> anyhow::Result<mpsc::Receiver<api::Call>> {
+        let (calls, receiver) = mpsc::channel(CALLS_DEPTH);
+        let group = nix::unistd::Group::from_name(&self.config.api.group).ok().flatten().map(|group| group.gid.as_raw());
+        api::listen(&places.socket(), group, calls.clone())?;
+        if let Some(tty) = self.config.console.tty.clone() {
+            let verbs = crate::cli::console::ConsoleVerbs;
+            let prompt = format!("edged {}", self.device);
+            tokio::spawn(console::run(tty, self.config.console.mode, prompt, calls, verbs));
+        }
+        let (offers, mut offered) = mpsc::channel::<Vec<u8>>(4);
+        let inbox = self.inbox.clone();
+        tokio::spawn(async move {
+            while let Some(envelope) = offered.recv().await {
+                let message = Message::Offer { envelope, by: "fleet".to_owned(), reply: None };
+                if inbox.send(message).await.is_err() {
+                    return;
+                }
+            }
+        });
+        fn wall() -> Timestamp {
+            clock::now(Timestamp(crate::BUILT_AT)).wall
+        }
+        if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, offers, wall) {
+            self.tell(None, None, &why, "agent");
+        }
+        let (pushes, mut pushed) = mpsc::channel::<push::Push>(4);
+        let inbox = self.inbox.clone();
+        tokio::spawn(async move {
+            while let Some(push::Push { envelope, by, reply }) = pushed.recv().await {
+                if inbox.send(Message::Offer { envelope, by, reply: Some(reply) }).await.is_err() {
+                    return;
+                }
+            }
+        });
+        if let Err(error) = push::listen(&self.config.api, &self.device, &places.keep(), pushes).await {
+            let text = crate::store::inline_chain(&error);
+            self.tell(None, None, &Reason::new(Code::Network, text), "agent");
+        }
+        if is_device {
+            let inbox = self.inbox.clone();
+            // A state that finds no room is told by the next one.
+            let tell = move |text| drop(inbox.try_send(Message::Network(text)));
+            tokio::spawn(interface::run(self.config.network.clone(), "/etc/resolv.conf".into(), tell));
+        }
+        Ok(receiver)
+    }
+}

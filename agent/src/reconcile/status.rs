@@ -1,0 +1,124 @@
+//! What `edgectl status` and the fleet are told: derived from the world, kept nowhere.
+
+use edged_model::api::{GenerationStatus, Inspect, Status, WorkloadStatus};
+use edged_model::generation::Generation;
+use edged_model::id::WorkloadName;
+use edged_model::manifest::Workload;
+use edged_model::observed::InstanceState;
+use edged_model::quantity::Bytes;
+use edged_model::report::DiskReport;
+use edged_plan::phase::phase_of;
+
+use super::{Agent, clock};
+use crate::observe::{disk, pressure};
+
+fn generation_status(generation: &Generation) -> GenerationStatus {
+    GenerationStatus {
+        sequence: generation.sequence,
+        digest: generation.digest,
+        state: generation.state,
+        since: generation.since,
+        reason: generation.reason.clone(),
+    }
+}
+
+impl Agent {
+    pub(super) fn status(&self) -> Status {
+        let desired = &self.world.desired;
+        let of = |sequence: Option<_>| desired.generations.get(&sequence?).map(generation_status);
+        let workloads = self.active().map(|active| {
+            active.manifest.workloads.iter().map(|(name, workload)| self.workload_status(name, workload)).collect()
+        });
+        let memory = pressure::memory();
+        let none = DiskReport { total: Bytes(0), free: Bytes(0) };
+        Status {
+            device: self.device.clone(),
+            agent_version: crate::VERSION.to_owned(),
+            boot_id: self.boot_id.clone(),
+            uptime_secs: clock::boot_ms() / 1000,
+            now: self.now().wall,
+            clock_source: if clock::unix_ms() / 1000 < self.floor.0 { "floor" } else { "system" }.to_owned(),
+            generation: of(desired.pointers.active),
+            candidate: of(desired.pointers.candidate),
+            workloads: workloads.unwrap_or_default(),
+            fleet: self.fleet.status(self.config.fleet.url.clone(), self.store.waiting_reports().unwrap_or(0)),
+            disk: disk::space(self.start_context.places.data()).unwrap_or(none),
+            memory_total: memory.map_or(Bytes(0), |memory| memory.total),
+            memory_available: memory.map_or(Bytes(0), |memory| memory.available),
+            pressure: pressure::read(),
+            refused: self.refused.clone(),
+        }
+    }
+
+    pub(super) fn workload_status(&self, name: &WorkloadName, workload: &Workload) -> WorkloadStatus {
+        let instance = self.world.observed.workloads.get(name);
+        let (phase, why) = phase_of(name, workload, instance, &self.world.desired, &self.plan);
+        let history = instance.map(|instance| instance.history.clone()).unwrap_or_default();
+        let running = match instance.map(|instance| &instance.state) {
+            Some(InstanceState::Running { pid, since_boot_ms }) => Some((*pid, *since_boot_ms)),
+            _ => None,
+        };
+        let run = running.and_then(|_| self.runs.get(name));
+        WorkloadStatus {
+            name: name.clone(),
+            image: workload.image.clone(),
+            phase,
+            health: instance.map(|instance| instance.health).unwrap_or_default(),
+            pid: running.map(|(pid, _)| pid),
+            up_secs: running.map(|(_, since)| clock::boot_ms().saturating_sub(since) / 1000),
+            restarts: history.total,
+            oom_kills: history.oom_kills,
+            last_exit: history.last_exit.as_ref().map(|exit| exit.cause.clone()),
+            memory: run.map(|run| Bytes(run.cgroup.usage().memory_bytes)),
+            memory_max: workload.resources.memory,
+            cpu_milli: run.and_then(|run| run.cpu_milli),
+            cpu_max_milli: workload.resources.cpu.map(|cpu| cpu.0),
+            address: None,
+            why: why.or_else(|| history.last_reason.filter(|_| history.in_a_row > 0)),
+        }
+    }
+
+    pub(super) fn inspect(&self, name: &WorkloadName) -> Option<Inspect> {
+        let workload = self.active()?.manifest.workloads.get(name)?;
+        let instance = self.world.observed.workloads.get(name);
+        let cgroup = self.runs.get(name).map(|run| &run.cgroup);
+        Some(Inspect {
+            status: self.workload_status(name, workload),
+            spec: workload.clone(),
+            history: instance.map(|instance| instance.history.clone()).unwrap_or_default(),
+            image_digest: self.images.get(&workload.image).map(|image| image.digest),
+            cgroup: cgroup.map(|cgroup| cgroup.path().display().to_string()),
+            limits: cgroup.map(|cgroup| cgroup.limits().into_iter().collect()).unwrap_or_default(),
+        })
+    }
+
+    /// CPU use of each run since the last look.
+    pub(super) fn sample(&mut self) {
+        let now = clock::boot_ms();
+        for run in self.runs.values_mut() {
+            let used = run.cgroup.usage().cpu_us;
+            if let Some((before, at)) = run.cpu {
+                let passed_ms = now.saturating_sub(at).max(1);
+                run.cpu_milli = Some(used.saturating_sub(before) / passed_ms);
+            }
+            run.cpu = Some((used, now));
+        }
+    }
+
+    /// Puts a report into the outbox when something changed, or when the last one is old.
+    pub(super) fn report_if_due(&mut self) {
+        if self.config.fleet.url.is_none() || !self.fleet.is_due(clock::boot_ms(), self.config.fleet.report_interval) {
+            return;
+        }
+        let status = self.status();
+        let fleet = self.fleet.clone();
+        let written = self.writes.submit(move |store| {
+            if let Err(why) = fleet.put(store, &status) {
+                tracing::error!("report: {why}");
+            }
+        });
+        if let Err(busy) = written {
+            tracing::error!("{busy}");
+        }
+    }
+}

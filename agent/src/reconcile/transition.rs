@@ -1,0 +1,134 @@
+//! What a generation's step means for the records and the pointers. Pure; the store writes what comes out as one.
+
+use edged_model::generation::{Generation, GenerationState, Pointers};
+use edged_model::id::Sequence;
+use edged_model::observed::Desired;
+use edged_model::quantity::Timestamp;
+use edged_model::reason::{Code, Reason};
+
+/// Records to write together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    pub generations: Vec<Generation>,
+    pub pointers: Pointers,
+}
+
+/// A new generation, verified: the next to be fetched. One that was on its way and not active yet makes room.
+pub fn received(desired: &Desired, mut generation: Generation, now: Timestamp) -> Change {
+    let mut change = Change { generations: Vec::new(), pointers: desired.pointers };
+    if let Some(waiting) = change.pointers.candidate {
+        let text = format!("generation {} came before it was active", generation.sequence);
+        supersede(desired, waiting, Reason::new(Code::Superseded, text), now, &mut change);
+    }
+    generation.state = GenerationState::Verified;
+    generation.since = now;
+    change.pointers.candidate = Some(generation.sequence);
+    change.pointers.highest_sequence = change.pointers.highest_sequence.max(generation.sequence);
+    change.generations.push(generation);
+    change
+}
+
+/// A step the planner ordered; `None` for a generation that is not there.
+pub fn step(desired: &Desired, sequence: Sequence, to: GenerationState, why: &Reason, now: Timestamp) -> Option<Change> {
+    let mut generation = desired.generations.get(&sequence)?.clone();
+    generation.state = to;
+    generation.since = now;
+    generation.reason = Some(why.clone());
+    let mut change = Change { generations: Vec::new(), pointers: desired.pointers };
+    let superseded = || Reason::new(Code::Superseded, format!("generation {sequence} took over"));
+    match to {
+        GenerationState::Activating => {
+            let before = change.pointers.active.replace(sequence);
+            change.pointers.candidate = change.pointers.candidate.filter(|candidate| *candidate != sequence);
+            // The last good one stays what it is: it is where a rollback goes.
+            if let Some(before) = before.filter(|before| change.pointers.last_good != Some(*before) && *before != sequence) {
+                supersede(desired, before, superseded(), now, &mut change);
+            }
+        }
+        GenerationState::Good => {
+            let before = change.pointers.last_good.replace(sequence);
+            if let Some(before) = before.filter(|before| *before != sequence) {
+                supersede(desired, before, superseded(), now, &mut change);
+            }
+        }
+        GenerationState::RolledBack => change.pointers.active = change.pointers.last_good,
+        GenerationState::Rejected => {
+            change.pointers.candidate = change.pointers.candidate.filter(|candidate| *candidate != sequence);
+        }
+        GenerationState::Received
+        | GenerationState::Verified
+        | GenerationState::Staged
+        | GenerationState::Probation
+        | GenerationState::Superseded => {}
+    }
+    change.generations.push(generation);
+    Some(change)
+}
+
+fn supersede(desired: &Desired, sequence: Sequence, why: Reason, now: Timestamp, change: &mut Change) {
+    if let Some(generation) = desired.generations.get(&sequence) {
+        let mut generation = generation.clone();
+        generation.state = GenerationState::Superseded;
+        generation.since = now;
+        generation.reason = Some(why);
+        change.generations.push(generation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use edged_model::id::Digest;
+    use edged_model::manifest::Manifest;
+
+    fn generation(n: u64) -> Generation {
+        Generation {
+            sequence: Sequence(n),
+            digest: Digest::of(&[n as u8]),
+            manifest: Manifest::empty(),
+            state: GenerationState::Received,
+            since: Timestamp(0),
+            reason: None,
+        }
+    }
+
+    fn apply(desired: &mut Desired, change: Change) {
+        desired.pointers = change.pointers;
+        desired.generations.extend(change.generations.into_iter().map(|g| (g.sequence, g)));
+    }
+
+    fn walk(desired: &mut Desired, n: u64, steps: &[GenerationState]) {
+        let change = received(desired, generation(n), Timestamp(1));
+        apply(desired, change);
+        for to in steps {
+            let why = Reason::new(Code::Activated, "test");
+            let change = step(desired, Sequence(n), *to, &why, Timestamp(1)).unwrap();
+            apply(desired, change);
+        }
+    }
+
+    use GenerationState::{Activating, Good, Probation, RolledBack, Staged, Superseded};
+
+    #[test]
+    fn a_good_life_and_its_successor() {
+        let mut desired = Desired::default();
+        walk(&mut desired, 1, &[Staged, Activating, Probation, Good]);
+        assert_eq!((desired.pointers.active, desired.pointers.last_good), (Some(Sequence(1)), Some(Sequence(1))));
+        walk(&mut desired, 2, &[Staged, Activating]);
+        assert_eq!((desired.pointers.active, desired.pointers.last_good), (Some(Sequence(2)), Some(Sequence(1))));
+        assert_eq!(desired.generations[&Sequence(1)].state, Good, "where a rollback would go");
+        walk(&mut desired, 3, &[Staged, Activating, Probation, Good]);
+        assert_eq!(desired.generations[&Sequence(1)].state, Superseded);
+        assert_eq!(desired.generations[&Sequence(2)].state, Superseded);
+    }
+
+    #[test]
+    fn a_bad_one_goes_back_and_its_number_stays_used() {
+        let mut desired = Desired::default();
+        walk(&mut desired, 1, &[Staged, Activating, Probation, Good]);
+        walk(&mut desired, 2, &[Staged, Activating, Probation, RolledBack]);
+        assert_eq!(desired.pointers.active, Some(Sequence(1)));
+        assert_eq!(desired.pointers.highest_sequence, Sequence(2));
+        assert_eq!(desired.generations[&Sequence(2)].state, RolledBack);
+    }
+}

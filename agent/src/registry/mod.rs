@@ -1,0 +1,397 @@
+//! Tool: an OCI distribution client (distribution-spec v1.1) over HTTPS. Blocking; called on threads made for it.
+//!
+//! Nothing it returns is believed here: digests are checked by whoever reads (documents in [`Client::document`], layers
+//! while they stream).
+
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use base64::Engine;
+use edged_model::id::Digest;
+use edged_model::reason::{Code, Reason};
+use ureq::http::{Response, StatusCode, header};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+use ureq::{Agent, Body};
+
+use crate::config::Registry;
+
+mod auth;
+/// Image names.
+pub mod reference;
+
+use auth::Challenge;
+pub use reference::Reference;
+
+/// A manifest, an index or a configuration larger than this is none (distribution-spec: 4 MiB).
+pub const DOCUMENT_MAX_BYTES: u64 = 4 << 20;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// One request's body; a longer transfer goes on with a range request where it stopped, so this is what a dead link
+/// costs, not a bound on a layer.
+const BODY_TIMEOUT: Duration = Duration::from_secs(120);
+const REDIRECTS_MAX: u32 = 5;
+/// Tries of one document, or of one layer without progress between them.
+const TRIES: u32 = 4;
+/// The longest pause a registry may ask for; a longer one fails the pull, to be tried again later.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(10);
+
+/// Why something could not be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegistryError {
+    pub reason: Reason,
+    /// Trying again cannot help.
+    pub permanent: bool,
+    pub retry_after: Option<Duration>,
+}
+
+impl RegistryError {
+    fn new(code: Code, text: String, permanent: bool) -> Self {
+        Self { reason: Reason::new(code, text), permanent, retry_after: None }
+    }
+}
+
+/// One registry with its credentials.
+pub struct Client {
+    agent: Agent,
+    base: String,
+    name: String,
+    basic: Option<String>,
+    authorization: Arc<Mutex<Option<String>>>,
+}
+
+/// A document and its digest.
+pub struct Document {
+    pub bytes: Vec<u8>,
+    pub digest: Digest,
+    pub media_type: String,
+}
+
+/// What is asked for when a manifest is: OCI and Docker schema 2, single and multi-platform.
+pub const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, \
+     application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json";
+
+impl Client {
+    /// A client for `registry` (host and port) with the device's configuration for it.
+    pub fn new(registry: &str, config: &Registry) -> Result<Self, RegistryError> {
+        let configuration = |text: String| RegistryError::new(Code::RegistryRefused, text, true);
+        let roots = match &config.ca {
+            None => RootCerts::WebPki,
+            Some(path) => {
+                let pem = std::fs::read(path)
+                    .map_err(|error| configuration(format!("CA of {registry}: {}: {error}", path.display())))?;
+                certificates(&pem).ok_or_else(|| configuration(format!("CA of {registry}: {} has no certificate", path.display())))?
+            }
+        };
+        let password = match (&config.password, &config.password_file) {
+            (Some(password), _) => Some(password.clone()),
+            (None, Some(path)) => Some(
+                std::fs::read_to_string(path)
+                    .map_err(|error| configuration(format!("password of {registry}: {}: {error}", path.display())))?
+                    .trim_end()
+                    .to_owned(),
+            ),
+            (None, None) => None,
+        };
+        let basic = config.username.as_ref().zip(password).map(|(user, password)| {
+            format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}")))
+        });
+        let scheme = if config.insecure_http { "http" } else { "https" };
+        Ok(Self {
+            agent: agent(roots),
+            base: format!("{scheme}://{registry}/v2"),
+            name: registry.to_owned(),
+            basic,
+            authorization: Arc::default(),
+        })
+    }
+
+    /// A manifest by tag or digest; a digest is checked.
+    pub fn manifest(&self, repository: &str, wanted: &str) -> Result<Document, RegistryError> {
+        let expected = Digest::parse(wanted).ok();
+        self.document(&format!("/{repository}/manifests/{wanted}"), MANIFEST_TYPES, expected)
+    }
+
+    /// A small blob, checked.
+    pub fn small_blob(&self, repository: &str, digest: Digest) -> Result<Document, RegistryError> {
+        self.document(&format!("/{repository}/blobs/{digest}"), "*/*", Some(digest))
+    }
+
+    /// The referrers of an image: by the API, or by the tag that stands in for it where a registry has none.
+    pub fn referrers(&self, repository: &str, digest: Digest) -> Result<Option<Document>, RegistryError> {
+        const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+        for path in [
+            format!("/{repository}/referrers/{digest}"),
+            format!("/{repository}/manifests/sha256-{}", digest.hex()),
+        ] {
+            match self.document(&path, INDEX, None) {
+                Ok(document) if document.media_type.starts_with(INDEX) => return Ok(Some(document)),
+                Ok(_) => {}
+                Err(error) if matches!(error.reason.code, Code::ImageNotFound | Code::RegistryRefused) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    fn document(&self, path: &str, accept: &str, expected: Option<Digest>) -> Result<Document, RegistryError> {
+        let what = format!("{}{path}", self.name);
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.document_once(path, accept, &what) {
+                Ok(document) if expected.is_none_or(|digest| digest == document.digest) => return Ok(document),
+                Ok(document) => {
+                    let text = format!("{what} has digest {}", document.digest);
+                    return Err(RegistryError::new(Code::DigestMismatch, text, true));
+                }
+                Err(error) if error.permanent || tries == TRIES => return Err(error),
+                Err(error) => pause(tries, error.retry_after),
+            }
+        }
+    }
+
+    fn document_once(&self, path: &str, accept: &str, what: &str) -> Result<Document, RegistryError> {
+        let response = self.get(path, accept, None, what)?;
+        let media_type = response.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+        let media_type = media_type.to_owned();
+        let announced = length(&response);
+        let mut bytes = Vec::new();
+        let mut body = response.into_body().into_reader().take(DOCUMENT_MAX_BYTES + 1);
+        body.read_to_end(&mut bytes).map_err(|error| broken(what, &error))?;
+        if bytes.len() as u64 > DOCUMENT_MAX_BYTES {
+            let text = format!("{what} is larger than {DOCUMENT_MAX_BYTES} bytes");
+            return Err(RegistryError::new(Code::ImageUnusable, text, true));
+        }
+        if announced.is_some_and(|announced| announced != bytes.len() as u64) {
+            let text = format!("{what}: {} bytes came of {}", bytes.len(), announced.unwrap_or(0));
+            return Err(RegistryError::new(Code::RegistryUnavailable, text, false));
+        }
+        let digest = Digest::of(&bytes);
+        Ok(Document { bytes, digest, media_type })
+    }
+
+    /// A blob as a stream that goes on where it stopped when the link breaks. Its digest is the reader's to check.
+    pub fn blob<'c>(&'c self, repository: &str, digest: Digest, size: u64) -> BlobReader<'c> {
+        let path = format!("/{repository}/blobs/{digest}");
+        BlobReader { client: self, path, at: 0, size, body: None, failures: 0, error: None }
+    }
+
+    /// GET with authorization and redirects. The credentials never go to another host.
+    fn get(&self, path: &str, accept: &str, from: Option<u64>, what: &str) -> Result<Response<Body>, RegistryError> {
+        let mut url = format!("{}{path}", self.base);
+        let mut is_registry = true;
+        let mut redirects = 0;
+        let mut authorized = false;
+        loop {
+            let mut request = self.agent.get(&url).header(header::ACCEPT, accept);
+            if let Some(from) = from {
+                request = request.header(header::RANGE, format!("bytes={from}-"));
+            }
+            let authorization = self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let (true, Some(authorization)) = (is_registry, &authorization) {
+                request = request.header(header::AUTHORIZATION, authorization);
+            }
+            let response = request.call().map_err(|error| unreachable(what, &error))?;
+            let status = response.status();
+            if status == StatusCode::UNAUTHORIZED && is_registry && !authorized {
+                authorized = true;
+                self.authorize(&response, what)?;
+            } else if status.is_redirection() {
+                redirects += 1;
+                let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
+                match location {
+                    Some(location) if redirects <= REDIRECTS_MAX => {
+                        url = absolute(&url, location);
+                        is_registry = url.starts_with(&format!("{}/", self.base));
+                    }
+                    _ => {
+                        let text = format!("{what}: redirected {redirects} times");
+                        return Err(RegistryError::new(Code::RegistryRefused, text, true));
+                    }
+                }
+            } else if status.is_success() {
+                return Ok(response);
+            } else {
+                return Err(refused(what, &response));
+            }
+        }
+    }
+
+    fn authorize(&self, response: &Response<Body>, what: &str) -> Result<(), RegistryError> {
+        let unauthorized = |why: &str| {
+            let mut error = RegistryError::new(Code::ImageUnauthorized, format!("{what}: 401: {why}"), true);
+            error.reason = error.reason.next(format!("set username and password in [registry.\"{}\"] of agent.toml", self.name));
+            error
+        };
+        let challenge = response.headers().get(header::WWW_AUTHENTICATE).and_then(|value| value.to_str().ok());
+        let authorization = match challenge.and_then(Challenge::parse) {
+            Some(Challenge::Basic) => self.basic.clone().ok_or_else(|| unauthorized("it wants a password"))?,
+            Some(Challenge::Bearer { realm, service, scope }) => {
+                let mut request = self.agent.get(&realm).query("service", &service).query("scope", &scope);
+                if let Some(basic) = &self.basic {
+                    request = request.header(header::AUTHORIZATION, basic);
+                }
+                let response = request.call().map_err(|error| unreachable(&realm, &error))?;
+                if !response.status().is_success() {
+                    return Err(unauthorized(&format!("the token service answers {}", response.status().as_u16())));
+                }
+                let mut text = String::new();
+                let mut body = response.into_body().into_reader().take(64 << 10);
+                body.read_to_string(&mut text).map_err(|error| broken(&realm, &error))?;
+                auth::token(&text).map(|token| format!("Bearer {token}")).ok_or_else(|| unauthorized("no token came"))?
+            }
+            None => return Err(unauthorized("it does not say how to log in")),
+        };
+        let mut known = self.authorization.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.as_ref() == Some(&authorization) {
+            return Err(unauthorized("the user name or password is wrong"));
+        }
+        *known = Some(authorization);
+        Ok(())
+    }
+}
+
+/// An HTTPS agent that trusts `roots`, follows no redirect by itself and gives up in time.
+pub fn agent(roots: RootCerts) -> Agent {
+    let tls = TlsConfig::builder().root_certs(roots).build();
+    Agent::config_builder()
+        .tls_config(tls)
+        .max_redirects(0)
+        .http_status_as_error(false)
+        .timeout_connect(Some(CONNECT_TIMEOUT))
+        .timeout_recv_response(Some(ANSWER_TIMEOUT))
+        .timeout_recv_body(Some(BODY_TIMEOUT))
+        .user_agent(concat!("edged/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .into()
+}
+
+/// The certificates of a PEM file as the only roots.
+pub fn certificates(pem: &[u8]) -> Option<RootCerts> {
+    let list: Vec<Certificate<'static>> = parse_pem(pem)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    (!list.is_empty()).then(|| RootCerts::Specific(Arc::new(list)))
+}
+
+fn length(response: &Response<Body>) -> Option<u64> {
+    response.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+fn absolute(base: &str, location: &str) -> String {
+    if location.contains("://") {
+        return location.to_owned();
+    }
+    let origin = base.splitn(4, '/').take(3).collect::<Vec<_>>().join("/");
+    format!("{origin}{location}")
+}
+
+fn unreachable(what: &str, error: &ureq::Error) -> RegistryError {
+    RegistryError::new(Code::RegistryUnavailable, format!("{what}: {error}"), false)
+}
+
+fn broken(what: &str, error: &io::Error) -> RegistryError {
+    RegistryError::new(Code::RegistryUnavailable, format!("{what}: {error}"), false)
+}
+
+fn refused(what: &str, response: &Response<Body>) -> RegistryError {
+    let status = response.status().as_u16();
+    let (code, permanent) = match status {
+        401 | 403 => (Code::ImageUnauthorized, true),
+        404 => (Code::ImageNotFound, true),
+        408 | 429 | 500..=599 => (Code::RegistryUnavailable, false),
+        _ => (Code::RegistryRefused, true),
+    };
+    let retry_after = response.headers().get(header::RETRY_AFTER);
+    let seconds = retry_after.and_then(|value| value.to_str().ok()?.parse().ok());
+    let asked = seconds.map(|seconds: u64| format!(", asks to come back in {seconds} s")).unwrap_or_default();
+    let mut error = RegistryError::new(code, format!("{what}: the registry answers {status}{asked}"), permanent);
+    error.retry_after = seconds.map(Duration::from_secs);
+    error
+}
+
+/// Waits before the next try: what the registry asks for, or a back-off with jitter.
+fn pause(tries: u32, asked: Option<Duration>) {
+    let mut random = [0; 1];
+    // Without randomness the pause is only not spread.
+    let _ = getrandom::fill(&mut random);
+    let backoff = Duration::from_millis((200 << tries.min(5)) + u64::from(random[0]));
+    #[expect(clippy::disallowed_methods, reason = "this thread was made for one pull and has nothing else to do")]
+    std::thread::sleep(asked.unwrap_or(backoff).min(RETRY_AFTER_MAX));
+}
+
+/// A blob that is being read, over as many requests as it takes.
+pub struct BlobReader<'c> {
+    client: &'c Client,
+    path: String,
+    at: u64,
+    size: u64,
+    body: Option<Box<dyn Read + Send>>,
+    failures: u32,
+    /// What stopped it, for the caller to tell (a `Read` can only say `io::Error`).
+    pub error: Option<RegistryError>,
+}
+
+impl BlobReader<'_> {
+    fn open(&mut self) -> Result<(), RegistryError> {
+        let what = format!("{}{}", self.client.name, self.path);
+        let from = (self.at > 0).then_some(self.at);
+        let response = self.client.get(&self.path, "*/*", from, &what)?;
+        let skip = if response.status() == StatusCode::PARTIAL_CONTENT { 0 } else { self.at };
+        let mut body: Box<dyn Read + Send> = Box::new(response.into_body().into_with_config().limit(u64::MAX).reader());
+        // A registry without ranges sends it all again: what is known already is read past.
+        io::copy(&mut body.by_ref().take(skip), &mut io::sink()).map_err(|error| broken(&what, &error))?;
+        self.body = Some(body);
+        Ok(())
+    }
+
+    fn once(&mut self, buffer: &mut [u8]) -> Result<usize, RegistryError> {
+        if self.body.is_none() {
+            self.open()?;
+        }
+        let what = format!("{}{}", self.client.name, self.path);
+        let Some(body) = &mut self.body else { return Ok(0) };
+        let left = usize::try_from(self.size - self.at).unwrap_or(usize::MAX);
+        let take = buffer.len().min(left);
+        match body.read(&mut buffer[..take]) {
+            Ok(0) => {
+                let text = format!("{what}: the body ended after {} of {} bytes", self.at, self.size);
+                Err(RegistryError::new(Code::RegistryUnavailable, text, false))
+            }
+            Ok(count) => Ok(count),
+            Err(error) => Err(broken(&what, &error)),
+        }
+    }
+}
+
+impl Read for BlobReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.at == self.size || buffer.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            match self.once(buffer) {
+                Ok(count) => {
+                    self.at += count as u64;
+                    self.failures = 0;
+                    return Ok(count);
+                }
+                Err(error) => {
+                    self.body = None;
+                    self.failures += 1;
+                    if error.permanent || self.failures >= TRIES {
+                        let text = error.reason.text.clone();
+                        self.error = Some(error);
+                        return Err(io::Error::other(text));
+                    }
+                    pause(self.failures, error.retry_after);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Image names: `host[:port]/repository[:tag][@sha256:…]`. Short names such as `nginx` are refused: which registry they
+//! mean is a matter of somebody's configuration, and a signed manifest shall not depend on it.
+
+use std::fmt;
+
+use edged_model::id::Digest;
+use edged_model::reason::{Code, Reason};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reference {
+    /// Host and port, as the configuration spells them.
+    pub registry: String,
+    pub repository: String,
+    pub tag: Option<String>,
+    pub digest: Option<Digest>,
+}
+
+impl Reference {
+    pub fn parse(text: &str) -> Result<Self, Reason> {
+        let bad = |why: &str| {
+            Reason::new(Code::InvalidManifest, format!("image `{text}`: {why}"))
+                .next("write it as `host[:port]/repository@sha256:…` or `host[:port]/repository:tag`")
+        };
+        let (rest, digest) = match text.split_once('@') {
+            Some((rest, digest)) => (rest, Some(Digest::parse(digest).map_err(|error| bad(&error.to_string()))?)),
+            None => (text, None),
+        };
+        let (registry, path) = rest.split_once('/').ok_or_else(|| bad("no registry is named"))?;
+        if !(registry.contains(['.', ':']) || registry == "localhost") {
+            return Err(bad("no registry is named"));
+        }
+        let (repository, tag) = match path.rsplit_once(':') {
+            Some((repository, tag)) => (repository, Some(tag.to_owned())),
+            None => (path, None),
+        };
+        let name_ok = !repository.is_empty()
+            && repository.split('/').all(|part| {
+                !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
+            });
+        if !name_ok {
+            return Err(bad("the repository may have a-z, 0-9, `.`, `_`, `-` and `/`"));
+        }
+        let tag_ok = |tag: &String| {
+            !tag.is_empty() && tag.len() <= 128 && tag.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        };
+        if tag.as_ref().is_some_and(|tag| !tag_ok(tag)) {
+            return Err(bad("the tag may have letters, digits, `.`, `_` and `-`"));
+        }
+        if tag.is_none() && digest.is_none() {
+            return Err(bad("it has neither a digest nor a tag"));
+        }
+        Ok(Self { registry: registry.to_owned(), repository: repository.to_owned(), tag, digest })
+    }
+
+    /// What a registry is asked for: the digest if there is one, else the tag.
+    pub fn wanted(&self) -> String {
+        match (&self.digest, &self.tag) {
+            (Some(digest), _) => digest.to_string(),
+            (None, tag) => tag.clone().unwrap_or_default(),
+        }
+    }
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.registry, self.repository)?;
+        if let Some(tag) = &self.tag {
+            write!(f, ":{tag}")?;
+        }
+        if let Some(digest) = &self.digest {
+            write!(f, "@{digest}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_as_operators_write_them() {
+        let digest = Digest::of(b"x");
+        for text in [
+            "registry.example/app:1.2".to_owned(),
+            "10.0.2.2:5000/team/app:v1".to_owned(),
+            format!("localhost:5000/app@{digest}"),
+            format!("r.example/a/b:tag@{digest}"),
+        ] {
+            assert_eq!(Reference::parse(&text).unwrap().to_string(), text);
+        }
+        for bad in ["nginx", "library/nginx:1", "r.example/App:1", "r.example/app", "r.example//a:1", "r.example/a@sha256:1"] {
+            assert!(Reference::parse(bad).is_err(), "{bad}");
+        }
+    }
+}

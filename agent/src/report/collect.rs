@@ -1,0 +1,43 @@
+//! Status to report: pure.
+
+use edged_model::api::Status;
+use edged_model::report::{GenerationReport, Report, WorkloadReport};
+
+pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report {
+    let workload = |workload: &edged_model::api::WorkloadStatus| {
+        let report = WorkloadReport {
+            phase: workload.phase,
+            health: workload.health,
+            restarts: workload.restarts,
+            oom_kills: workload.oom_kills,
+            last_exit: workload.last_exit.clone(),
+            why: workload.why.clone(),
+            memory: workload.memory,
+            memory_max: workload.memory_max,
+            cpu_milli: workload.cpu_milli,
+            cpu_max_milli: workload.cpu_max_milli,
+        };
+        (workload.name.clone(), report)
+    };
+    Report {
+        device: status.device.clone(),
+        boot_id: status.boot_id.clone(),
+        number,
+        at: status.now,
+        agent_version: status.agent_version.clone(),
+        arch: arch.to_owned(),
+        uptime_secs: status.uptime_secs,
+        clock_source: status.clock_source.clone(),
+        generation: status.generation.as_ref().map(|generation| GenerationReport {
+            sequence: generation.sequence,
+            digest: generation.digest,
+            state: generation.state,
+            reason: generation.reason.clone(),
+        }),
+        workloads: status.workloads.iter().map(workload).collect(),
+        disk: Some(status.disk),
+        pressure: status.pressure,
+        refused: status.refused.clone(),
+        dropped,
+    }
+}

@@ -1,0 +1,129 @@
+//! cgroup v2 (Documentation/admin-guide/cgroup-v2.rst): plain files, read back after writing.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+
+use super::{CPU_PERIOD_US, CgroupError, IoLimits, Limits, Usage, read_keyed, read_number};
+
+pub const LIMIT_FILES: [&str; 6] = ["memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max", "io.max"];
+
+pub fn write(dir: &Path, file: &str, text: &str) -> Result<(), CgroupError> {
+    let path = dir.join(file);
+    fs::write(&path, text).map_err(|source| CgroupError::File { path, source })
+}
+
+/// Makes the directory of all workloads and hands the controllers down to it, from the top.
+pub fn prepare(workloads: &Path) -> Result<(), CgroupError> {
+    fs::create_dir_all(workloads).map_err(|source| CgroupError::File { path: workloads.to_owned(), source })?;
+    let mut dirs: Vec<_> = workloads.ancestors().take_while(|dir| dir.join("cgroup.controllers").exists()).collect();
+    dirs.reverse();
+    for dir in dirs {
+        let path = dir.join("cgroup.controllers");
+        let available = fs::read_to_string(&path).map_err(|source| CgroupError::File { path, source })?;
+        for controller in ["memory", "cpu", "pids"] {
+            if !available.split_whitespace().any(|name| name == controller) {
+                let hint = "the kernel or the parent cgroup does not hand it down";
+                return Err(CgroupError::NoController { controller, hint });
+            }
+        }
+        let enable = ["memory", "cpu", "pids", "io"]
+            .iter()
+            .filter(|wanted| available.split_whitespace().any(|name| name == **wanted))
+            .map(|name| format!("+{name}"))
+            .collect::<Vec<_>>()
+            .join(" ");
+        write(dir, "cgroup.subtree_control", &enable)?;
+    }
+    Ok(())
+}
+
+pub fn create(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
+    match fs::create_dir(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(CgroupError::File { path: dir.to_owned(), source: error });
+        }
+        _ => {}
+    }
+    for (file, text) in files(limits) {
+        write(dir, file, &text)?;
+    }
+    // A kernel without swap has no such file, and then nothing to forbid.
+    if dir.join("memory.swap.max").exists() {
+        write(dir, "memory.swap.max", "0")?;
+    }
+    if let Some(text) = io_max(&limits.io) {
+        write(dir, "io.max", &text)?;
+    }
+    check(dir, "memory.max", &(limits.memory_bytes / PAGE_BYTES * PAGE_BYTES).to_string())?;
+    check(dir, "pids.max", &limits.pids.to_string())
+}
+
+/// Both product architectures run with 4 KiB pages; with larger ones the kernel rounds down further and says so.
+const PAGE_BYTES: u64 = 4096;
+
+fn files(limits: &Limits) -> [(&'static str, String); 4] {
+    let quota_us = (limits.cpu_milli * CPU_PERIOD_US / 1000).max(1000);
+    [
+        ("memory.max", limits.memory_bytes.to_string()),
+        ("memory.oom.group", "1".to_owned()),
+        ("cpu.max", format!("{quota_us} {CPU_PERIOD_US}")),
+        ("pids.max", limits.pids.to_string()),
+    ]
+}
+
+fn io_max(io: &IoLimits) -> Option<String> {
+    let (major, minor) = io.disk?;
+    let pairs = [("rbps", io.read_bytes), ("wbps", io.write_bytes), ("riops", io.read_ops), ("wiops", io.write_ops)];
+    let set: Vec<_> = pairs.iter().filter_map(|(key, value)| value.map(|value| format!("{key}={value}"))).collect();
+    (!set.is_empty()).then(|| format!("{major}:{minor} {}", set.join(" ")))
+}
+
+fn check(dir: &Path, file: &str, wanted: &str) -> Result<(), CgroupError> {
+    let path = dir.join(file);
+    let found = fs::read_to_string(&path).map_err(|source| CgroupError::File { path, source })?;
+    if found.trim() == wanted {
+        return Ok(());
+    }
+    let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let (file, found, wanted) = (file.to_owned(), found.trim().to_owned(), wanted.to_owned());
+    Err(CgroupError::NotTaken { name, file, found, wanted })
+}
+
+pub fn directory(dir: &Path) -> Result<OwnedFd, CgroupError> {
+    rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| CgroupError::File { path: dir.to_owned(), source: errno.into() })
+}
+
+pub fn usage(dir: &Path) -> Usage {
+    Usage {
+        memory_bytes: read_number(dir, "memory.current").unwrap_or(0),
+        memory_peak_bytes: read_number(dir, "memory.peak"),
+        cpu_us: read_keyed(dir, "cpu.stat", "usage_usec").unwrap_or(0),
+        pids: read_number(dir, "pids.current").unwrap_or(0),
+        oom_kills: read_keyed(dir, "memory.events", "oom_kill").unwrap_or(0),
+    }
+}
+
+/// `memory.peak` can be reset by writing to it since Linux 6.12, for readers of the same descriptor only: of no use to
+/// us. The group of a workload that is started afresh is removed and made anew instead.
+pub fn reset_peak(_dir: &Path) {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_in_the_kernels_spelling() {
+        let io = IoLimits { disk: Some((254, 0)), write_bytes: Some(1 << 20), ..IoLimits::default() };
+        let limits = Limits { memory_bytes: 64 << 20, cpu_milli: 250, pids: 32, io };
+        let files = files(&limits);
+        assert_eq!(files[0], ("memory.max", "67108864".to_owned()));
+        assert_eq!(files[2], ("cpu.max", "25000 100000".to_owned()));
+        assert_eq!(io_max(&io).as_deref(), Some("254:0 wbps=1048576"));
+        assert_eq!(io_max(&IoLimits::default()), None);
+    }
+}

@@ -1,0 +1,109 @@
+//! The machine itself: its watchdog, its modules, its clock. For PID 1.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use nix::time::{ClockId, clock_gettime, clock_settime};
+
+nix::ioctl_readwrite!(watchdog_settimeout, b'W', 6, libc::c_int);
+
+/// A hardware or software watchdog (Documentation/watchdog/watchdog-api.rst). Dropping it leaves it running: a machine
+/// whose PID 1 is gone shall reset.
+#[derive(Debug)]
+pub struct Watchdog {
+    device: File,
+}
+
+impl Watchdog {
+    /// Opens `path`, which starts the timer. A driver that keeps its own timeout is taken as it is.
+    pub fn open(path: &Path, timeout_secs: i32) -> io::Result<Self> {
+        let device = File::options().write(true).open(path)?;
+        let mut seconds = timeout_secs;
+        // SAFETY: WDIOC_SETTIMEOUT reads and writes one int, which lives across the call.
+        let result = unsafe { watchdog_settimeout(device.as_raw_fd(), &raw mut seconds) };
+        match result {
+            Ok(_) | Err(nix::errno::Errno::ENOTTY | nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::EINVAL) => {
+                Ok(Self { device })
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// "All is well."
+    pub fn pet(&self) -> io::Result<()> {
+        rustix::io::write(&self.device, b"1").map(drop).map_err(Into::into)
+    }
+
+    /// Stops it (the "magic close"), for an orderly power-off.
+    pub fn disarm(self) -> io::Result<()> {
+        rustix::io::write(&self.device, b"V").map(drop).map_err(Into::into)
+    }
+}
+
+/// `MODULE_INIT_COMPRESSED_FILE` (linux/module.h, Linux 5.17): the kernel unpacks `.ko.xz` itself.
+const INIT_COMPRESSED_FILE: libc::c_int = 4;
+
+/// Loads a module (finit_module(2)). One that is loaded already is fine.
+pub fn load_module(path: &Path) -> io::Result<()> {
+    let file = File::open(path)?;
+    let compressed = path.extension().is_some_and(|extension| extension != "ko");
+    let flags = if compressed { INIT_COMPRESSED_FILE } else { 0 };
+    match rustix::system::finit_module(&file, c"", flags) {
+        Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// CLOCK_BOOTTIME in milliseconds (clock_gettime(2)).
+pub fn boot_ms() -> u64 {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| {
+        let (secs, nanos) = (u64::try_from(time.tv_sec()).unwrap_or(0), u64::try_from(time.tv_nsec()).unwrap_or(0));
+        secs * 1000 + nanos / 1_000_000
+    })
+}
+
+/// Sets the wall clock to `unix_seconds` if it is behind. Returns whether it was.
+pub fn raise_clock(unix_seconds: i64) -> io::Result<bool> {
+    let now = clock_gettime(ClockId::CLOCK_REALTIME)?;
+    if i64::from(now.tv_sec()) >= unix_seconds {
+        return Ok(false);
+    }
+    let seconds = unix_seconds.try_into().map_err(io::Error::other)?;
+    clock_settime(ClockId::CLOCK_REALTIME, nix::sys::time::TimeSpec::new(seconds, 0))?;
+    Ok(true)
+}
+
+nix::ioctl_read_bad!(get_interface_flags, libc::SIOCGIFFLAGS, libc::ifreq);
+nix::ioctl_write_ptr_bad!(set_interface_flags, libc::SIOCSIFFLAGS, libc::ifreq);
+
+/// Brings a network interface up in the caller's network namespace (netdevice(7)). `socket`: any IP socket.
+pub fn interface_up(socket: std::os::fd::BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    // SAFETY: `ifreq` is plain old data for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *slot = byte as libc::c_char;
+    }
+    // SAFETY: the kernel reads the name and writes the flags of one `ifreq` that lives across the call.
+    unsafe { get_interface_flags(socket.as_raw_fd(), &raw mut request) }?;
+    // SAFETY: SIOCGIFFLAGS has just filled this member of the union.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
+    // SAFETY: the kernel reads one `ifreq` that lives across the call.
+    unsafe { set_interface_flags(socket.as_raw_fd(), &raw const request) }?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_ahead_stays() {
+        assert!(!raise_clock(0).unwrap());
+    }
+}

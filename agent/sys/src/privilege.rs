@@ -1,0 +1,132 @@
+//! Giving up power: capabilities(7), credentials(7), no_new_privs and seccomp(2). Called by the child alone, on itself.
+
+use edged_model::keeper::CapabilitySets;
+use rustix::io::Errno;
+
+use crate::mount::last_errno;
+
+/// The highest capability this code knows (CAP_CHECKPOINT_RESTORE); the kernel may know fewer.
+const LAST_CAPABILITY: u32 = 40;
+
+fn check(result: libc::c_int) -> Result<(), Errno> {
+    if result == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+fn prctl(option: libc::c_int, a: libc::c_ulong, b: libc::c_ulong) -> Result<libc::c_int, Errno> {
+    let zero: libc::c_ulong = 0;
+    // SAFETY: the options used in this file take integers only, no pointer is passed.
+    let result = unsafe { libc::prctl(option, a, b, zero, zero) };
+    if result >= 0 { Ok(result) } else { Err(last_errno()) }
+}
+
+/// Takes away from the bounding set all that is not in `keep`.
+pub fn drop_bounding(keep: u64) -> Result<(), Errno> {
+    for capability in 0..=LAST_CAPABILITY {
+        if keep & (1 << capability) == 0 {
+            match prctl(libc::PR_CAPBSET_DROP, capability.into(), 0) {
+                // The kernel does not know it: then nobody can have it.
+                Ok(_) | Err(Errno::INVAL) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Changes group list, gid and uid for good. Capabilities outlive the change (PR_SET_KEEPCAPS) until
+/// [`set_capabilities`] says which stay.
+pub fn set_ids(uid: u32, gid: u32, additional_gids: &[u32]) -> Result<(), Errno> {
+    prctl(libc::PR_SET_KEEPCAPS, 1, 0)?;
+    // SAFETY: pointer and length are those of one live slice; the kernel only reads it.
+    check(unsafe { libc::setgroups(additional_gids.len() as _, additional_gids.as_ptr()) })?;
+    // SAFETY: plain integers.
+    check(unsafe { libc::setresgid(gid, gid, gid) })?;
+    // SAFETY: plain integers.
+    check(unsafe { libc::setresuid(uid, uid, uid) })
+}
+
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct CapData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// `_LINUX_CAPABILITY_VERSION_3` (linux/capability.h): two words per set.
+const CAPABILITY_VERSION: u32 = 0x2008_0522;
+
+/// Sets effective, permitted, inheritable and ambient exactly.
+pub fn set_capabilities(sets: &CapabilitySets) -> Result<(), Errno> {
+    let header = CapHeader { version: CAPABILITY_VERSION, pid: 0 };
+    let word = |set: u64, index: u32| ((set >> (32 * index)) & 0xffff_ffff) as u32;
+    let data = [0, 1].map(|index| CapData {
+        effective: word(sets.effective, index),
+        permitted: word(sets.permitted, index),
+        inheritable: word(sets.inheritable, index),
+    });
+    // SAFETY: header and data have the layout of version 3 (one header, two data words) and live across the call.
+    let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
+    if result != 0 {
+        return Err(last_errno());
+    }
+    let _ = prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong, 0)?;
+    for capability in 0..=LAST_CAPABILITY {
+        if sets.ambient & (1 << capability) != 0 {
+            prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE as libc::c_ulong, capability.into())?;
+        }
+    }
+    Ok(())
+}
+
+pub fn set_no_new_privs() -> Result<(), Errno> {
+    prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).map(drop)
+}
+
+/// Nobody inside a container may look into or trace the caller until it has exec'd (proc(5), `/proc/pid/exe`).
+pub fn set_not_dumpable() -> Result<(), Errno> {
+    prctl(libc::PR_SET_DUMPABLE, 0, 0).map(drop)
+}
+
+/// Orphans of our children become ours (PR_SET_CHILD_SUBREAPER).
+pub fn become_subreaper() -> Result<(), Errno> {
+    prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0).map(drop)
+}
+
+/// Installs a filter: `program` is an array of `struct sock_filter` (8 bytes each, native endian).
+pub fn install_seccomp(program: &[u8]) -> Result<(), Errno> {
+    const INSTRUCTION_BYTES: usize = size_of::<libc::sock_filter>();
+    if program.is_empty() || program.len() % INSTRUCTION_BYTES != 0 {
+        return Err(Errno::INVAL);
+    }
+    let filter: Vec<libc::sock_filter> = program
+        .chunks_exact(INSTRUCTION_BYTES)
+        .map(|b| libc::sock_filter {
+            code: u16::from_ne_bytes([b[0], b[1]]),
+            jt: b[2],
+            jf: b[3],
+            k: u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
+        })
+        .collect();
+    let len = u16::try_from(filter.len()).map_err(|_| Errno::TOOBIG)?;
+    let prog = libc::sock_fprog { len, filter: filter.as_ptr().cast_mut() };
+    // SAFETY: `prog` points at `filter`, which lives to the end of this function and has `len` entries; the kernel
+    // copies it and checks every instruction.
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0_usize, &raw const prog) };
+    if result == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// Marks every descriptor from `first` on close-on-exec (close_range(2)).
+pub fn cloexec_from(first: u32) -> Result<(), Errno> {
+    // SAFETY: only flags of descriptors change; none is closed while Rust owns it.
+    let result =
+        unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_uint) };
+    if result == 0 { Ok(()) } else { Err(last_errno()) }
+}

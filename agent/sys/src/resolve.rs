@@ -1,0 +1,115 @@
+//! Paths inside a root that belongs to somebody else. Every look-up goes through openat2(2) with `RESOLVE_IN_ROOT`, so
+//! neither `..`, nor a symbolic link, nor a magic link of /proc leads out; what was found is then only used by
+//! descriptor, never looked up a second time.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Component, Path};
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::io::Errno;
+
+/// What shall be at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    Directory,
+    File,
+}
+
+fn inside() -> ResolveFlags {
+    ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS
+}
+
+/// An `O_PATH` descriptor of what `path` is inside `root`, links followed inside the root.
+pub fn open_path(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
+    openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), inside())
+}
+
+/// An `O_PATH` descriptor of the path itself: a link at its end is not followed.
+pub fn open_path_no_follow(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
+    openat2(root, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), inside())
+}
+
+/// As [`open_path`], making what is missing: directories on the way, and at the end what is wanted.
+pub fn ensure(root: BorrowedFd<'_>, path: &Path, want: Want) -> Result<OwnedFd, Errno> {
+    match open_path(root, path) {
+        Err(Errno::NOENT) => {}
+        found => return found,
+    }
+    let (parent, name) = ensure_parent(root, path)?;
+    match want {
+        Want::Directory => ignore_exists(mkdirat(&parent, name, Mode::from_raw_mode(0o755)))?,
+        Want::File => {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            ignore_exists(openat2(&parent, name, flags, Mode::from_raw_mode(0o644), inside()).map(drop))?;
+        }
+    }
+    open_path(root, path)
+}
+
+/// The directory that holds the last name of `path`, made if missing, and that name.
+pub fn ensure_parent<'p>(root: BorrowedFd<'_>, path: &'p Path) -> Result<(OwnedFd, &'p OsStr), Errno> {
+    let name = path.file_name().ok_or(Errno::INVAL)?;
+    let mut walked = std::path::PathBuf::from("/");
+    let mut directory = open_path(root, &walked)?;
+    for component in path.parent().ok_or(Errno::INVAL)?.components() {
+        let Component::Normal(part) = component else { continue };
+        walked.push(part);
+        directory = match open_path(root, &walked) {
+            Err(Errno::NOENT) => {
+                ignore_exists(mkdirat(directory.as_fd(), part, Mode::from_raw_mode(0o755)))?;
+                open_path(root, &walked)?
+            }
+            found => found?,
+        };
+    }
+    Ok((directory, name))
+}
+
+/// Somebody else made it in the meantime, or a link that leads nowhere is there: the open that follows tells.
+fn ignore_exists(result: Result<(), Errno>) -> Result<(), Errno> {
+    match result {
+        Err(Errno::EXIST) => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn root() -> (tempfile::TempDir, OwnedFd) {
+        let dir = tempfile::tempdir().unwrap();
+        let fd = rustix::fs::open(dir.path(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        (dir, fd)
+    }
+
+    #[test]
+    fn makes_what_is_missing() {
+        let (dir, fd) = root();
+        ensure(fd.as_fd(), Path::new("/a/b/c"), Want::Directory).unwrap();
+        ensure(fd.as_fd(), Path::new("/a/b/f"), Want::File).unwrap();
+        assert!(dir.path().join("a/b/c").is_dir() && dir.path().join("a/b/f").is_file());
+    }
+
+    #[test]
+    fn no_link_and_no_dots_lead_out() {
+        let (dir, fd) = root();
+        let outside = tempfile::tempdir().unwrap();
+        symlink(outside.path(), dir.path().join("out")).unwrap();
+        symlink("../../../../..", dir.path().join("up")).unwrap();
+        ensure(fd.as_fd(), Path::new("/../../up/made"), Want::Directory).unwrap();
+        assert!(dir.path().join("made").is_dir(), "`..` ends at the root");
+        // The absolute link is read inside the root, where nothing of that name exists: it dangles.
+        assert!(ensure(fd.as_fd(), Path::new("/out/x"), Want::File).is_err());
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn magic_links_are_refused() {
+        let (_dir, _) = root();
+        let slash = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        assert_eq!(open_path(slash.as_fd(), Path::new("/proc/self/root/etc")).unwrap_err(), Errno::LOOP);
+    }
+}

@@ -1,0 +1,229 @@
+//! Starting a child: clone3(2) with a pidfd, born inside its cgroup, its failures told through a pipe.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use edged_model::keeper::{CgroupEntry, LaunchSpec, Stdio};
+use nix::sched::CloneFlags;
+
+use crate::child::{self, Plumbing, Stage};
+
+/// Proof that this process has one thread. Only then may the child between clone and exec allocate and use the whole
+/// standard library: no other thread can have held a lock at the moment of the clone.
+#[derive(Debug)]
+pub struct SingleThread(());
+
+impl SingleThread {
+    /// Looks at `/proc/self/task`. Whoever keeps the proof promises to start no thread afterwards.
+    pub fn prove() -> io::Result<Self> {
+        match std::fs::read_dir("/proc/self/task")?.count() {
+            1 => Ok(Self(())),
+            _ => Err(io::Error::other("this process has more than one thread")),
+        }
+    }
+}
+
+/// A child that was cloned and is on its way to exec.
+#[derive(Debug)]
+pub struct Launching {
+    pub pid: i32,
+    pub pidfd: OwnedFd,
+    /// Closed without a byte: exec was reached. Eight bytes: [`Failure::parse`].
+    pub failure: OwnedFd,
+    /// The read ends of stdout and stderr, or the pty's master, or nothing.
+    pub outputs: Vec<OwnedFd>,
+}
+
+/// Which step failed, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failure {
+    pub stage: Stage,
+    pub errno: i32,
+}
+
+impl Failure {
+    pub const BYTES: usize = 8;
+
+    pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..4].copy_from_slice(&(self.stage as u32).to_ne_bytes());
+        bytes[4..].copy_from_slice(&self.errno.to_ne_bytes());
+        bytes
+    }
+
+    /// What the child wrote; `None` for anything else than eight bytes.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let bytes: [u8; Self::BYTES] = bytes.try_into().ok()?;
+        let (stage, errno) = bytes.split_at(4);
+        let stage = Stage::from_number(u32::from_ne_bytes(stage.try_into().ok()?))?;
+        Some(Self { stage, errno: i32::from_ne_bytes(errno.try_into().ok()?) })
+    }
+}
+
+/// Why no child was born.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    #[error("descriptor {index} of {given} is named in the launch")]
+    NoSuchDescriptor { index: u32, given: usize },
+    #[error("pipes")]
+    Pipes(#[source] io::Error),
+    #[error("the pid namespace of the container to join")]
+    JoinPid(#[source] io::Error),
+    #[error("clone3")]
+    Clone(#[source] io::Error),
+}
+
+impl SpawnError {
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::NoSuchDescriptor { .. } => libc::EBADF,
+            Self::Pipes(source) | Self::JoinPid(source) | Self::Clone(source) => source.raw_os_error().unwrap_or(0),
+        }
+    }
+}
+
+/// What `spec` names by index, out of the descriptors that came with the request.
+pub fn descriptor<'f>(fds: &'f [OwnedFd], index: u32) -> Result<BorrowedFd<'f>, SpawnError> {
+    use std::os::fd::AsFd;
+    fds.get(index as usize).map(AsFd::as_fd).ok_or(SpawnError::NoSuchDescriptor { index, given: fds.len() })
+}
+
+/// Starts what `spec` describes. `join` is the pidfd of the living container to enter.
+pub fn launch(
+    proof: &SingleThread,
+    spec: &LaunchSpec,
+    fds: &[OwnedFd],
+    join: Option<BorrowedFd<'_>>,
+) -> Result<Launching, SpawnError> {
+    let cgroup = match &spec.cgroup {
+        CgroupEntry::V2 { dir_fd } => Some(descriptor(fds, *dir_fd)?),
+        CgroupEntry::V1 { .. } | CgroupEntry::Inherit => None,
+    };
+    let (failure_read, failure_write) = pipe()?;
+    let (plumbing, outputs) = plumbing(spec, fds, failure_write)?;
+    let new_cgroup_namespace = to_flags(CloneFlags::CLONE_NEWCGROUP);
+    // The cgroup namespace's root is the cgroup one is in when it is made: the child unshares it once it is inside.
+    let mut flags = spec.namespaces & !new_cgroup_namespace;
+    let restore = match join {
+        Some(target) => {
+            flags = 0;
+            Some(enter_pid_namespace(target).map_err(SpawnError::JoinPid)?)
+        }
+        None => None,
+    };
+    let cloned = clone3(proof, flags, cgroup, || match child::run(spec, fds, join, plumbing) {});
+    if let Some(own) = restore {
+        // Without this, all later children would be born in the container: it cannot fail for one's own namespace.
+        nix::sched::setns(&own, CloneFlags::CLONE_NEWPID).map_err(|errno| SpawnError::JoinPid(errno.into()))?;
+    }
+    let (pid, pidfd) = cloned.map_err(SpawnError::Clone)?;
+    Ok(Launching { pid, pidfd, failure: failure_read, outputs })
+}
+
+fn to_flags(flags: CloneFlags) -> u64 {
+    u64::from(flags.bits().cast_unsigned())
+}
+
+/// Children from now on are born in the pid namespace of `target`; returns the way back.
+fn enter_pid_namespace(target: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let own = OwnedFd::from(std::fs::File::open("/proc/self/ns/pid")?);
+    nix::sched::setns(target, CloneFlags::CLONE_NEWPID)?;
+    Ok(own)
+}
+
+fn pipe() -> Result<(OwnedFd, OwnedFd), SpawnError> {
+    nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|errno| SpawnError::Pipes(errno.into()))
+}
+
+/// The child's ends and ours.
+fn plumbing(spec: &LaunchSpec, fds: &[OwnedFd], failure: OwnedFd) -> Result<(Plumbing, Vec<OwnedFd>), SpawnError> {
+    let copy = |index: u32| {
+        descriptor(fds, index)?.try_clone_to_owned().map_err(SpawnError::Pipes)
+    };
+    let null = || {
+        std::fs::File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from).map_err(SpawnError::Pipes)
+    };
+    match &spec.stdio {
+        Stdio::Pipes => {
+            let (out_read, out_write) = pipe()?;
+            let (err_read, err_write) = pipe()?;
+            let plumbing = Plumbing { failure, stdio: [null()?, out_write, err_write], terminal: false };
+            Ok((plumbing, vec![out_read, err_read]))
+        }
+        Stdio::Given { stdin_fd, stdout_fd, stderr_fd } => {
+            let stdio = [copy(*stdin_fd)?, copy(*stdout_fd)?, copy(*stderr_fd)?];
+            Ok((Plumbing { failure, stdio, terminal: false }, Vec::new()))
+        }
+        Stdio::Terminal { rows, columns } => {
+            let size = nix::pty::Winsize { ws_row: *rows, ws_col: *columns, ws_xpixel: 0, ws_ypixel: 0 };
+            let pty = nix::pty::openpty(&size, None).map_err(|errno| SpawnError::Pipes(errno.into()))?;
+            rustix::io::fcntl_setfd(&pty.master, rustix::io::FdFlags::CLOEXEC)
+                .map_err(|errno| SpawnError::Pipes(errno.into()))?;
+            let slave = || pty.slave.try_clone().map_err(SpawnError::Pipes);
+            let stdio = [slave()?, slave()?, slave()?];
+            Ok((Plumbing { failure, stdio, terminal: true }, vec![pty.master]))
+        }
+    }
+}
+
+/// clone3(2), Linux 5.7. The crate's own constant is an `int` and overflows.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// clone3(2) without a new stack: the child goes on where the parent is, like fork(2).
+fn clone3(
+    _proof: &SingleThread,
+    flags: u64,
+    cgroup: Option<BorrowedFd<'_>>,
+    child: impl FnOnce(),
+) -> io::Result<(i32, OwnedFd)> {
+    let mut pidfd: libc::c_int = -1;
+    let mut flags = flags | libc::CLONE_PIDFD as u64;
+    let mut cgroup_fd = 0;
+    if let Some(fd) = cgroup {
+        flags |= CLONE_INTO_CGROUP;
+        cgroup_fd = u64::from(fd.as_raw_fd().cast_unsigned());
+    }
+    let args = libc::clone_args {
+        flags,
+        pidfd: (&raw mut pidfd).expose_provenance() as u64,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: libc::SIGCHLD as u64,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: cgroup_fd,
+    };
+    // SAFETY: without CLONE_VM the child has its own copy of the memory, and `_proof` says that no other thread held a
+    // lock in it. `args` and `pidfd` live across the call. The child never returns from here: `child` cannot return.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
+    match result {
+        0 => {
+            child();
+            // SAFETY: the child's steps end in exec or `_exit`; should they ever come back, this copy of the parent
+            // must end here without running anything of the parent's.
+            unsafe { libc::_exit(127) }
+        }
+        -1 => Err(io::Error::last_os_error()),
+        pid => {
+            // SAFETY: CLONE_PIDFD was given and clone3 succeeded, so the kernel wrote a new descriptor that is ours.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            Ok((i32::try_from(pid).map_err(io::Error::other)?, pidfd))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_survives_the_pipe() {
+        let failure = Failure { stage: Stage::Exec, errno: libc::ENOENT };
+        assert_eq!(Failure::parse(&failure.to_bytes()), Some(failure));
+        assert_eq!(Failure::parse(&[0; 7]), None);
+        assert_eq!(Failure::parse(&[0xff; 8]), None);
+    }
+}
