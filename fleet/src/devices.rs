@@ -2,7 +2,7 @@
 //! manifest in it, a report is signed by the key that its device enrolled with, a key is a key. Pure: bytes in, rows out.
 
 use edged_model::cbor;
-use edged_model::envelope::{self, Kind};
+use edged_model::envelope::{self, EnvelopeError, Kind};
 use edged_model::fleet::{DeviceStatus, EnrollRequest, ReceivedReport};
 use edged_model::id::{DeviceId, Digest, GroupName, Sequence};
 use edged_model::keys::PublicKey;
@@ -81,15 +81,12 @@ pub fn check_report(
 ) -> Result<(Report, ReportRow), Reason> {
     let key = PublicKey::from_pem(key_pem)
         .map_err(|error| Reason::new(Code::Malformed, format!("the key of device `{device}`: {error}")))?;
-    let payload = envelope::verify1(&envelope, Kind::Report, &key).map_err(|error| {
-        let reason = error.reason("report");
-        match reason.code {
-            Code::NotSigned | Code::UnknownSigner | Code::BadSignature | Code::ThresholdNotMet => Reason::new(
-                Code::BadSignature,
-                format!("report: not signed by the key that device `{device}` enrolled with"),
-            ),
-            _ => reason,
+    let payload = envelope::verify1(&envelope, Kind::Report, &key).map_err(|error| match error {
+        EnvelopeError::Unsigned => {
+            let text = format!("report: not signed by the key that device `{device}` enrolled with");
+            Reason::new(Code::BadSignature, text)
         }
+        error => error.reason("report"),
     })?;
     let report: Report = cbor::decode(&payload).map_err(|error| error.reason("report"))?;
     if report.device != *device {

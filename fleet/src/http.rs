@@ -69,9 +69,8 @@ fn device_id(text: &str) -> Result<DeviceId, Failure> {
 }
 
 async fn read_body(body: Body, max: usize) -> Result<Bytes, Failure> {
-    let too_large = || {
-        Failure::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is larger than {max} bytes")).code("tooLarge")
-    };
+    let too_large =
+        || Failure::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is larger than {max} bytes")).code("tooLarge");
     if body.size_hint().lower() > max as u64 {
         return Err(too_large());
     }
@@ -173,8 +172,7 @@ async fn get_manifest(State(app): Shared, Path(id): Path<String>, headers: Heade
 }
 
 fn manifest_answer(stored: StoredManifest, etag: &str) -> Response {
-    let headers =
-        [(header::CONTENT_TYPE, COSE_MEDIA_TYPE), (header::ETAG, etag), (header::CACHE_CONTROL, "no-cache")];
+    let headers = [(header::CONTENT_TYPE, COSE_MEDIA_TYPE), (header::ETAG, etag), (header::CACHE_CONTROL, "no-cache")];
     (headers, stored.envelope).into_response()
 }
 
@@ -268,14 +266,16 @@ async fn make_token(State(app): Shared, headers: HeaderMap, body: Body) -> Answe
             .map_err(|error| Failure::new(StatusCode::BAD_REQUEST, format!("the body: {error}")).code("malformed"))?
     };
     let now = (app.clock)();
-    let token = ask(&app, move |db| create_token(db, request, now)).await?;
+    let token = crate::new_token().map_err(|error| {
+        tracing::error!(%error, "no random numbers");
+        Failure::new(StatusCode::SERVICE_UNAVAILABLE, "no token can be made now").code("noRandom")
+    })?;
+    let token = ask(&app, move |db| add_token(db, token, request, now)).await?;
     Ok((StatusCode::CREATED, Json(token)).into_response())
 }
 
-/// Makes a token and stores its hash.
-pub fn create_token(db: &dyn Db, request: TokenRequest, now: Timestamp) -> Result<Token, DbError> {
-    let token = crate::new_token()
-        .map_err(|source| DbError::Directory { path: "the system's random source".into(), source })?;
+/// Stores the hash of a new token.
+pub fn add_token(db: &dyn Db, token: String, request: TokenRequest, now: Timestamp) -> Result<Token, DbError> {
     let valid = request.valid_secs.unwrap_or(TOKEN_VALID_SECS).min(10 * 366 * 86_400);
     let expires = Timestamp(now.0.saturating_add(i64::try_from(valid).unwrap_or(i64::MAX)));
     let hash = Digest::of(token.as_bytes());

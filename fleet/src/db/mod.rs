@@ -91,14 +91,18 @@ pub enum EnrollOutcome {
     /// The token is unknown, used by another, bound to another device or expired. Not told apart to strangers.
     TokenRefused,
     /// The device has another key.
-    OtherKey { enrolled: Digest },
+    OtherKey {
+        enrolled: Digest,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReportOutcome {
     Stored,
     /// Its number is not above the last one.
-    Replayed { last: u64 },
+    Replayed {
+        last: u64,
+    },
     NotEnrolled,
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use edged_model::fleet::{Enrolled, ManifestSummary};
-use edged_model::id::{DeviceId, Digest, GroupName, Sequence};
+use edged_model::id::{DeviceId, GroupName, Sequence};
 use edged_model::quantity::Timestamp;
 use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, TransactionBehavior, params};
 
@@ -240,11 +240,9 @@ impl Db for Sqlite {
         let (kind, name) = scope_key(scope);
         self.write(|transaction| {
             let before: Option<i64> = transaction
-                .query_row(
-                    "SELECT sequence FROM manifests WHERE kind = ?1 AND name = ?2",
-                    params![kind, name],
-                    |row| row.get(0),
-                )
+                .query_row("SELECT sequence FROM manifests WHERE kind = ?1 AND name = ?2", params![kind, name], |row| {
+                    row.get(0)
+                })
                 .optional()
                 .doing("read the manifest before")?;
             transaction
@@ -321,13 +319,7 @@ impl Db for Sqlite {
                      ON CONFLICT (id) DO UPDATE SET key_id = excluded.key_id, key_pem = excluded.key_pem,
                          groups = excluded.groups, enrolled_at = excluded.enrolled_at,
                          last_seen = excluded.last_seen, last_number = 0",
-                    params![
-                        device,
-                        request.key_id.to_string(),
-                        request.public_key_pem,
-                        join_groups(&groups),
-                        now.0
-                    ],
+                    params![device, request.key_id.to_string(), request.public_key_pem, join_groups(&groups), now.0],
                 )
                 .doing("store a device")?;
             transaction
@@ -352,10 +344,7 @@ impl Db for Sqlite {
     fn set_groups(&self, device: &DeviceId, groups: &[GroupName]) -> Result<bool, DbError> {
         self.write(|transaction| {
             let changed = transaction
-                .execute(
-                    "UPDATE devices SET groups = ?2 WHERE id = ?1",
-                    params![device.as_str(), join_groups(groups)],
-                )
+                .execute("UPDATE devices SET groups = ?2 WHERE id = ?1", params![device.as_str(), join_groups(groups)])
                 .doing("set a device's groups")?;
             Ok(changed > 0)
         })
@@ -393,13 +382,7 @@ impl Db for Sqlite {
             transaction
                 .execute(
                     "INSERT INTO reports (device, number, received_at, envelope, json) VALUES (?1, ?2, ?3, ?4, ?5)",
-                    params![
-                        device.as_str(),
-                        signed(report.number),
-                        report.received_at.0,
-                        report.envelope,
-                        report.json
-                    ],
+                    params![device.as_str(), signed(report.number), report.received_at.0, report.envelope, report.json],
                 )
                 .doing("store a report")?;
             transaction
@@ -431,9 +414,7 @@ impl Db for Sqlite {
                  WHERE id > ?1 ORDER BY id LIMIT ?2",
             )
             .and_then(|mut statement| {
-                statement
-                    .query_map(params![after.map_or("", DeviceId::as_str), limit], |row| row.get(0))?
-                    .collect()
+                statement.query_map(params![after.map_or("", DeviceId::as_str), limit], |row| row.get(0))?.collect()
             })
             .doing("list devices")?;
         let mut rows = Vec::with_capacity(names.len());
