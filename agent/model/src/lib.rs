@@ -48,5 +48,8 @@ pub mod workload;
 /// Device to fleet.
 pub mod report;
 
+/// JSON bodies of the fleet protocol.
+pub mod fleet;
+
 /// `edgectl` to agent.
 pub mod api;

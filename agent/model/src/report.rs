@@ -1,5 +1,5 @@
 //! The device's report to the fleet: CBOR under `COSE_Sign1` with the device's own key. At most 2 KiB for 20 workloads,
-//! so absent values are left out.
+//! so absent values are left out. A fleet endpoint older than the agent skips the fields it does not know.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::reason::Reason;
 use crate::workload::{ExitCause, Health, Phase};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Report {
     pub device: DeviceId,
     /// `/proc/sys/kernel/random/boot_id`: changes with each boot.
@@ -43,7 +43,7 @@ pub struct Report {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct GenerationReport {
     pub sequence: Sequence,
     pub digest: Digest,
@@ -53,9 +53,10 @@ pub struct GenerationReport {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct WorkloadReport {
     pub phase: Phase,
+    #[serde(default, skip_serializing_if = "is_unchecked")]
     pub health: Health,
     #[serde(default, skip_serializing_if = "is_zero")]
     pub restarts: u32,
@@ -76,19 +77,23 @@ pub struct WorkloadReport {
     pub cpu_max_milli: Option<u64>,
 }
 
+fn is_unchecked(health: &Health) -> bool {
+    *health == Health::Unchecked
+}
+
 fn is_zero(n: &u32) -> bool {
     *n == 0
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct DiskReport {
     pub total: Bytes,
     pub free: Bytes,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Pressure {
     pub memory: u32,
     pub cpu: u32,
@@ -96,7 +101,7 @@ pub struct Pressure {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[serde(rename_all = "camelCase")]
 pub struct Refusal {
     pub at: Timestamp,
     /// The digest of the document that was refused, or the image's name.

@@ -54,10 +54,15 @@ impl PushCommand {
         let mut text = String::new();
         response.into_body().into_reader().take(64 << 10).read_to_string(&mut text)?;
         if status.is_success() {
-            return Ok(format!("{url}: taken ({})\n", status.as_u16()));
+            let mut told = format!("{url}: taken ({})\n", status.as_u16());
+            let accepted: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            for warning in accepted["warnings"].as_array().into_iter().flatten().filter_map(|warning| warning.as_str()) {
+                told.push_str(&format!("  warning: {warning}\n"));
+            }
+            return Ok(told);
         }
         let problem: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-        match (problem["title"].as_str(), problem["next"].as_str().filter(|next| !next.is_empty())) {
+        match (problem["detail"].as_str().or(problem["title"].as_str()), problem["next"].as_str().filter(|next| !next.is_empty())) {
             (Some(title), Some(next)) => bail!("{url}: refused: {title}\n  {next}"),
             (Some(title), None) => bail!("{url}: refused: {title}"),
             _ => bail!("{url}: refused with {}: {}", status.as_u16(), text.trim()),

@@ -23,12 +23,14 @@ use crate::execute::pull::{PullContext, ReadyImage, is_whole};
 use crate::execute::start::StartContext;
 use crate::network::{interface, ports::Ports};
 use crate::observe::{logs::Logs, pressure};
-use crate::report::{self, FleetLine, push};
+use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
 use crate::store::{Store, StoreError, opened_reason};
 use crate::verify::trust;
 
+/// Manifests that may wait for the loop: one of the fleet and a few pushes, each of at most 1 MiB.
+const OFFERS_DEPTH: usize = 4;
 /// Requests that may wait for the loop: as many as there may be clients.
 const CALLS_DEPTH: usize = 32;
 /// Followers of the story may lag this far behind.
@@ -54,8 +56,8 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         cgroups.limit_all(capacity.memory_total.0.saturating_sub(capacity.memory_reserve.0))?;
     }
     let logs = Logs::start(places.log(), config.log.workload_max)?;
-    let key = report::device_key(&places.device_key())?;
-    let fleet = FleetLine::new(key, config.device.id.clone());
+    let key = key::load_or_make(&places.device_key())?;
+    let fleet = FleetLine::new(key, config.device.id.clone(), config.device.groups.clone());
     let (inbox, messages) = mpsc::channel(MESSAGES_DEPTH);
     let (story, _) = broadcast::channel(STORY_DEPTH);
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
@@ -236,12 +238,11 @@ impl Agent {
             let prompt = format!("edged {}", self.device);
             tokio::spawn(console::run(tty, self.config.console.mode, prompt, calls, verbs));
         }
-        let (offers, mut offered) = mpsc::channel::<Vec<u8>>(4);
+        let (offers, mut offered) = mpsc::channel::<Offer>(OFFERS_DEPTH);
         let inbox = self.inbox.clone();
         tokio::spawn(async move {
-            while let Some(envelope) = offered.recv().await {
-                let message = Message::Offer { envelope, by: "fleet".to_owned(), reply: None };
-                if inbox.send(message).await.is_err() {
+            while let Some(Offer { envelope, by, reply }) = offered.recv().await {
+                if inbox.send(Message::Offer { envelope, by, reply: Some(reply) }).await.is_err() {
                     return;
                 }
             }
@@ -249,19 +250,10 @@ impl Agent {
         fn wall() -> Timestamp {
             clock::now(Timestamp(crate::BUILT_AT)).wall
         }
-        if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, offers, wall) {
+        if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, self.newest_digest(), offers.clone(), wall) {
             self.tell(None, None, &why, "agent");
         }
-        let (pushes, mut pushed) = mpsc::channel::<push::Push>(4);
-        let inbox = self.inbox.clone();
-        tokio::spawn(async move {
-            while let Some(push::Push { envelope, by, reply }) = pushed.recv().await {
-                if inbox.send(Message::Offer { envelope, by, reply: Some(reply) }).await.is_err() {
-                    return;
-                }
-            }
-        });
-        if let Err(error) = push::listen(&self.config.api, &self.device, &places.keep(), pushes).await {
+        if let Err(error) = push::listen(&self.config.api, &self.device, &places.keep(), offers).await {
             let text = crate::store::inline_chain(&error);
             self.tell(None, None, &Reason::new(Code::Network, text), "agent");
         }

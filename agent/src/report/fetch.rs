@@ -1,52 +1,79 @@
 //! Asks the fleet for a manifest: with the ETag of the last one, and willing to wait for a newer. What comes is handed on
 //! unread; whether it is to be believed is for others to say.
 
-use std::io::Read;
 use std::time::Duration;
 
 use edged_model::cbor::MAX_DOCUMENT_BYTES;
+use edged_model::id::Digest;
 use edged_model::reason::{Code, Reason};
-use tokio::sync::mpsc;
-use ureq::http::StatusCode;
+use tokio::sync::{mpsc, oneshot};
+use ureq::http::{HeaderMap, StatusCode};
 
-use super::{Endpoint, FleetLine, backoff};
+use super::{Endpoint, FleetLine, Offer, Refused, random, refusal, retry};
 use crate::config::Fleet;
 
+/// The agent answers an offer sooner than this or not at all.
+const BUSY_PAUSE_FAILURES: u32 = 2;
+/// Beyond the time that the fleet may wait, an answer may take this long.
+const ANSWER_MARGIN: Duration = Duration::from_secs(30);
+
 enum Fetched {
-    New(Vec<u8>, Option<String>),
-    Nothing,
+    New { envelope: Vec<u8>, etag: Option<String>, has_waited: bool },
+    Nothing { has_waited: bool },
 }
 
-pub fn run(line: &FleetLine, endpoint: &Endpoint, config: &Fleet, offers: &mpsc::Sender<Vec<u8>>) {
-    let mut etag = None;
+/// Polls until nobody listens to `offers` any more. `known`: the manifest that the device has already.
+pub(super) fn run(
+    line: &FleetLine,
+    endpoint: &Endpoint,
+    config: &Fleet,
+    known: Option<Digest>,
+    offers: &mpsc::Sender<Offer>,
+) {
+    // Our own fleet's ETag is the digest; another's differs, and then the manifest comes once more than needed.
+    let mut etag = known.map(|digest| format!("\"{digest}\""));
     let mut failures = 0;
-    loop {
-        let asked = std::time::Instant::now();
-        match fetch(line, endpoint, config, etag.as_deref()) {
-            Ok(Fetched::New(bytes, tag)) => {
-                failures = 0;
+    while !offers.is_closed() {
+        let has_waited = match fetch(line, endpoint, config, etag.as_deref()) {
+            Ok(Fetched::New { envelope, etag: new, has_waited }) => {
                 line.reached((endpoint.clock)());
-                etag = tag;
-                if offers.blocking_send(bytes).is_err() {
-                    return;
+                if !offer(offers, envelope) {
+                    // It was not looked at: ask for it again.
+                    pause(retry::pause(BUSY_PAUSE_FAILURES, None, random()));
+                    continue;
                 }
+                etag = new;
+                has_waited
             }
-            Ok(Fetched::Nothing) => {
-                failures = 0;
+            Ok(Fetched::Nothing { has_waited }) => {
                 line.reached((endpoint.clock)());
+                has_waited
             }
-            Err(why) => {
+            Err(refused) => {
                 failures += 1;
-                line.missed(why);
-                pause(backoff(failures));
+                line.missed(refused.reason);
+                pause(retry::pause(failures, refused.retry_after_secs, random()));
                 continue;
             }
+        };
+        failures = 0;
+        // An endpoint that does not long-poll answers at once: then the pause is ours to keep.
+        if !has_waited {
+            pause(config.poll_interval.duration());
         }
-        // An endpoint that does not long-poll answers at once: then we keep the pause.
-        let passed = asked.elapsed();
-        if passed < Duration::from_secs(1) {
-            pause(config.poll_interval.duration().saturating_sub(passed));
-        }
+    }
+}
+
+/// Whether the agent has judged it, one way or the other.
+fn offer(offers: &mpsc::Sender<Offer>, envelope: Vec<u8>) -> bool {
+    let (reply, verdict) = oneshot::channel();
+    if offers.blocking_send(Offer { envelope, by: "fleet".to_owned(), reply }).is_err() {
+        return false;
+    }
+    match verdict.blocking_recv() {
+        Ok(Ok(_)) => true,
+        Ok(Err(reason)) => reason.code != Code::Busy,
+        Err(_) => false,
     }
 }
 
@@ -55,32 +82,43 @@ fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-fn fetch(line: &FleetLine, endpoint: &Endpoint, config: &Fleet, etag: Option<&str>) -> Result<Fetched, Reason> {
-    let unavailable = |text: String| Reason::new(Code::FleetUnavailable, text);
+/// RFC 7240, section 3: the endpoint says so when it honoured `Prefer: wait`.
+fn has_waited(headers: &HeaderMap) -> bool {
+    let applied = headers.get("preference-applied").and_then(|value| value.to_str().ok());
+    applied.is_some_and(|value| value.split([',', ';']).any(|part| part.trim().starts_with("wait")))
+}
+
+fn fetch(line: &FleetLine, endpoint: &Endpoint, config: &Fleet, etag: Option<&str>) -> Result<Fetched, Refused> {
     let url = format!("{}/devices/{}/manifest", endpoint.base, line.shared.device);
+    let broken = |text: String| Refused::by_line(format!("{url}: {text}"));
     let wait = config.poll_wait.duration();
     let mut request = endpoint.agent.get(&url).header("prefer", format!("wait={}", wait.as_secs()));
     if let Some(etag) = etag {
         request = request.header("if-none-match", etag);
     }
-    let answer_within = wait + Duration::from_secs(30);
     let response = request
         .config()
-        .timeout_recv_response(Some(answer_within))
+        .timeout_recv_response(Some(wait + ANSWER_MARGIN))
         .build()
         .call()
-        .map_err(|error| unavailable(format!("{url}: {error}")))?;
+        .map_err(|error| broken(error.to_string()))?;
+    let has_waited = has_waited(response.headers());
     match response.status() {
         StatusCode::OK => {
-            let tag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(str::to_owned);
-            let mut bytes = Vec::new();
-            let limit = MAX_DOCUMENT_BYTES as u64 + 1;
-            let mut body = response.into_body().into_reader().take(limit);
-            body.read_to_end(&mut bytes).map_err(|error| unavailable(format!("{url}: {error}")))?;
-            Ok(Fetched::New(bytes, tag))
+            let etag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(str::to_owned);
+            let mut body = response.into_body();
+            let limit = MAX_DOCUMENT_BYTES as u64;
+            let envelope = body.with_config().limit(limit).read_to_vec().map_err(|error| match error {
+                ureq::Error::BodyExceedsLimit(_) => Refused {
+                    reason: Reason::new(Code::TooLarge, format!("{url}: the manifest is larger than {limit} bytes")),
+                    retry_after_secs: None,
+                },
+                error => broken(error.to_string()),
+            })?;
+            Ok(Fetched::New { envelope, etag, has_waited })
         }
         // 404: there is none for us yet.
-        StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT | StatusCode::NOT_FOUND => Ok(Fetched::Nothing),
-        status => Err(unavailable(format!("{url}: the fleet answers {}", status.as_u16()))),
+        StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT | StatusCode::NOT_FOUND => Ok(Fetched::Nothing { has_waited }),
+        _ => Err(refusal(&url, response)),
     }
 }

@@ -1,16 +1,23 @@
 //! Stage: what leaves the device, and what the fleet has for it. Reports are signed and wait in the outbox; manifests
 //! are fetched and handed on unread. A fleet that is slow, wrong or gone costs nothing but its own thread's time.
 
+/// The certificate of the push port.
+mod certificate;
 /// Status to report: pure.
 mod collect;
+/// Who we are, told to the fleet.
+mod enroll;
 /// Manifests from the fleet.
 mod fetch;
+/// The device's own key.
+pub mod key;
 /// Manifests from a peer: the agent's own HTTPS port.
 pub mod push;
+/// Pauses and verdicts: pure.
+mod retry;
 /// Reports to the fleet.
 mod send;
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -18,15 +25,28 @@ use std::time::Duration;
 use edged_model::api::{FleetStatus, Status};
 use edged_model::cbor;
 use edged_model::envelope::{self, Kind};
-use edged_model::id::DeviceId;
+use edged_model::fleet::Problem;
+use edged_model::id::{DeviceId, Digest, GroupName, Sequence};
 use edged_model::keys::SecretKey;
 use edged_model::quantity::{Span, Timestamp};
 use edged_model::reason::{Code, Reason};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use ureq::http::Response;
 
 use crate::config::Fleet;
 use crate::registry;
 use crate::store::{Durability, Store, inline_chain};
+
+/// An error document is read no further than this.
+const PROBLEM_MAX_BYTES: u64 = 16 << 10;
+
+/// A signed manifest on its way to the agent's loop, and where its verdict goes.
+pub struct Offer {
+    pub envelope: Vec<u8>,
+    /// `fleet`, or `push from <address>`.
+    pub by: String,
+    pub reply: oneshot::Sender<Result<Sequence, Reason>>,
+}
 
 /// However much changes, reports are no closer than this.
 const LEAST_PAUSE_MS: u64 = 2_000;
@@ -46,6 +66,7 @@ pub struct FleetLine {
 struct Shared {
     key: SecretKey,
     device: DeviceId,
+    groups: Vec<GroupName>,
     arch: &'static str,
     changed: AtomicBool,
     last_boot_ms: AtomicU64,
@@ -63,10 +84,11 @@ struct Endpoint {
 }
 
 impl FleetLine {
-    pub fn new(key: SecretKey, device: DeviceId) -> Self {
+    pub fn new(key: SecretKey, device: DeviceId, groups: Vec<GroupName>) -> Self {
         let shared = Shared {
             key,
             device,
+            groups,
             arch: std::env::consts::ARCH,
             changed: AtomicBool::new(true),
             last_boot_ms: AtomicU64::new(0),
@@ -77,12 +99,14 @@ impl FleetLine {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Starts the threads that speak with the fleet. `offers` gets every manifest that is new to us.
+    /// Starts the threads that speak with the fleet. `offers` gets every manifest that is not `known`, the newest that
+    /// the device has already.
     pub fn start(
         &self,
         config: &Fleet,
         store: &Store,
-        offers: mpsc::Sender<Vec<u8>>,
+        known: Option<Digest>,
+        offers: mpsc::Sender<Offer>,
         clock: fn() -> Timestamp,
     ) -> Result<(), Reason> {
         let Some(url) = &config.url else { return Ok(()) };
@@ -101,9 +125,9 @@ impl FleetLine {
         };
         let (line, sender, store) = (self.clone(), endpoint(), store.clone());
         let token = config.enroll_token.clone();
-        spawn("reports", Box::new(move || send::run(&line, &sender, &store, token)))?;
+        spawn("reports", Box::new(move || send::run(&line, &sender, &store, token.as_deref())))?;
         let (line, fetcher, config) = (self.clone(), endpoint(), config.clone());
-        spawn("manifests", Box::new(move || fetch::run(&line, &fetcher, &config, &offers)))?;
+        spawn("manifests", Box::new(move || fetch::run(&line, &fetcher, &config, known, &offers)))?;
         Ok(())
     }
 
@@ -162,25 +186,41 @@ impl FleetLine {
     }
 }
 
-/// The pause before the n-th try in a row: doubling, bounded, with jitter.
-fn backoff(failures: u32) -> Duration {
-    let mut random = [0; 2];
-    // Without randomness the devices of a fleet are only not spread.
-    let _ = getrandom::fill(&mut random);
-    let base = 500_u64 << failures.min(9);
-    Duration::from_millis(base.min(120_000) + u64::from(u16::from_le_bytes(random)) % base.max(1) / 2)
+/// What spreads the devices of a fleet. Without randomness they are only not spread.
+fn random() -> u16 {
+    let mut bytes = [0; 2];
+    let _ = getrandom::fill(&mut bytes);
+    u16::from_le_bytes(bytes)
 }
 
-/// The device's own key, made at the first start and kept.
-pub fn device_key(path: &Path) -> Result<SecretKey, crate::store::StoreError> {
-    if let Some(key) = std::fs::read_to_string(path).ok().and_then(|pem| SecretKey::from_pem(&pem).ok()) {
-        return Ok(key);
-    }
-    let error = |text: String| crate::store::StoreError::File { path: path.to_owned(), source: std::io::Error::other(text) };
-    let mut seed = [0; 32];
-    getrandom::fill(&mut seed).map_err(|e| error(e.to_string()))?;
-    let key = SecretKey::from_seed(&seed);
-    let pem = key.to_pem().map_err(|e| error(e.to_string()))?;
-    crate::store::keep::durable(path, pem.as_bytes(), 0o600)?;
-    Ok(key)
+/// The fleet did not do what was asked.
+struct Refused {
+    reason: Reason,
+    retry_after_secs: Option<u64>,
 }
+
+impl Refused {
+    /// There was no answer.
+    fn by_line(text: String) -> Self {
+        Self { reason: Reason::new(Code::FleetUnavailable, text), retry_after_secs: None }
+    }
+}
+
+/// An answer that is none of those hoped for, with the fleet's own words where it has some (RFC 9457).
+fn refusal(url: &str, response: Response<ureq::Body>) -> Refused {
+    let status = response.status();
+    let after = response.headers().get("retry-after").and_then(|value| value.to_str().ok());
+    let retry_after_secs = retry::retry_after_secs(after);
+    let mut body = response.into_body();
+    // The words are for people: when they do not come, the status says enough.
+    let bytes = body.with_config().limit(PROBLEM_MAX_BYTES).read_to_vec().unwrap_or_default();
+    let (detail, next) = match serde_json::from_slice::<Problem>(&bytes) {
+        Ok(problem) => (format!(": {}", problem.detail), problem.next.unwrap_or_default()),
+        Err(_) => (String::new(), String::new()),
+    };
+    let text = format!("{url}: the fleet answers {}{detail}", status.as_u16());
+    Refused { reason: Reason::new(Code::FleetUnavailable, text).next(next), retry_after_secs }
+}
+
+#[cfg(test)]
+mod tests;
