@@ -73,7 +73,7 @@ impl Artifacts {
         name.parse().map_err(anyhow::Error::msg)
     }
 
-    /// A directory for one story: emptied now, removed when the story has ended well.
+    /// A directory for one run, emptied now.
     pub fn run_dir(&self, story: &str, arch: Arch) -> Result<RunDir> {
         let path = self.root.join("target/qemu").join(arch.name()).join(story);
         if path.exists() {
@@ -110,18 +110,16 @@ impl Firmware {
     }
 }
 
-/// A story's own directory. Kept when the story panics: the logs are in it.
+/// A directory of one run. It stays, logs and all, unless [`RunDir::remove`] is called.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
 }
 
 impl RunDir {
-    /// Leaves it in place.
-    pub fn keep(self) -> PathBuf {
-        let path = self.path.clone();
-        std::mem::forget(self);
-        path
+    /// The run ended well.
+    pub fn remove(self) {
+        let _ = fs::remove_dir_all(self.path);
     }
 }
 
@@ -130,13 +128,5 @@ impl Deref for RunDir {
 
     fn deref(&self) -> &Path {
         &self.path
-    }
-}
-
-impl Drop for RunDir {
-    fn drop(&mut self) {
-        if !std::thread::panicking() {
-            let _ = fs::remove_dir_all(&self.path);
-        }
     }
 }

@@ -37,5 +37,7 @@ pub mod qmp;
 pub mod registry;
 /// A serial line: say, and wait for an answer.
 pub mod serial;
+/// How a story is told.
+pub mod story;
 /// Conditions with a deadline.
 pub mod wait;
