@@ -178,17 +178,16 @@ fn log(lines: u64, per_second: Option<u64>) -> ExitCode {
 fn disk(path: &str) -> ExitCode {
     let block = vec![0x5a; 1 << 20];
     let mut written = 0_u64;
-    let result = OpenOptions::new().create(true).append(true).open(path).and_then(|mut file| {
-        loop {
-            if let Err(error) = file.write_all(&block).and_then(|()| file.sync_data()) {
-                return Err::<(), _>(error);
+    let error = match OpenOptions::new().create(true).append(true).open(path) {
+        Err(error) => error,
+        Ok(mut file) => loop {
+            match file.write_all(&block).and_then(|()| file.sync_data()) {
+                Ok(()) => written += 1,
+                Err(error) => break error,
             }
-            written += 1;
-        }
-    });
-    if let Err(error) = result {
-        println!("disk: {written} MiB, then: {error}");
-    }
+        },
+    };
+    println!("disk: {written} MiB, then: {error}");
     end_on_sigterm();
     rest_for_ever()
 }
