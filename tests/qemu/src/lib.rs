@@ -37,6 +37,8 @@ pub mod qmp;
 pub mod registry;
 /// A serial line: say, and wait for an answer.
 pub mod serial;
+/// All that stands around a device.
+pub mod site;
 /// How a story is told.
 pub mod story;
 /// Conditions with a deadline.

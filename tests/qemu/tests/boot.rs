@@ -4,24 +4,30 @@ use edged_qemu::machine::{Machine, Setup, blank_disk};
 use edged_qemu::story;
 use edged_qemu::wait::LONG;
 
+const CONFIG: &str = "[console]\ntty = \"/dev/hvc0\"\nmode = \"full\"\n";
+
 #[test]
 #[ignore = "needs QEMU: cargo xtask test"]
 fn an_empty_disk_is_formatted_once_and_found_again() {
     story::tell("boot", |firmware, dir| {
-        let setup = Setup { disk: Some(dir.join("data.img")), ..Setup::default() };
-        blank_disk(&dir.join("data.img"), 256)?;
+        let disk = dir.join("data.img");
+        blank_disk(&disk, 256)?;
+        let setup = Setup { disk: Some(disk), ..Setup::default() }.file("etc/edged/agent.toml", CONFIG);
 
         let mut device = Machine::boot(firmware, dir, &setup)?;
         let first = device.kernel.wait_for("is up after", LONG)?;
         assert!(first.contains("/dev/vda is empty: formatting it"), "{first}");
         assert!(!first.contains("boot: "), "a step of the boot failed:\n{first}");
-        device.kernel.wait_for("placeholder: boot number 1", LONG)?;
+        assert!(!first.contains("could not be sealed"), "{first}");
+        device.console.wait_for("> ", LONG)?;
+        device.console.say("poweroff")?;
         device.wait_for_power_off(LONG)?;
 
         let mut device = Machine::boot(firmware, dir, &setup)?;
         let second = device.kernel.wait_for("is up after", LONG)?;
         assert!(!second.contains("formatting"), "{second}");
-        device.kernel.wait_for("placeholder: boot number 2", LONG)?;
+        device.console.wait_for("> ", LONG)?;
+        device.console.say("poweroff")?;
         device.wait_for_power_off(LONG)
     });
 }
