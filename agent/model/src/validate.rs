@@ -81,8 +81,8 @@ pub fn problems(manifest: &Manifest) -> Vec<Problem> {
         found.add("workloads", format!("{} are too many; {MOST_WORKLOADS} are allowed", manifest.workloads.len()));
     }
     for (name, secret) in &manifest.secrets {
-        if let Some(path) = secret_file(secret).filter(|path| !is_clean(path)) {
-            found.add(format!("secrets.{name}.file"), format!("`{path}` is not a clean absolute path"));
+        if let Some(path) = secret_file(secret).filter(|path| !is_secret_file(path)) {
+            found.add(format!("secrets.{name}.file"), format!("`{path}` is no file directly in {SECRETS_DIR}"));
         }
     }
     for (name, workload) in &manifest.workloads {
@@ -91,6 +91,15 @@ pub fn problems(manifest: &Manifest) -> Vec<Problem> {
     check_host_ports(manifest, &mut found);
     check_cycles(manifest, &mut found);
     found.0
+}
+
+/// Where a device keeps the files of its secrets.
+const SECRETS_DIR: &str = "/etc/edged/secrets/";
+
+/// A plain name, with or without the one folder it can be in.
+fn is_secret_file(path: &str) -> bool {
+    let name = path.strip_prefix(SECRETS_DIR).unwrap_or(path);
+    is_clean(&format!("/{name}")) && !name.contains('/')
 }
 
 fn secret_file(secret: &Secret) -> Option<&str> {

@@ -3,23 +3,22 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 use edged_model::cbor;
 use edged_model::envelope::{self, Kind};
-use edged_model::id::Digest;
+use edged_model::id::{DeviceId, Digest, Sequence};
 use edged_model::keys::SecretKey;
 use edged_model::manifest::Manifest;
-use edged_model::quantity::Span;
+use edged_model::quantity::{Span, Timestamp};
 use edged_model::validate;
+use serde_json::Value;
 
+use super::notation::{Notation, typed};
 use super::{later, now, read, read_text, write_new};
+use crate::verify::{self, DeviceFacts};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    Yaml,
-    Toml,
-    Json,
-}
+/// A workstation's clock may be this much ahead of the devices'.
+const AHEAD_MAX: Span = Span::from_secs(86_400);
 
 #[derive(Debug, Subcommand)]
 pub enum ManifestCommand {
@@ -28,7 +27,7 @@ pub enum ManifestCommand {
     /// Check, pack and sign a manifest
     Sign {
         file: PathBuf,
-        /// Private keys of the trust root's manifest role
+        /// Private keys of the trust root's manifest role; once for each
         #[arg(long, required = true)]
         key: Vec<PathBuf>,
         /// Default: FILE with .cose
@@ -42,12 +41,17 @@ pub enum ManifestCommand {
         expires: Option<Span>,
     },
     /// Show a signed manifest
-    Inspect { file: PathBuf },
+    Inspect {
+        file: PathBuf,
+        /// Check it too, as a device with this trust root would
+        #[arg(long)]
+        trust: Option<PathBuf>,
+    },
     /// Print a manifest in another notation
     Convert {
         file: PathBuf,
         #[arg(long, default_value = "yaml")]
-        to: Format,
+        to: Notation,
     },
     /// Print the JSON Schema of manifests
     Schema,
@@ -58,39 +62,24 @@ impl ManifestCommand {
         match self {
             Self::Validate { file } => {
                 let manifest = load(file)?;
-                check(&manifest)?;
-                Ok(format!(
-                    "{}: generation {} with {} workloads is sound\n",
-                    file.display(),
-                    manifest.sequence,
-                    manifest.workloads.len()
-                ))
+                check(&manifest, file)?;
+                let (sequence, count) = (manifest.sequence, manifest.workloads.len());
+                Ok(format!("{}: generation {sequence} with {count} workloads is sound\n", file.display()))
             }
             Self::Sign { file, key, output, sequence, expires } => {
-                let mut value = value(file)?;
-                if let Some(span) = expires {
-                    let issued = now();
-                    value["issued"] = issued.to_string().into();
-                    value["expires"] = later(issued, *span).to_string().into();
-                }
-                if let Some(sequence) = sequence {
-                    value["sequence"] = (*sequence).into();
-                }
-                let manifest = typed(value, file)?;
-                check(&manifest)?;
+                let manifest = dated(file, sequence.map(Sequence), *expires, now())?;
+                check(&manifest, file)?;
+                in_time(&manifest, now()).with_context(|| file.display().to_string())?;
                 let output = output.clone().unwrap_or_else(|| file.with_extension("cose"));
+                if output == *file {
+                    bail!("{}: the signed file would take the place of its source; name another with -o", file.display());
+                }
                 let digest = sign(&manifest, key, &output)?;
-                Ok(format!("{}: generation {} ({})\n", output.display(), manifest.sequence, digest.short()))
+                let (sequence, until) = (manifest.sequence, manifest.expires);
+                Ok(format!("{}: generation {sequence} ({}), expires {until}\n", output.display(), digest.short()))
             }
-            Self::Inspect { file } => inspect(&read(file)?),
-            Self::Convert { file, to } => {
-                let value = serde_json::to_value(load(file)?)?;
-                Ok(match to {
-                    Format::Yaml => serde_yaml_ng::to_string(&value)?,
-                    Format::Toml => toml::to_string_pretty(&value)?,
-                    Format::Json => serde_json::to_string_pretty(&value)? + "\n",
-                })
-            }
+            Self::Inspect { file, trust } => inspect(&read(file)?, trust.as_deref()),
+            Self::Convert { file, to } => to.write(&serde_json::to_value(load(file)?)?),
             Self::Schema => Ok(schema()? + "\n"),
         }
     }
@@ -101,34 +90,62 @@ pub fn schema() -> Result<String> {
     Ok(serde_json::to_string_pretty(&schemars::schema_for!(Manifest))?)
 }
 
-/// A file in any of the three notations, by its ending.
-fn value(file: &Path) -> Result<serde_json::Value> {
-    let text = read_text(file)?;
-    let context = || file.display().to_string();
-    match file.extension().and_then(|extension| extension.to_str()) {
-        Some("toml") => toml::from_str(&text).with_context(context),
-        Some("json") => serde_json::from_str(&text).with_context(context),
-        _ => serde_yaml_ng::from_str(&text).with_context(context),
+fn value(file: &Path) -> Result<Value> {
+    let value = Notation::of(file).read(&read_text(file)?).with_context(|| file.display().to_string())?;
+    if !value.is_object() {
+        bail!("{}: not a manifest: it has no `apiVersion:` and no `workloads:`", file.display());
     }
+    Ok(value)
 }
 
-fn typed(value: serde_json::Value, file: &Path) -> Result<Manifest> {
-    serde_path_to_error::deserialize(value)
-        .map_err(|error| anyhow::anyhow!("{}: {}", file.display(), cbor::shape_text(&error)))
-}
-
-/// Reads a manifest; what is misspelt is named with its place and the nearest known name.
+/// Reads a manifest; whatever is misspelt is named with its place and the nearest known name.
 pub fn load(file: &Path) -> Result<Manifest> {
-    typed(value(file)?, file)
+    of_value(value(file)?, file)
 }
 
-fn check(manifest: &Manifest) -> Result<()> {
-    let problems = validate::problems(manifest);
-    if problems.is_empty() {
-        return Ok(());
-    }
+fn of_value(value: Value, file: &Path) -> Result<Manifest> {
+    typed(value).map_err(|problems| listed(file, &problems))
+}
+
+fn listed(file: &Path, problems: &[String]) -> anyhow::Error {
+    let count = match problems.len() {
+        1 => "1 problem".to_owned(),
+        n => format!("{n} problems"),
+    };
     let list: String = problems.iter().map(|problem| format!("\n  {problem}")).collect();
-    bail!("{} problems:{list}", problems.len())
+    anyhow::anyhow!("{}: {count}:{list}", file.display())
+}
+
+fn check(manifest: &Manifest, file: &Path) -> Result<()> {
+    let problems: Vec<String> = validate::problems(manifest).iter().map(ToString::to_string).collect();
+    if problems.is_empty() { Ok(()) } else { Err(listed(file, &problems)) }
+}
+
+/// The manifest with the sequence and the dates of this signing. One without `issued` is issued now.
+fn dated(file: &Path, sequence: Option<Sequence>, expires: Option<Span>, now: Timestamp) -> Result<Manifest> {
+    let mut value = value(file)?;
+    if let Some(fields) = value.as_object_mut() {
+        if let Some(span) = expires {
+            fields.insert("issued".to_owned(), now.to_string().into());
+            fields.insert("expires".to_owned(), later(now, span).to_string().into());
+        }
+        fields.entry("issued").or_insert_with(|| now.to_string().into());
+        if let Some(sequence) = sequence {
+            fields.insert("sequence".to_owned(), sequence.0.into());
+        }
+    }
+    of_value(value, file)
+}
+
+/// What every device would refuse, or would regret: its time floor follows `issued`, and never goes back.
+fn in_time(manifest: &Manifest, now: Timestamp) -> Result<()> {
+    if manifest.expires <= now {
+        bail!("expires: {} is over (it is {now}); sign with `--expires 30days`", manifest.expires);
+    }
+    if manifest.issued > later(now, AHEAD_MAX) {
+        bail!("issued: {} is in the future (it is {now}), and devices would set their time by it", manifest.issued);
+    }
+    Ok(())
 }
 
 fn sign(manifest: &Manifest, keys: &[PathBuf], output: &Path) -> Result<Digest> {
@@ -137,17 +154,35 @@ fn sign(manifest: &Manifest, keys: &[PathBuf], output: &Path) -> Result<Digest> 
         .map(|path| SecretKey::from_pem(&read_text(path)?).with_context(|| path.display().to_string()))
         .collect::<Result<Vec<_>>>()?;
     let bytes = envelope::sign(Kind::Manifest, cbor::encode(manifest)?, &keys)?;
+    if bytes.len() > cbor::MAX_DOCUMENT_BYTES {
+        bail!("the signed manifest has {} bytes; devices take {}", bytes.len(), cbor::MAX_DOCUMENT_BYTES);
+    }
     write_new(output, &bytes, 0o644, true)?;
     Ok(Digest::of(&bytes))
 }
 
-fn inspect(bytes: &[u8]) -> Result<String> {
+fn inspect(bytes: &[u8], trust: Option<&Path>) -> Result<String> {
     let opened = envelope::open(bytes, Kind::Manifest)?;
-    let manifest: Manifest = cbor::decode(&opened.signed_by(&[])?.payload)?;
+    let manifest: Manifest = cbor::decode_signed(&opened.signed_by(&[])?.payload)?;
+    let believed = match trust {
+        None => "not checked (--trust checks it)".to_owned(),
+        Some(path) => believed(bytes, &manifest, path)?,
+    };
     let by = opened.claimed_signers().iter().map(Digest::to_string).collect::<Vec<_>>().join("\n#           ");
-    let yaml = serde_yaml_ng::to_string(&serde_json::to_value(&manifest)?)?;
-    Ok(format!(
-        "# digest    {}\n# signed by {by}\n#           (not checked: that needs a trust root)\n{yaml}",
-        opened.digest
-    ))
+    let yaml = Notation::Yaml.write(&serde_json::to_value(&manifest)?)?;
+    Ok(format!("# digest    {}\n# signed by {by}\n#           {believed}\n{yaml}", opened.digest))
+}
+
+/// What the device that it names would say, if this were its first manifest.
+fn believed(bytes: &[u8], manifest: &Manifest, trust: &Path) -> Result<String> {
+    let root = verify::trust::factory(&read(trust)?).map_err(anyhow::Error::msg)?;
+    let facts = DeviceFacts {
+        id: manifest.device.clone().map_or_else(|| DeviceId::parse("any"), Ok)?,
+        groups: manifest.group.clone().into_iter().collect(),
+        highest_sequence: Sequence(0),
+        newest_digest: None,
+        now: now(),
+    };
+    verify::manifest(bytes, &root, &facts).map_err(anyhow::Error::msg)?;
+    Ok(format!("believed by trust root version {}", root.version))
 }

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use edged_model::cbor;
 use edged_model::envelope::{self, Kind};
+use edged_model::id::{DeviceId, GroupName};
+use edged_model::manifest::Manifest;
 
 use super::read;
 use crate::registry;
@@ -32,9 +35,29 @@ pub struct PushCommand {
 }
 
 impl PushCommand {
+    /// A manifest that its receiver would refuse is not sent at all.
+    fn is_for(&self, manifest: &Manifest) -> Result<()> {
+        let name = |id: Option<&str>| id.unwrap_or("nobody").to_owned();
+        let device = manifest.device.as_ref().map(DeviceId::as_str);
+        let group = manifest.group.as_ref().map(GroupName::as_str);
+        match (&self.device, &self.group) {
+            (Some(asked), _) if group.is_none() && device != Some(asked) => {
+                bail!("is for device {}, not for {asked}", name(device))
+            }
+            (None, Some(asked)) if group != Some(asked) => bail!("is for group {}, not for {asked}", name(group)),
+            _ => Ok(()),
+        }
+    }
+
     pub fn run(&self) -> Result<String> {
         let bytes = read(&self.file)?;
-        envelope::open(&bytes, Kind::Manifest).with_context(|| self.file.display().to_string())?;
+        let context = || self.file.display().to_string();
+        let opened = envelope::open(&bytes, Kind::Manifest).with_context(context)?;
+        let manifest: Manifest = cbor::decode_signed(&opened.signed_by(&[])?.payload).with_context(context)?;
+        self.is_for(&manifest).with_context(context)?;
+        if !self.to.starts_with("https://") {
+            bail!("{}: only https:// is spoken, so that the token stays between the two", self.to);
+        }
         let roots = match &self.ca {
             None => ureq::tls::RootCerts::WebPki,
             Some(path) => {

@@ -36,6 +36,7 @@ pub enum TrustCommand {
         file: PathBuf,
         #[arg(long)]
         key: PathBuf,
+        /// May be FILE itself
         #[arg(short, long)]
         output: PathBuf,
     },
@@ -66,7 +67,7 @@ pub struct Contents {
     manifest_threshold: u32,
     #[arg(long, default_value_t = 1)]
     image_threshold: u32,
-    /// How long it may be rotated from, e.g. 3years
+    /// How long manifests are believed under it, e.g. 3years; later it can only be rotated from
     #[arg(long, default_value = "10years")]
     expires: Span,
     #[arg(short, long)]
@@ -134,6 +135,7 @@ impl Contents {
             (RoleName::Image, role(public(&self.image_key)?, self.image_threshold)),
         ]);
         let root = TrustRoot { version, expires: later(now(), self.expires), keys, roles };
+        check::sound(&root).map_err(anyhow::Error::msg)?;
         let mut signers = roots;
         signers.extend(old);
         let bytes = envelope::sign(Kind::TrustRoot, cbor::encode(&root)?, &signers)?;
@@ -144,7 +146,7 @@ impl Contents {
 
 fn inspect(bytes: &[u8]) -> Result<String> {
     let opened = envelope::open(bytes, Kind::TrustRoot)?;
-    let root: TrustRoot = cbor::decode(&opened.signed_by(&[])?.payload)?;
+    let root: TrustRoot = cbor::decode_signed(&opened.signed_by(&[])?.payload)?;
     let mut text = format!("version {}\nexpires {}\n", root.version, root.expires);
     for (name, role) in &root.roles {
         let keys = role.keys.iter().map(Digest::short).collect::<Vec<_>>().join(" ");
@@ -154,6 +156,9 @@ fn inspect(bytes: &[u8]) -> Result<String> {
             role.threshold,
             role.keys.len()
         ));
+    }
+    for id in root.keys.keys() {
+        text.push_str(&format!("key       {id}\n"));
     }
     let by = opened.claimed_signers().iter().map(Digest::short).collect::<Vec<_>>().join(" ");
     text.push_str(&format!("signed by {by}\n"));

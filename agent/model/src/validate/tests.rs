@@ -1,6 +1,6 @@
 use super::*;
 use crate::id::{DeviceId, Sequence};
-use crate::manifest::{DependsOn, Health, Mount, MountSource, NetworkMode, Port, Probe, Workload};
+use crate::manifest::{DependsOn, Health, Mount, MountSource, NetworkMode, Port, Probe, Secret, Workload};
 use crate::quantity::{Bytes, MilliCpu, Span, Timestamp};
 
 fn good() -> Manifest {
@@ -77,6 +77,18 @@ fn a_misspelt_field_gets_the_nearest_one() {
     assert_eq!(explain(text), "unknown value `alwys`; did you mean `always`?");
     let text = "unknown field `a`, expected `b`, expected `target` or `source`";
     assert_eq!(explain(text), "unknown field; known are target, source");
+}
+
+#[test]
+fn a_secret_comes_from_one_folder() {
+    let told = |file: &str| {
+        texts(|manifest, _| drop(manifest.secrets.insert("s".parse().unwrap(), Secret::File(file.to_owned()))))
+    };
+    assert!(told("/etc/edged/secrets/token").is_empty());
+    assert!(told("token").is_empty());
+    for other in ["", "/etc/shadow", "/etc/edged/secrets/", "/etc/edged/secrets/../shadow", "a/b", ".."] {
+        assert_eq!(told(other).len(), 1, "{other}");
+    }
 }
 
 #[test]

@@ -1,0 +1,328 @@
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use clap::Parser;
+use edged_model::trust::RoleName;
+
+use super::*;
+use crate::cli::args::{Args, Verb};
+use crate::verify::trust as check;
+
+/// A folder to work in, and the verbs as they are typed.
+struct Desk {
+    dir: tempfile::TempDir,
+}
+
+impl Desk {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).unwrap();
+    }
+
+    /// `./NAME` stands for a file of this folder.
+    fn run(&self, line: &str) -> Result<String> {
+        let words = line.split(' ').map(|word| match word.strip_prefix("./") {
+            Some(name) => self.path(name).display().to_string(),
+            None => word.to_owned(),
+        });
+        match Args::try_parse_from(std::iter::once("edgectl".to_owned()).chain(words))?.verb {
+            Verb::Key(verb) => verb.run(),
+            Verb::Trust(verb) => verb.run(),
+            Verb::Manifest(verb) => verb.run(),
+            Verb::Push(verb) => verb.run(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn ok(&self, line: &str) -> String {
+        self.run(line).unwrap_or_else(|error| panic!("{line}: {error:#}"))
+    }
+
+    /// What is told instead, without the folder's name.
+    fn refused(&self, line: &str) -> String {
+        match self.run(line) {
+            Ok(text) => panic!("{line}: {text}"),
+            Err(error) => format!("{error:#}").replace(&format!("{}/", self.dir.path().display()), ""),
+        }
+    }
+
+    fn keys(&self, names: &[&str]) {
+        for name in names {
+            self.ok(&format!("key generate --out ./{name}.key"));
+        }
+    }
+
+    fn mode(&self, name: &str) -> u32 {
+        std::fs::metadata(self.path(name)).unwrap().permissions().mode() & 0o777
+    }
+}
+
+const WEB: &str = "\
+apiVersion: edge/v1
+device: pump-1
+sequence: 7
+issued: 2026-01-01T00:00:00Z
+expires: 2126-01-01T00:00:00Z
+workloads:
+  web:
+    image: registry.example:5000/web:1
+    resources:
+      memory: 16Mi
+      cpu: 0.5
+    health:
+      probe:
+        http:
+          port: 80
+    dependsOn:
+      db: healthy
+  db:
+    image: registry.example:5000/db:1
+    resources: { memory: 16777216, cpu: 100m }
+";
+
+#[test]
+fn a_key_is_made_once_and_only_its_owner_may_read_it() {
+    let desk = Desk::new();
+    desk.ok("key generate --out ./ops.key");
+    assert_eq!((desk.mode("ops.key"), desk.mode("ops.pub")), (0o600, 0o644));
+    let before = std::fs::read(desk.path("ops.key")).unwrap();
+
+    assert_eq!(desk.refused("key generate --out ./ops.key"), "ops.key is there already; --force writes over it");
+    desk.write("half.pub", "somebody's");
+    assert_eq!(desk.refused("key generate --out ./half.key"), "half.pub is there already; --force writes over it");
+    assert!(!desk.path("half.key").exists(), "no half pair");
+    assert!(desk.refused("key generate --out ./x.pub --force").contains("give the private one another"));
+    assert_eq!(std::fs::read(desk.path("ops.key")).unwrap(), before);
+
+    // Written over, it does not inherit what others could read.
+    std::fs::set_permissions(desk.path("ops.key"), std::fs::Permissions::from_mode(0o644)).unwrap();
+    desk.ok("key generate --out ./ops.key --force");
+    assert_eq!(desk.mode("ops.key"), 0o600);
+    assert_ne!(std::fs::read(desk.path("ops.key")).unwrap(), before);
+    assert_eq!(std::fs::read_dir(desk.dir.path()).unwrap().count(), 3, "nothing is left beside");
+}
+
+fn openssl(args: &[&str]) -> String {
+    let output = Command::new("openssl").args(args).output().expect("openssl is installed");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn keys_go_both_ways_between_edgectl_and_openssl() {
+    let desk = Desk::new();
+    desk.keys(&["ours"]);
+    let ours = desk.path("ours.key");
+    let public = openssl(&["pkey", "-in", ours.to_str().unwrap(), "-pubout"]);
+    assert_eq!(public, std::fs::read_to_string(desk.path("ours.pub")).unwrap());
+    assert_eq!(public, desk.ok("key public ./ours.key"));
+    assert_eq!(desk.ok("key public --id ./ours.pub"), desk.ok("key public --id ./ours.key"));
+
+    desk.write("theirs.key", &openssl(&["genpkey", "-algorithm", "ed25519"]));
+    desk.write("theirs.pub", &desk.ok("key public ./theirs.key"));
+    desk.write("m.yaml", WEB);
+    desk.ok("manifest sign ./m.yaml --key ./theirs.key");
+    desk.ok("trust init --root-key ./ours.key --manifest-key ./theirs.pub --image-key ./theirs.pub -o ./trust.cose");
+    let shown = desk.ok("manifest inspect ./m.cose --trust ./trust.cose");
+    assert!(shown.contains("believed by trust root version 1"), "{shown}");
+}
+
+#[test]
+fn a_trust_root_goes_from_hand_to_hand() {
+    let desk = Desk::new();
+    desk.keys(&["r1", "r2", "ops", "img"]);
+    let roles = "--manifest-key ./ops.pub --image-key ./img.pub";
+    desk.ok(&format!("trust init --root-key ./r1.key {roles} --expires 10years -o ./one.cose"));
+    assert_eq!(desk.ok("trust verify ./one.cose"), "trust root version 1 is sound\n");
+    assert!(desk.refused(&format!("trust init --root-key ./r1.key {roles} -o ./one.cose")).contains("there already"));
+
+    desk.ok(&format!("trust rotate --from ./one.cose --old-root-key ./r1.key --root-key ./r2.key {roles} -o ./two.cose"));
+    assert_eq!(desk.ok("trust verify ./two.cose --from ./one.cose"), "a device with version 1 takes version 2\n");
+    assert!(desk.refused("trust verify ./one.cose --from ./two.cose").contains("version 1 is not above 2"));
+
+    // Without the old root's key no device takes it; its holder can still add the signature.
+    desk.ok(&format!("trust rotate --from ./one.cose --old-root-key ./r2.key --root-key ./r2.key {roles} -o ./bare.cose"));
+    let told = desk.refused("trust verify ./bare.cose --from ./one.cose");
+    assert!(told.contains("signed by 0 of the 1 keys of version 1's root role"), "{told}");
+    desk.ok("trust sign ./bare.cose --key ./r1.key -o ./bare.cose");
+    desk.ok("trust verify ./bare.cose --from ./one.cose");
+
+    let shown = desk.ok("trust inspect ./two.cose");
+    assert!(shown.contains("version 2") && shown.contains("manifest  1 of 1"), "{shown}");
+    let told = desk.refused(&format!("trust init --root-key ./r1.key {roles} --manifest-threshold 2 -o ./bad.cose"));
+    assert!(told.contains("role Manifest asks for 2 signatures and has 1 keys"), "{told}");
+    assert!(!desk.path("bad.cose").exists());
+}
+
+#[test]
+fn an_ecdsa_key_may_sign_images_and_nothing_else() {
+    let desk = Desk::new();
+    desk.keys(&["root", "ops"]);
+    desk.write("ec.key", &openssl(&["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]));
+    desk.write("ec.pub", &openssl(&["pkey", "-in", desk.path("ec.key").to_str().unwrap(), "-pubout"]));
+    desk.ok("trust init --root-key ./root.key --manifest-key ./ops.pub --image-key ./ec.pub -o ./trust.cose");
+    let root = check::factory(&read(&desk.path("trust.cose")).unwrap()).unwrap();
+    assert_eq!(check::role_spki(&root, RoleName::Image).len(), 1);
+    let told = desk.refused("trust init --root-key ./root.key --manifest-key ./ec.pub --image-key ./ec.pub -o ./t.cose");
+    assert!(told.contains("role Manifest has a key that is not Ed25519"), "{told}");
+}
+
+#[test]
+fn the_same_manifest_in_three_notations_is_the_same() {
+    let desk = Desk::new();
+    desk.write("m.yaml", WEB);
+    let yaml = manifest::load(&desk.path("m.yaml")).unwrap();
+    for ending in ["toml", "json", "yaml"] {
+        let name = format!("again.{ending}");
+        desk.write(&name, &desk.ok(&format!("manifest convert ./m.yaml --to {ending}")));
+        assert_eq!(manifest::load(&desk.path(&name)).unwrap(), yaml, "{ending}");
+    }
+    // A bare date is TOML's own.
+    desk.write("bare.toml", "apiVersion = \"edge/v1\"\ndevice = \"pump-1\"\nsequence = 7\nissued = 2026-01-01T00:00:00Z\nexpires = 2126-01-01T00:00:00Z\n");
+    assert_eq!(manifest::load(&desk.path("bare.toml")).unwrap().issued, yaml.issued);
+}
+
+#[test]
+fn every_mistake_is_told_at_once_with_its_place() {
+    let desk = Desk::new();
+    let wrong = WEB
+        .replace("      memory: 16Mi\n", "      memroy: 16Mi\n      memory: much\n")
+        .replace("    health:\n", "    helth: {}\n    health:\n")
+        .replace("      db: healthy\n", "      db: helthy\n");
+    desk.write("m.yaml", &wrong);
+    assert_eq!(
+        desk.refused("manifest validate ./m.yaml"),
+        "m.yaml: 4 problems:
+  workloads.web.dependsOn.db: unknown value `helthy`; did you mean `healthy`?
+  workloads.web.helth: unknown field; did you mean `health`?
+  workloads.web.resources.memory: `much` is not an amount of bytes such as `64Mi`, `500k` or `1048576`
+  workloads.web.resources.memroy: unknown field; did you mean `memory`?"
+    );
+    desk.write("m.yaml", &WEB.replace("db: healthy", "dbb: healthy").replace("cpu: 0.5", "pids: 9"));
+    assert_eq!(
+        desk.refused("manifest validate ./m.yaml"),
+        "m.yaml: 2 problems:
+  workloads.web.resources.cpu: is required: no workload without a wall
+  workloads.web.dependsOn: there is no workload `dbb`; did you mean `db`?"
+    );
+    desk.write("m.yaml", &WEB.replace("sequence: 7\n", ""));
+    assert_eq!(desk.refused("manifest validate ./m.yaml"), "m.yaml: 1 problem:\n  missing field `sequence`");
+}
+
+#[test]
+fn a_key_that_is_there_twice_is_refused_in_every_notation() {
+    let desk = Desk::new();
+    desk.write("m.yaml", &WEB.replace("device: pump-1\n", "device: pump-1\ndevice: pump-2\n"));
+    desk.write("deep.yaml", &WEB.replace("    image: registry.example:5000/web:1\n", "    image: a\n    image: b\n"));
+    desk.write("m.json", r#"{"device": "pump-1", "device": "pump-2"}"#);
+    desk.write("m.toml", "device = \"pump-1\"\ndevice = \"pump-2\"\n");
+    for (name, words) in [("m.yaml", "`device` is there twice"), ("deep.yaml", "workloads.web: `image` is there twice at line"), ("m.json", "`device` is there twice at line 1"), ("m.toml", "duplicate key")] {
+        let told = desk.refused(&format!("manifest validate ./{name}"));
+        assert!(told.contains(words), "{told}");
+    }
+    desk.write("list.yaml", "- a\n");
+    assert!(desk.refused("manifest sign ./list.yaml --key ./k --sequence 1").contains("not a manifest"));
+}
+
+#[test]
+fn what_devices_would_refuse_is_not_signed() {
+    let desk = Desk::new();
+    desk.keys(&["ops"]);
+    let sign = "manifest sign ./m.yaml --key ./ops.key";
+    desk.write("m.yaml", &WEB.replace("2126", "2026-01-02T00:00:00Z #"));
+    assert!(desk.refused(sign).contains("is over"), "{}", desk.refused(sign));
+    desk.write("m.yaml", &WEB.replace("issued: 2026", "issued: 2125"));
+    assert!(desk.refused(sign).contains("is in the future"), "{}", desk.refused(sign));
+    desk.write("m.yaml", &WEB.replace("cpu: 0.5", ""));
+    assert!(desk.refused(sign).contains("resources.cpu: is required"));
+    assert!(!desk.path("m.cose").exists(), "nothing was written");
+
+    // The dates and the sequence may come with the signing.
+    desk.write("m.yaml", &WEB.replace("sequence: 7\n", "").replace("issued: 2026-01-01T00:00:00Z\n", ""));
+    desk.ok(&format!("{sign} --sequence 9 --expires 30days"));
+    let shown = desk.ok("manifest inspect ./m.cose");
+    assert!(shown.contains("sequence: 9") && shown.contains("not checked"), "{shown}");
+}
+
+#[test]
+fn a_stranger_and_a_changed_file_are_seen_before_they_travel() {
+    let desk = Desk::new();
+    desk.keys(&["root", "ops", "stranger"]);
+    desk.ok("trust init --root-key ./root.key --manifest-key ./ops.pub --image-key ./ops.pub -o ./trust.cose");
+    desk.write("m.yaml", WEB);
+    desk.ok("manifest sign ./m.yaml --key ./stranger.key");
+    let told = desk.refused("manifest inspect ./m.cose --trust ./trust.cose");
+    assert!(told.contains("is no manifest key of trust root version 1"), "{told}");
+    assert!(desk.refused("push ./m.cose --to http://127.0.0.1:1").contains("only https://"));
+    let told = desk.refused("push ./m.cose --to https://127.0.0.1:1 --device pump-2");
+    assert_eq!(told, "m.cose: is for device pump-1, not for pump-2");
+    desk.write("m.cose", "text");
+    assert!(desk.run("push ./m.cose --to https://127.0.0.1:1").is_err());
+}
+
+fn shipped(name: &str) -> PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../config").join(name)
+}
+
+#[test]
+fn the_shipped_schema_is_the_one_of_the_types() {
+    let shipped = std::fs::read_to_string(shipped("manifest.schema.json")).unwrap();
+    let now = manifest::schema().unwrap() + "\n";
+    assert!(shipped == now, "config/manifest.schema.json is old: `edgectl manifest schema` prints the new one");
+}
+
+#[test]
+fn the_shipped_example_is_sound_and_can_be_signed() {
+    let desk = Desk::new();
+    desk.keys(&["ops"]);
+    std::fs::copy(shipped("manifest.yaml"), desk.path("m.yaml")).unwrap();
+    desk.ok("manifest validate ./m.yaml");
+    desk.ok("manifest sign ./m.yaml --key ./ops.key --expires 30days");
+}
+
+/// As shipped, `agent.toml` says the defaults; with its comment signs taken away, it says every key there is.
+#[test]
+fn the_shipped_configuration_names_every_key() {
+    use crate::config::Config;
+    let text = std::fs::read_to_string(shipped("agent.toml")).unwrap();
+    assert_eq!(Config::parse(&text).unwrap(), Config::default());
+
+    let uncommented: String = text.lines().map(|line| line.strip_prefix('#').filter(|l| !l.starts_with(' ')).unwrap_or(line)).fold(
+        String::new(),
+        |all, line| all + line + "\n",
+    );
+    Config::parse(&uncommented).unwrap_or_else(|error| panic!("{error}\n{uncommented}"));
+    let told: toml::Table = toml::from_str(&uncommented).unwrap();
+    let keys = |at: &str| {
+        let error = Config::parse(&format!("{at}xyzzy = 1")).unwrap_err().to_string();
+        let list = error.split_once("`xyzzy`, expected").unwrap_or_else(|| panic!("{at}: {error}")).1.to_owned();
+        list.split('`').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>()
+    };
+    for section in keys("") {
+        let (header, table) = match section.as_str() {
+            "registry" => {
+                let (host, table) = told["registry"].as_table().unwrap().iter().next().unwrap();
+                (format!("[registry.\"{host}\"]\n"), table.as_table().unwrap())
+            }
+            other => (format!("[{other}]\n"), told[other].as_table().unwrap()),
+        };
+        for key in keys(&header) {
+            assert!(table.contains_key(&key), "config/agent.toml says nothing of `{key}` in {header}");
+        }
+    }
+}
+
+#[test]
+fn the_checked_names_of_capabilities_are_those_of_the_runtime() {
+    for name in edged_model::validate::CAPABILITIES {
+        assert!(crate::runtime::caps::bit(name).is_some(), "{name}");
+    }
+}
