@@ -23,8 +23,8 @@ use crate::toolchain::{self, Profile};
 /// The release whose e2fsprogs and sample programs are taken.
 pub const SUITE: &str = "bookworm";
 
-pub fn run(arch: Arch, edged: Option<&Path>) -> Result<()> {
-    let firmware = build(arch, Profile::Release, edged)?;
+pub fn run(arch: Arch, quick: bool, edged: Option<&Path>) -> Result<()> {
+    let firmware = build(arch, if quick { Profile::Firmware } else { Profile::Release }, edged)?;
     println!("{}", fs::read_to_string(firmware.contents())?);
     println!("kernel     {}\ninitramfs  {}", firmware.kernel().display(), firmware.initramfs().display());
     Ok(())

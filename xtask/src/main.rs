@@ -66,6 +66,9 @@ enum Command {
         /// Takes this program for `edged` instead of building it
         #[arg(long)]
         edged: Option<PathBuf>,
+        /// Built as the tests build it: quicker, larger
+        #[arg(long)]
+        quick: bool,
     },
     /// Builds the workload images of images/ into .cache/images/
     Workloads {
@@ -82,7 +85,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Demo { arch, keep } => demo::run(arch, keep),
         Command::Test { quick, soak } => test::run(&test::Options { quick, soak }),
-        Command::Image { arch, edged } => image::run(arch, edged.as_deref()),
+        Command::Image { arch, edged, quick } => image::run(arch, quick, edged.as_deref()),
         Command::Workloads { arch } => workloads::run(arch),
         Command::Bench { what } => bench::run(&what),
         Command::Setup => setup::everything(),

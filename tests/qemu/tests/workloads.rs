@@ -69,7 +69,7 @@ fn what_is_not_signed_by_us_does_not_run() {
         // The manifest is ours, the image is nobody's.
         let ours = site.keys.sign("ours", &manifest(3, walls))?;
         site.push(&device, &ours)?;
-        console_shows(&mut device, "status", "signature", LONG)?;
+        console_shows(&mut device, "status", "is not signed", LONG)?;
         // A sequence that was seen does not come again.
         let why = site.push_refused(&device, &site.keys.sign("again", &manifest(3, walls))?)?;
         assert!(why.contains("sequence"), "{why}");
