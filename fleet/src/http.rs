@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
@@ -17,7 +17,7 @@ use edged_model::fleet::{
 };
 use edged_model::id::{DeviceId, Digest, GroupName};
 use edged_model::quantity::Timestamp;
-use hyper::body::Body as _;
+use http_body_util::BodyExt as _;
 use serde::de::DeserializeOwned;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::time::Instant;
@@ -29,6 +29,8 @@ use crate::problem::Failure;
 
 /// From a request's header to the last byte of its body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Read from a body that is too large, before the answer.
+const DROPPED_MAX_BYTES: usize = 4 << 20;
 const JSON_MAX_BYTES: usize = 16 << 10;
 const DEVICES_PER_PAGE: u32 = 1000;
 const REPORTS_PER_PAGE: u32 = 100;
@@ -68,29 +70,33 @@ fn device_id(text: &str) -> Result<DeviceId, Failure> {
     DeviceId::parse(text).map_err(|error| Failure::new(StatusCode::BAD_REQUEST, error.to_string()).code("badName"))
 }
 
-async fn read_body(body: Body, max: usize) -> Result<Bytes, Failure> {
-    let too_large =
-        || Failure::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is larger than {max} bytes")).code("tooLarge");
-    if body.size_hint().lower() > max as u64 {
-        return Err(too_large());
-    }
-    match tokio::time::timeout(BODY_TIMEOUT, axum::body::to_bytes(body, max)).await {
-        Ok(Ok(bytes)) => Ok(bytes),
-        Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
+async fn read_body(body: Body, max: usize) -> Result<Vec<u8>, Failure> {
+    match tokio::time::timeout(BODY_TIMEOUT, read_whole(body, max)).await {
+        Ok(Ok(Some(bytes))) => Ok(bytes),
+        Ok(Ok(None)) => {
+            let detail = format!("the body is larger than {max} bytes");
+            Err(Failure::new(StatusCode::PAYLOAD_TOO_LARGE, detail).code("tooLarge"))
+        }
         Ok(Err(error)) => Err(Failure::new(StatusCode::BAD_REQUEST, format!("the body broke off: {error}"))),
         Err(_) => Err(Failure::new(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")),
     }
 }
 
-fn is_length_limit(error: &axum::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        if inner.to_string().contains("length limit exceeded") {
-            return true;
+/// The body, or `None` if it is too large: then a part of the rest is still read and dropped, because a peer that is in
+/// the middle of sending would only see a broken pipe, and not why.
+async fn read_whole(mut body: Body, max: usize) -> Result<Option<Vec<u8>>, axum::Error> {
+    let mut bytes = Vec::new();
+    let mut seen = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else { continue };
+        seen += data.len();
+        if seen <= max {
+            bytes.extend_from_slice(&data);
+        } else if seen > max + DROPPED_MAX_BYTES {
+            break;
         }
-        source = inner.source();
     }
-    false
+    Ok((seen <= max).then_some(bytes))
 }
 
 async fn read_json<T: DeserializeOwned>(body: Body) -> Result<T, Failure> {
@@ -214,7 +220,7 @@ async fn take_report(State(app): Shared, Path(id): Path<String>, body: Body) -> 
     let asked = device.clone();
     let Some(key) = ask(&app, move |db| db.device_key(&asked)).await? else { return Err(not_enrolled()) };
     let envelope = read_body(body, REPORT_MAX_BYTES).await?;
-    let (report, row) = devices::check_report(&device, &key, envelope.to_vec(), (app.clock)())?;
+    let (report, row) = devices::check_report(&device, &key, envelope, (app.clock)())?;
     let (asked, number) = (device.clone(), report.number);
     match ask(&app, move |db| db.add_report(&asked, &row)).await? {
         ReportOutcome::Stored => Ok((StatusCode::ACCEPTED, Json(ReportAccepted { number })).into_response()),
@@ -297,7 +303,7 @@ async fn put_group_manifest(State(app): Shared, Path(group): Path<String>, heade
 
 async fn put_manifest(app: &App, scope: Scope, body: Body) -> Answer {
     let envelope = read_body(body, MANIFEST_MAX_BYTES).await?;
-    let checked = devices::check_manifest(&scope, envelope.to_vec(), (app.clock)())?;
+    let checked = devices::check_manifest(&scope, envelope, (app.clock)())?;
     let (sequence, digest) = (checked.manifest.sequence, checked.manifest.digest);
     let (stored_scope, manifest) = (scope.clone(), checked.manifest);
     let before = ask(app, move |db| db.put_manifest(&stored_scope, &manifest)).await?;

@@ -66,12 +66,9 @@ impl Problem {
 /// The HTTP status and title that a refusal answers with.
 fn refusal_status(code: Code) -> (u16, &'static str) {
     match code {
-        Code::NotCbor
-        | Code::NotSigned
-        | Code::TooDeep
-        | Code::DuplicateKey
-        | Code::Malformed
-        | Code::UnknownField => (400, "Bad Request"),
+        Code::NotCbor | Code::NotSigned | Code::TooDeep | Code::DuplicateKey | Code::Malformed | Code::UnknownField => {
+            (400, "Bad Request")
+        }
         Code::UnknownSigner | Code::BadSignature | Code::ThresholdNotMet | Code::WrongDevice => (403, "Forbidden"),
         Code::SequenceSeen | Code::TrustRollback => (409, "Conflict"),
         Code::TooLarge => (413, "Content Too Large"),

@@ -63,9 +63,8 @@ fn load(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, Certificate
         let path = path.to_owned();
         move |source| CertificateError::Pem { path, source }
     };
-    let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(certificate)
-        .and_then(Iterator::collect)
-        .map_err(fault(certificate))?;
+    let chain: Vec<CertificateDer<'static>> =
+        CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect).map_err(fault(certificate))?;
     if chain.is_empty() {
         return Err(CertificateError::Empty { path: certificate.to_owned() });
     }

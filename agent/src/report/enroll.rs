@@ -24,8 +24,9 @@ fn read_token(configured: &str) -> Result<String, Reason> {
 pub(super) fn enroll(line: &FleetLine, endpoint: &Endpoint, token: Option<&str>) -> Result<(), Reason> {
     let unavailable = |text: String| Reason::new(Code::FleetUnavailable, text);
     let Some(token) = token else {
-        return Err(unavailable("the fleet does not know this device".to_owned())
-            .next("set fleet.enroll-token in agent.toml"));
+        return Err(
+            unavailable("the fleet does not know this device".to_owned()).next("set fleet.enroll-token in agent.toml")
+        );
     };
     let request = EnrollRequest {
         device: line.shared.device.clone(),

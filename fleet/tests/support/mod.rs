@@ -145,7 +145,7 @@ pub fn report(device: &str, number: u64, key: &SecretKey) -> Vec<u8> {
     let document = serde_json::json!({
         "device": device, "bootId": "boot", "number": number, "at": "2026-01-01T00:00:00Z",
         "agentVersion": "0", "arch": "x86_64", "uptimeSecs": 1, "clockSource": "ntp",
-        "workloads": {"web": {"phase": "running", "health": "healthy", "memory": "1Mi"}},
+        "workloads": {"web": {"phase": "running", "health": "healthy", "memory": ["1Mi", "2Mi"]}},
         "ofANewerAgent": [1, 2],
     });
     envelope::sign1(Kind::Report, cbor::encode(&document).unwrap(), key).unwrap()
