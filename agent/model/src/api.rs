@@ -16,6 +16,11 @@ use crate::workload::{ExitCause, Health, Phase};
 /// The largest frame either side accepts.
 pub const MAX_FRAME_BYTES: usize = 2 << 20;
 
+/// Typed at the line console: from here on frames.
+pub const FRAMES_WANTED: &str = "edged-frames 1";
+/// The console's word that the next byte is a frame's. It is not what a console echoes.
+pub const FRAMES_READY: &str = "\r\nedged-frames 1 ready\r\n";
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Request {
@@ -29,7 +34,10 @@ pub enum Request {
     Restart { workload: WorkloadName },
     Generations,
     /// A signed envelope, as pushed.
-    Apply { envelope: Vec<u8> },
+    Apply {
+        #[serde(with = "crate::keeper::serde_bytes_vec")]
+        envelope: Vec<u8>,
+    },
     PowerOff,
     Reboot,
 }

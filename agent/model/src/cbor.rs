@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_cbor::Value;
 
 use crate::reason::{Code, Reason};
 
@@ -28,7 +29,9 @@ pub enum CborError {
     DuplicateKey { at: usize },
     #[error("{what} at byte {at}")]
     NotDeterministic { what: &'static str, at: usize },
-    #[error("not the expected document: {why}")]
+    #[error("{why}")]
+    UnknownField { why: String },
+    #[error("{why}")]
     Shape { why: String },
 }
 
@@ -41,13 +44,18 @@ impl CborError {
             Self::DuplicateKey { .. } => Code::DuplicateKey,
             Self::Truncated { .. } | Self::LengthClaim { .. } | Self::NotDeterministic { .. } => Code::NotCbor,
             Self::Trailing { .. } => Code::Malformed,
-            Self::Shape { why } if why.contains("unknown field") => Code::UnknownField,
+            Self::UnknownField { .. } => Code::UnknownField,
             Self::Shape { .. } => Code::Malformed,
         }
     }
 
     pub fn reason(&self, what: &str) -> Reason {
-        Reason::new(self.code(), format!("{what}: {self}"))
+        let next = match self {
+            Self::TooLarge { .. } | Self::TooDeep { .. } => "make it smaller and flatter, and sign it again",
+            Self::UnknownField { .. } | Self::Shape { .. } => "correct it and sign it again",
+            _ => "send the file as `edgectl` wrote it: it was cut, changed, or made by another program",
+        };
+        Reason::new(self.code(), format!("{what}: {self}")).next(next)
     }
 }
 
@@ -75,16 +83,60 @@ pub fn check(bytes: &[u8], keys: Keys) -> Result<(), CborError> {
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CborError> {
     check(bytes, Keys::Text)?;
     let mut deserializer = serde_cbor::Deserializer::from_slice(bytes);
-    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| CborError::Shape { why: shape_text(&error) })
+    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let why = shape_text(&error);
+        if crate::validate::is_unknown_field(&error.inner().to_string()) {
+            CborError::UnknownField { why }
+        } else {
+            CborError::Shape { why }
+        }
+    })
 }
 
-/// Where the document is not as it should be, and how: `workloads.web: unknown field `imgae`; did you mean `image`?`
+/// Decodes what somebody signed: as [`decode`], and a structure must be written as a map. serde would also read it from
+/// an array, by the order of its fields, which changes when a field is added.
+pub fn decode_signed<T: DeserializeOwned + Serialize>(bytes: &[u8]) -> Result<T, CborError> {
+    let decoded: T = decode(bytes)?;
+    let shape = |error: serde_cbor::Error| CborError::Shape { why: error.to_string() };
+    let written: Value = serde_cbor::from_slice(bytes).map_err(shape)?;
+    let ours = serde_cbor::value::to_value(&decoded).map_err(shape)?;
+    match array_for_map(&written, &ours) {
+        true => Err(CborError::Shape { why: "a structure is written as an array".to_owned() }),
+        false => Ok(decoded),
+    }
+}
+
+/// Whether `written` has an array where our own encoding of the same content has a map.
+fn array_for_map(written: &Value, ours: &Value) -> bool {
+    match (written, ours) {
+        (Value::Array(_), Value::Map(_)) => true,
+        (Value::Array(written), Value::Array(ours)) => written.iter().zip(ours).any(|(w, o)| array_for_map(w, o)),
+        (Value::Map(written), Value::Map(ours)) => {
+            written.iter().any(|(key, w)| ours.get(key).is_some_and(|o| array_for_map(w, o)))
+        }
+        _ => false,
+    }
+}
+
+/// Where the document is not as it should be, and how: `workloads.web.imgae: unknown field; did you mean `image`?`
 pub fn shape_text<E: std::error::Error>(error: &serde_path_to_error::Error<E>) -> String {
     let text = crate::validate::explain(&error.inner().to_string());
-    match error.path().to_string().as_str() {
+    let text = match error.path().to_string().as_str() {
         "." => text,
         path => format!("{path}: {text}"),
+    };
+    printable(&text)
+}
+
+/// A sentence is shown on terminals and kept: whatever a document holds, it stays short and without control characters.
+pub(crate) fn printable(text: &str) -> String {
+    const MAX: usize = 400;
+    let clean = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    let mut short: String = text.chars().take(MAX).map(clean).collect();
+    if text.chars().nth(MAX).is_some() {
+        short.push('…');
     }
+    short
 }
 
 /// The deterministic encoding: keys sorted, shortest forms.
@@ -222,6 +274,40 @@ mod tests {
         assert_eq!(refused(&vec![0; MAX_DOCUMENT_BYTES + 1]), Code::TooLarge);
         assert_eq!(refused(&[0xa1, 0x01, 0x01]), Code::NotCbor);
         assert!(check(&[0xa1, 0x01, 0x01], Keys::TextOrInteger).is_ok());
+    }
+
+    #[derive(Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Pair {
+        a: u8,
+        list: Vec<u8>,
+    }
+
+    #[test]
+    fn a_structure_is_a_map_and_nothing_else() {
+        let pair = Pair { a: 1, list: vec![2] };
+        assert_eq!(decode_signed::<Pair>(&encode(&pair).unwrap()).unwrap(), pair);
+        // [1, [2]]: serde alone would read it.
+        let array = [0x82, 0x01, 0x81, 0x02];
+        assert_eq!(decode::<Pair>(&array).unwrap(), pair);
+        assert_eq!(decode_signed::<Pair>(&array).unwrap_err().code(), Code::Malformed);
+        let nested = [[0x81].as_slice(), &array].concat();
+        assert_eq!(decode_signed::<Vec<Pair>>(&nested).unwrap_err().code(), Code::Malformed);
+    }
+
+    #[test]
+    fn a_hostile_name_makes_no_long_or_wild_sentence() {
+        let name = "\u{1b}[2J".repeat(1000);
+        let error = decode::<Pair>(&encode(&BTreeMap::from([(name, 1)])).unwrap()).unwrap_err();
+        assert_eq!(error.code(), Code::UnknownField);
+        let text = error.to_string();
+        assert!(text.chars().count() <= 401 && !text.chars().any(char::is_control), "{text}");
+    }
+
+    #[test]
+    fn a_word_in_a_value_is_not_taken_for_an_unknown_field() {
+        let bytes = encode(&BTreeMap::from([("a", "unknown field `x`")])).unwrap();
+        assert_eq!(decode::<Pair>(&bytes).unwrap_err().code(), Code::Malformed);
     }
 
     proptest! {

@@ -4,7 +4,7 @@
 
 use coset::{
     CborSerializable, ContentType, CoseSign, CoseSign1, CoseSign1Builder, CoseSignBuilder, CoseSignature,
-    CoseSignatureBuilder, Header, HeaderBuilder, RegisteredLabelWithPrivate, iana,
+    CoseSignatureBuilder, Header, HeaderBuilder, ProtectedHeader, RegisteredLabelWithPrivate, iana,
 };
 
 use crate::cbor::{self, CborError, Keys};
@@ -12,6 +12,9 @@ use crate::id::Digest;
 use crate::keys::{KeyError, PublicKey, SecretKey};
 use crate::reason::{Code, Reason};
 use crate::trust::KeyId;
+
+/// Each one costs a verification, before anybody is believed.
+pub const MAX_SIGNATURES: usize = 32;
 
 /// What is in an envelope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +44,10 @@ pub enum EnvelopeError {
     WrongKind { wanted: Kind, found: String },
     #[error("a critical header that this version does not know")]
     Critical,
+    #[error("a header that nobody signed (only protected headers are allowed)")]
+    UnprotectedHeader,
+    #[error("{found} signatures; {MAX_SIGNATURES} are allowed")]
+    TooManySignatures { found: usize },
     #[error("nobody has signed it")]
     Unsigned,
     #[error(transparent)]
@@ -49,12 +56,15 @@ pub enum EnvelopeError {
 
 impl EnvelopeError {
     pub fn reason(&self, what: &str) -> Reason {
-        let code = match self {
-            Self::Cbor(error) => error.code(),
-            Self::NotCose { .. } | Self::Unsigned => Code::NotSigned,
-            Self::WrongKind { .. } | Self::Critical | Self::Key(_) => Code::Malformed,
+        let (code, next) = match self {
+            Self::Cbor(error) => return error.reason(what),
+            Self::NotCose { .. } | Self::Unsigned => (Code::NotSigned, "send what a `sign` verb of `edgectl` wrote"),
+            Self::WrongKind { .. } => (Code::Malformed, "send the right file: this one is a document of another kind"),
+            Self::Critical | Self::UnprotectedHeader => (Code::Malformed, "sign it with `edgectl`"),
+            Self::TooManySignatures { .. } => (Code::TooLarge, "sign it with fewer keys"),
+            Self::Key(_) => (Code::Malformed, ""),
         };
-        Reason::new(code, format!("{what}: {self}"))
+        Reason::new(code, format!("{what}: {self}")).next(next)
     }
 }
 
@@ -110,10 +120,13 @@ pub struct Signed {
 pub fn open(bytes: &[u8], kind: Kind) -> Result<Unverified, EnvelopeError> {
     cbor::check(bytes, Keys::TextOrInteger)?;
     let sign = CoseSign::from_slice(bytes).map_err(not_cose)?;
+    if sign.signatures.len() > MAX_SIGNATURES {
+        return Err(EnvelopeError::TooManySignatures { found: sign.signatures.len() });
+    }
     check_kind(&sign.protected.header, kind)?;
-    let headers = sign.signatures.iter().flat_map(|s| [&s.protected.header, &s.unprotected]);
-    if headers.chain([&sign.unprotected]).any(|header| !header.crit.is_empty()) {
-        return Err(EnvelopeError::Critical);
+    check_headers(&sign.protected, &sign.unprotected)?;
+    for signature in &sign.signatures {
+        check_headers(&signature.protected, &signature.unprotected)?;
     }
     if sign.signatures.is_empty() {
         return Err(EnvelopeError::Unsigned);
@@ -121,13 +134,31 @@ pub fn open(bytes: &[u8], kind: Kind) -> Result<Unverified, EnvelopeError> {
     Ok(Unverified { sign, digest: Digest::of(bytes) })
 }
 
-fn check_kind(header: &Header, wanted: Kind) -> Result<(), EnvelopeError> {
-    if !header.crit.is_empty() {
+/// What is signed is read as strictly as the envelope itself, and what is not signed must not be there: else one
+/// document could go round under many digests. A critical header (RFC 9052, 3.1) is one we would have to know.
+fn check_headers(protected: &ProtectedHeader, unprotected: &Header) -> Result<(), EnvelopeError> {
+    if let Some(bytes) = protected.original_data.as_deref().filter(|bytes| !bytes.is_empty()) {
+        cbor::check(bytes, Keys::TextOrInteger)?;
+    }
+    if !protected.header.crit.is_empty() {
         return Err(EnvelopeError::Critical);
     }
+    if *unprotected != Header::default() {
+        return Err(EnvelopeError::UnprotectedHeader);
+    }
+    Ok(())
+}
+
+fn check_kind(header: &Header, wanted: Kind) -> Result<(), EnvelopeError> {
     match &header.content_type {
         Some(ContentType::Text(text)) if text == wanted.content_type() => Ok(()),
-        found => Err(EnvelopeError::WrongKind { wanted, found: format!("{found:?}") }),
+        Some(ContentType::Text(text)) => {
+            Err(EnvelopeError::WrongKind { wanted, found: cbor::printable(text) })
+        }
+        Some(ContentType::Assigned(number)) => {
+            Err(EnvelopeError::WrongKind { wanted, found: format!("{number:?}") })
+        }
+        None => Err(EnvelopeError::WrongKind { wanted, found: "none".to_owned() }),
     }
 }
 
@@ -177,6 +208,7 @@ pub fn verify1(bytes: &[u8], kind: Kind, key: &PublicKey) -> Result<Vec<u8>, Env
     cbor::check(bytes, Keys::TextOrInteger)?;
     let sign1 = CoseSign1::from_slice(bytes).map_err(not_cose)?;
     check_kind(&sign1.protected.header, kind)?;
+    check_headers(&sign1.protected, &sign1.unprotected)?;
     if !is_eddsa(&sign1.protected.header) {
         return Err(EnvelopeError::NotCose { why: "not signed with EdDSA".to_owned() });
     }
@@ -184,6 +216,12 @@ pub fn verify1(bytes: &[u8], kind: Kind, key: &PublicKey) -> Result<Vec<u8>, Env
         return Err(EnvelopeError::Unsigned);
     }
     sign1.payload.ok_or(EnvelopeError::NotCose { why: "no payload".to_owned() })
+}
+
+/// The content of a one-signer document, unverified: for what was verified when it was stored.
+pub fn payload1(bytes: &[u8]) -> Option<Vec<u8>> {
+    cbor::check(bytes, Keys::TextOrInteger).ok()?;
+    CoseSign1::from_slice(bytes).ok()?.payload
 }
 
 #[cfg(test)]
@@ -205,6 +243,13 @@ mod tests {
     }
 
     #[test]
+    fn a_crowd_of_signatures_is_not_verified() {
+        let crowd: Vec<SecretKey> = (0..=32).map(key).collect();
+        let bytes = sign(Kind::Manifest, vec![0xa0], &crowd).unwrap();
+        assert_eq!(open(&bytes, Kind::Manifest).unwrap_err(), EnvelopeError::TooManySignatures { found: 33 });
+    }
+
+    #[test]
     fn one_kind_is_never_another() {
         let bytes = sign(Kind::TrustRoot, vec![0xa0], &[key(1)]).unwrap();
         assert!(matches!(open(&bytes, Kind::Manifest), Err(EnvelopeError::WrongKind { .. })));
@@ -213,6 +258,79 @@ mod tests {
         assert!(verify1(&report, Kind::Report, &key(2).public()).is_err());
         assert!(verify1(&report, Kind::Manifest, &key(1).public()).is_err());
         assert!(open(&report, Kind::Report).is_err(), "one signer is another structure");
+    }
+
+    /// One signature with these headers, and the key's signature over them: what another program could send.
+    fn foreign(protected: Header, unprotected: Header, signer: Header) -> Vec<u8> {
+        let signature = CoseSignatureBuilder::new().protected(signer).build();
+        CoseSignBuilder::new()
+            .protected(protected)
+            .unprotected(unprotected)
+            .payload(vec![0xa0])
+            .add_created_signature(signature, b"", |bytes| key(1).sign(bytes))
+            .build()
+            .to_vec()
+            .unwrap()
+    }
+
+    #[test]
+    fn only_headers_that_are_signed_and_known_are_read() {
+        let signer = || signer_header(&key(1).public().id().unwrap());
+        let none = Header::default;
+        let ours = || header(Kind::Manifest);
+        assert!(open(&foreign(ours(), none(), signer()), Kind::Manifest).is_ok());
+
+        let critical = HeaderBuilder::new()
+            .content_type(Kind::Manifest.content_type().to_owned())
+            .add_critical(iana::HeaderParameter::Kid)
+            .build();
+        let refused = open(&foreign(critical, none(), signer()), Kind::Manifest).unwrap_err();
+        assert_eq!(refused, EnvelopeError::Critical);
+
+        // The kind where nobody signed it counts for nothing, and is refused even beside a signed one.
+        let refused = open(&foreign(none(), ours(), signer()), Kind::Manifest).unwrap_err();
+        assert!(matches!(refused, EnvelopeError::WrongKind { .. }), "{refused}");
+        let refused = open(&foreign(ours(), ours(), signer()), Kind::Manifest).unwrap_err();
+        assert_eq!(refused, EnvelopeError::UnprotectedHeader);
+
+        // A signer with another algorithm's number is nobody.
+        let es256 = HeaderBuilder::new().algorithm(iana::Algorithm::ES256).key_id(signer().key_id).build();
+        let opened = open(&foreign(ours(), none(), es256), Kind::Manifest).unwrap();
+        assert!(opened.signed_by(&[key(1).public()]).unwrap().signers.is_empty());
+    }
+
+    #[test]
+    fn protected_headers_have_one_reading_too() {
+        // {3: type, 1: -8}: out of order, inside the byte string that is signed.
+        let bytes = sign(Kind::Manifest, vec![0xa0], &[key(1)]).unwrap();
+        let content_type = Kind::Manifest.content_type().as_bytes();
+        let mut protected = vec![0xa2, 0x03, 0x78, u8::try_from(content_type.len()).unwrap()];
+        protected.extend_from_slice(content_type);
+        protected.extend_from_slice(&[0x01, 0x27]);
+        let mut cose = CoseSign::from_slice(&bytes).unwrap();
+        cose.protected.original_data = Some(protected);
+        let refused = open(&cose.to_vec().unwrap(), Kind::Manifest).unwrap_err();
+        assert!(matches!(refused, EnvelopeError::Cbor(_) | EnvelopeError::NotCose { .. }), "{refused}");
+    }
+
+    #[test]
+    fn the_published_frame_does_not_change() {
+        // COSE_Sign: [protected, {}, payload, [[protected, {}, signature]]]; a device in the field must go on reading it.
+        let bytes = sign(Kind::Manifest, vec![0xa0], &[key(1)]).unwrap();
+        let cose: Vec<serde_cbor::Value> = serde_cbor::from_slice(&bytes).unwrap();
+        assert_eq!(cose.len(), 4);
+        let serde_cbor::Value::Bytes(protected) = &cose[0] else { panic!("{cose:?}") };
+        assert_eq!(&protected[..3], [0xa1, 0x03, 0x78]);
+        assert_eq!(&protected[4..], Kind::Manifest.content_type().as_bytes());
+        assert_eq!(cose[2], serde_cbor::Value::Bytes(vec![0xa0]));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_input_panics(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..512)) {
+            let _ = open(&bytes, Kind::Manifest);
+            let _ = verify1(&bytes, Kind::Report, &key(1).public());
+        }
     }
 
     #[test]

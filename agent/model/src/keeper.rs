@@ -208,7 +208,7 @@ pub enum Stdio {
 pub const HEARTBEAT_TIMEOUT_MS: u64 = 30_000;
 
 /// Bytes as a CBOR byte string instead of an array of numbers.
-mod serde_bytes_vec {
+pub(crate) mod serde_bytes_vec {
     use serde::{Deserializer, Serializer, de};
     use std::fmt;
 

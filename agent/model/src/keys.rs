@@ -128,6 +128,39 @@ mod tests {
     }
 
     #[test]
+    fn a_key_is_named_as_openssl_and_sha256sum_name_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("k.pub");
+        let ours = SecretKey::from_seed(&[9; 32]).public();
+        std::fs::write(&path, ours.to_pem().unwrap()).unwrap();
+        let der = Command::new("openssl")
+            .args(["pkey", "-pubin", "-outform", "DER", "-in"])
+            .arg(&path)
+            .output()
+            .expect("openssl is installed")
+            .stdout;
+        assert_eq!(ours.id().unwrap(), Digest::of(&der));
+    }
+
+    #[test]
+    fn an_ecdsa_key_is_kept_as_it_is_and_never_taken_for_ed25519() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ec.pem");
+        let private = openssl(&["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"]);
+        std::fs::write(&path, &private).unwrap();
+        let spki = spki_of_pem(&openssl(&["pkey", "-in", path.to_str().unwrap(), "-pubout"])).unwrap();
+        assert_eq!(spki.len(), 91);
+        assert_eq!(PublicKey::from_spki(&spki), Err(KeyError::NotEd25519));
+        assert_eq!(SecretKey::from_pem(&private).unwrap_err(), KeyError::NotPrivate);
+    }
+
+    #[test]
+    fn a_secret_does_not_show_itself() {
+        let shown = format!("{:?}", SecretKey::from_seed(&[0x5a; 32]));
+        assert!(!shown.contains("90, 90") && !shown.to_lowercase().contains("5a5a"), "{shown}");
+    }
+
+    #[test]
     fn other_files_are_refused() {
         assert_eq!(SecretKey::from_pem("hello").unwrap_err(), KeyError::NotPrivate);
         let private = SecretKey::from_seed(&[7; 32]).to_pem().unwrap();

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -39,12 +39,34 @@ macro_rules! textual {
     };
 }
 
+/// In YAML, TOML and JSON an amount may be a bare number (`cpu: 0.5`, `memory: 1048576`). On the wire it is text, so that
+/// what is signed has one spelling only.
+#[derive(Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum TextOrNumber {
+    Text(String),
+    Whole(u64),
+    Fraction(f64),
+}
+
+fn amount<'de, D: Deserializer<'de>, T: FromStr<Err = QuantityError>>(deserializer: D) -> Result<T, D::Error> {
+    use serde::de::{Error, Unexpected};
+    if !deserializer.is_human_readable() {
+        return String::deserialize(deserializer)?.parse().map_err(D::Error::custom);
+    }
+    let text = match TextOrNumber::deserialize(deserializer) {
+        Ok(TextOrNumber::Text(text)) => text,
+        Ok(TextOrNumber::Whole(number)) => number.to_string(),
+        Ok(TextOrNumber::Fraction(number)) => number.to_string(),
+        Err(_) => return Err(D::Error::invalid_type(Unexpected::Other("something else"), &"an amount: text or a number")),
+    };
+    text.parse().map_err(D::Error::custom)
+}
+
 /// Bytes, written with the suffixes Kubernetes has: `k M G T` (1000) and `Ki Mi Gi Ti` (1024).
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(try_from = "String", into = "String")]
-#[schemars(with = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, JsonSchema)]
+#[serde(into = "String")]
+#[schemars(with = "TextOrNumber")]
 pub struct Bytes(pub u64);
 
 const BYTE_UNITS: [(&str, u64); 9] = [
@@ -107,12 +129,16 @@ impl fmt::Display for Bytes {
 }
 textual!(Bytes);
 
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        amount(deserializer)
+    }
+}
+
 /// CPU in thousandths of one core: `250m`, `0.25`, `2`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(try_from = "String", into = "String")]
-#[schemars(with = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, JsonSchema)]
+#[serde(into = "String")]
+#[schemars(with = "TextOrNumber")]
 pub struct MilliCpu(pub u64);
 
 impl FromStr for MilliCpu {
@@ -139,6 +165,12 @@ impl fmt::Display for MilliCpu {
     }
 }
 textual!(MilliCpu);
+
+impl<'de> Deserialize<'de> for MilliCpu {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        amount(deserializer)
+    }
+}
 
 /// A span of time in whole milliseconds: `500ms`, `10s`, `1m 30s` (humantime's spelling).
 #[derive(
@@ -256,6 +288,18 @@ mod tests {
         for bad in ["", "10", "1ns", "1000y"] {
             assert!(bad.parse::<Span>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_bare_number_is_an_amount_where_people_write_and_nowhere_else() {
+        let json = |text: &str| serde_json::from_str::<(Bytes, MilliCpu)>(text);
+        assert_eq!(json("[1048576, 0.5]").unwrap(), (Bytes::mebi(1), MilliCpu(500)));
+        assert_eq!(json("[\"1Mi\", 2]").unwrap(), (Bytes::mebi(1), MilliCpu(2000)));
+        let told = |text: &str| json(text).unwrap_err().to_string();
+        assert!(told("[-1, 1]").contains("`-1` is not an amount of bytes"), "{}", told("[-1, 1]"));
+        assert!(told("[1.5, 1]").contains("`1.5` is not an amount of bytes"), "{}", told("[1.5, 1]"));
+        assert!(told("[1, true]").contains("expected an amount"), "{}", told("[1, true]"));
+        assert!(serde_cbor::from_slice::<Bytes>(&[0x01]).is_err(), "on the wire it is text");
     }
 
     proptest! {

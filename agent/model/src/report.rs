@@ -37,7 +37,7 @@ pub struct Report {
     /// What was refused last, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
-    /// Reports dropped from a full outbox since the last one that arrived.
+    /// Reports dropped from a full outbox, counted over the device's whole life: a difference between two is a gap.
     #[serde(default)]
     pub dropped: u64,
 }

@@ -1,5 +1,6 @@
-//! Stage: the local API. Bytes from a socket become requests on a bounded channel; answers become bytes. It knows
-//! nothing of what it carries.
+//! Stage: the local API. Bytes from a socket or a terminal become requests on a bounded channel; answers become bytes.
+//! It knows nothing of what it carries, and it never makes the agent wait: a queue that is full, a client too many, a
+//! client that does not read each get their own answer or their own end.
 //!
 //! One connection, one request: a frame (4-byte big-endian length, CBOR) in, frames out until `End` or `Error`.
 
@@ -8,22 +9,30 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use edged_model::api::{Answer, MAX_FRAME_BYTES, Request};
+use edged_model::api::{Answer, Request};
 use edged_model::reason::{Code, Reason};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Duration, timeout};
 
 /// The line console on a terminal.
 pub mod console;
+/// The frames on every line.
+pub mod frame;
+/// Who may come in.
+pub mod peer;
+
+use peer::{Allowed, Peer};
 
 /// Clients at one time; more are told so.
-const CLIENTS_MAX: usize = 32;
-/// A client that has connected and says nothing.
+pub const CLIENTS_MAX: usize = 32;
+/// A client that has connected and says nothing, or half a frame.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// A client that does not read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// After a failed accept(2) (no descriptor left): trying again at once would only burn the processor.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// Answers that may wait for one client: what a screen of logs has.
 pub const ANSWERS_DEPTH: usize = 64;
 
@@ -42,69 +51,96 @@ pub struct Call {
     pub answers: mpsc::Sender<Answer>,
 }
 
-/// Listens at `path` until the runtime ends. Root and members of the group `group_id` may come in.
-pub fn listen(path: &Path, group_id: Option<u32>, calls: mpsc::Sender<Call>) -> io::Result<()> {
+/// Listens at `path` until the runtime ends.
+pub fn listen(path: &Path, allowed: Allowed, calls: mpsc::Sender<Call>) -> io::Result<()> {
+    // A socket that answers is another agent's; one that does not was left behind.
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(io::Error::new(io::ErrorKind::AddrInUse, "another agent listens there"));
+    }
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
+    std::os::unix::fs::chown(path, None, allowed.gid)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
-    std::os::unix::fs::chown(path, None, group_id)?;
     tokio::spawn(async move {
         let slots = Arc::new(Semaphore::new(CLIENTS_MAX));
+        let allowed = Arc::new(allowed);
         loop {
-            let Ok((stream, _)) = listener.accept().await else { continue };
-            let (calls, slots) = (calls.clone(), Arc::clone(&slots));
+            let Ok((stream, _)) = listener.accept().await else {
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            };
+            let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+                // The buffer of a new connection is empty: this fits, and nobody waits for it.
+                let busy = format!("{CLIENTS_MAX} clients are connected already");
+                let answer =
+                    Answer::Error(Reason::new(Code::Busy, busy).next("end one, such as a forgotten `logs -f`"));
+                let _ = frame::of_answer(&answer).and_then(|bytes| stream.try_write(&bytes));
+                continue;
+            };
+            let (calls, allowed) = (calls.clone(), Arc::clone(&allowed));
             tokio::spawn(async move {
-                let slot = slots.try_acquire_owned().ok();
                 // A client that has gone needs no answer.
-                let _ = serve(stream, group_id, calls, slot.is_some()).await;
+                let _ = serve(stream, &allowed, calls).await;
+                drop(slot);
             });
         }
     });
     Ok(())
 }
 
-async fn serve(mut stream: UnixStream, group_id: Option<u32>, calls: mpsc::Sender<Call>, has_slot: bool) -> io::Result<()> {
-    let peer = stream.peer_cred()?;
-    let refuse = |code, text: String| Answer::Error(Reason::new(code, text));
-    if !has_slot {
-        return write(&mut stream, &refuse(Code::Busy, format!("{CLIENTS_MAX} clients are connected already"))).await;
+async fn serve(mut stream: UnixStream, allowed: &Allowed, calls: mpsc::Sender<Call>) -> io::Result<()> {
+    let credentials = stream.peer_cred()?;
+    let peer = Peer { uid: credentials.uid(), gid: credentials.gid() };
+    if let Err(why) = allowed.check(peer) {
+        return write(&mut stream, &Answer::Error(why)).await;
     }
-    if peer.uid() != 0 && Some(peer.gid()) != group_id {
-        let text = format!("uid {} may not talk to the agent", peer.uid());
-        return write(&mut stream, &refuse(Code::NotAllowedHere, text)).await;
-    }
-    let request = match timeout(REQUEST_TIMEOUT, read_frame(&mut stream)).await {
-        Err(_) | Ok(Ok(None)) => return Ok(()),
-        Ok(Err(error)) => return write(&mut stream, &refuse(Code::Malformed, error.to_string())).await,
-        Ok(Ok(Some(bytes))) => serde_cbor::from_slice::<Request>(&bytes),
+    let read = async {
+        let bytes = frame::read(&mut stream).await?;
+        bytes.map(|bytes| frame::request(&bytes)).transpose()
     };
-    let request = match request {
-        Ok(request) => request,
-        Err(error) => return write(&mut stream, &refuse(Code::Malformed, format!("not a request: {error}"))).await,
+    let request = match timeout(REQUEST_TIMEOUT, read).await {
+        Ok(Ok(Some(request))) => request,
+        Ok(Ok(None)) => return Ok(()),
+        Ok(Err(error)) => return write(&mut stream, &Answer::Error(error.reason())).await,
+        Err(_) => {
+            let text = format!("no request within {} s", REQUEST_TIMEOUT.as_secs());
+            return write(&mut stream, &Answer::Error(Reason::new(Code::Malformed, text))).await;
+        }
     };
-    let caller = Caller { name: format!("operator uid={}", peer.uid()), may_write: true };
+    let caller = Caller { name: format!("operator uid={}", peer.uid), may_write: true };
     let mut answers = ask(&calls, request, caller);
     let (mut from_client, mut to_client) = stream.into_split();
     let mut byte = [0; 1];
+    // What the loop says by dropping a call it has not answered.
+    let mut at_the_end = unanswered();
     loop {
         tokio::select! {
-            answer = answers.recv() => match answer {
-                Some(answer) => {
-                    let is_last = matches!(answer, Answer::End | Answer::Error(_));
-                    timeout(WRITE_TIMEOUT, write(&mut to_client, &answer)).await??;
-                    if is_last {
-                        return Ok(());
-                    }
+            // What is ready is sent before the client's end is looked at: it may have closed its sending half only.
+            biased;
+            answer = answers.recv() => {
+                let answer = answer.unwrap_or_else(|| std::mem::replace(&mut at_the_end, Answer::End));
+                at_the_end = Answer::End;
+                write(&mut to_client, &answer).await?;
+                if matches!(answer, Answer::End | Answer::Error(_)) {
+                    return Ok(());
                 }
-                None => return write(&mut to_client, &Answer::End).await,
-            },
+            }
             // A client that leaves ends what it asked for (`logs -f`).
             _ = from_client.read(&mut byte) => return Ok(()),
         }
     }
+}
+
+async fn write(stream: &mut (impl tokio::io::AsyncWrite + Unpin), answer: &Answer) -> io::Result<()> {
+    timeout(WRITE_TIMEOUT, frame::write(stream, answer)).await?
+}
+
+fn unanswered() -> Answer {
+    let text = "the agent dropped the request without an answer";
+    Answer::Error(Reason::new(Code::Busy, text).next("try again; its log says more"))
 }
 
 /// Puts a request to the loop; a full queue is an answer too.
@@ -117,29 +153,4 @@ pub fn ask(calls: &mpsc::Sender<Call>, request: Request, caller: Caller) -> mpsc
         let _ = answers.try_send(Answer::Error(busy));
     }
     receiver
-}
-
-/// One frame; `None` at the end of the stream.
-async fn read_frame(stream: &mut (impl AsyncReadExt + Unpin)) -> io::Result<Option<Vec<u8>>> {
-    let mut length = [0; 4];
-    match stream.read_exact(&mut length).await {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        read => drop(read?),
-    }
-    let length = u32::from_be_bytes(length) as usize;
-    if length > MAX_FRAME_BYTES {
-        let text = format!("a frame of {length} bytes; {MAX_FRAME_BYTES} are allowed");
-        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
-    }
-    let mut bytes = vec![0; length];
-    stream.read_exact(&mut bytes).await?;
-    Ok(Some(bytes))
-}
-
-async fn write(stream: &mut (impl AsyncWriteExt + Unpin), answer: &Answer) -> io::Result<()> {
-    let bytes = serde_cbor::to_vec(answer).map_err(io::Error::other)?;
-    let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-    stream.write_all(&length.to_be_bytes()).await?;
-    stream.write_all(&bytes).await?;
-    stream.flush().await
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 
 use crate::content::build::{BuildSpec, build_layout};
-use crate::execute::pull::architecture;
+use crate::registry::platform::architecture;
 
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {

@@ -4,15 +4,32 @@ use clap::{Parser, Subcommand, ValueEnum};
 use edged_model::api::Request;
 use edged_model::id::WorkloadName;
 
-use crate::authoring::{image::ImageCommand, key::KeyCommand, manifest::ManifestCommand, push::PushCommand, trust::TrustCommand};
+use super::Show;
+use crate::authoring::{
+    image::ImageCommand, key::KeyCommand, manifest::ManifestCommand, push::PushCommand, trust::TrustCommand,
+};
 
 /// Where the agent of this machine listens.
 pub const DEFAULT_HOST: &str = "unix:/run/edged/agent.sock";
 
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  the agent, or a check, refused; the reason is on stderr
+  2  the command line makes no sense
+  3  the agent cannot be reached; stderr says what to look at
+  4  status: the device answers, and something on it is not well";
+
 #[derive(Debug, Parser)]
-#[command(name = "edgectl", version, about = "Asks and tells an edged device", max_term_width = 80)]
+#[command(
+    name = "edgectl",
+    version,
+    about = "Asks and tells an edged device",
+    max_term_width = 80,
+    after_help = EXIT_CODES
+)]
 pub struct Args {
-    /// The device: unix:PATH, or ssh://[USER@]HOST
+    /// The device: unix:PATH, ssh://[USER@]HOST[:PORT] or serial:TTY[,BAUD]
     #[arg(long, global = true, env = "EDGED_HOST", default_value = DEFAULT_HOST)]
     pub host: String,
     #[command(subcommand)]
@@ -85,7 +102,9 @@ pub enum Verb {
         #[arg(short, long, default_value = "table")]
         output: Output,
     },
+    /// Stop all workloads in order and start the device anew
     Reboot,
+    /// Stop all workloads in order and switch the device off
     Poweroff,
     /// Make keys
     #[command(subcommand)]
@@ -104,7 +123,12 @@ pub enum Verb {
 }
 
 impl Verb {
-    pub fn output(&self) -> Output {
+    /// How its answers are shown.
+    pub fn show(&self) -> Show {
+        Show { output: self.output(), only_workloads: matches!(self, Self::Ps { .. }) }
+    }
+
+    fn output(&self) -> Output {
         match self {
             Self::Status { output }
             | Self::Ps { output }

@@ -6,6 +6,8 @@ pub mod args;
 pub mod console;
 /// How to reach an agent.
 pub mod host;
+/// The workstation's end of a serial line.
+mod serial;
 /// Answers as text for people.
 pub mod table;
 
@@ -14,12 +16,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use edged_model::api::{Answer, Request};
-use edged_model::reason::Reason;
 
 use args::{Args, Output, Verb};
 use host::Host;
 
-/// The exit codes of `edgectl` (docs/edgectl.md).
+/// The exit codes of `edgectl`; 0 is success. `edgectl --help` prints them.
 pub mod exit {
     /// The agent, or a check, refused; the reason was printed.
     pub const REFUSED: u8 = 1;
@@ -40,17 +41,10 @@ pub fn run() -> ExitCode {
         Verb::Manifest(command) => finish(command.run()),
         Verb::Image(command) => finish(command.run()),
         Verb::Push(command) => finish(command.run()),
-        verb => {
-            let output = verb.output();
-            let request = match verb.request() {
-                Ok(request) => request,
-                Err(text) => {
-                    eprintln!("edgectl: {text}");
-                    return ExitCode::from(exit::USAGE);
-                }
-            };
-            ask(&args.host, &request, output, &verb)
-        }
+        verb => match verb.request() {
+            Ok(request) => ask(&args.host, &request, verb.show()),
+            Err(text) => fail(exit::USAGE, &text),
+        },
     }
 }
 
@@ -58,89 +52,101 @@ pub fn run() -> ExitCode {
 fn finish(result: anyhow::Result<String>) -> ExitCode {
     match result {
         Ok(text) => {
-            print(&text);
+            // A reader that has gone is no error of ours.
+            let _ = print(&text);
             ExitCode::SUCCESS
         }
-        Err(error) => {
-            eprintln!("edgectl: {error:#}");
-            ExitCode::from(exit::REFUSED)
-        }
+        Err(error) => fail(exit::REFUSED, &format!("{error:#}")),
     }
 }
 
-fn ask(host: &str, request: &Request, output: Output, verb: &Verb) -> ExitCode {
-    let connected = Host::parse(host).and_then(|host| host.connect());
-    let mut connection = match connected {
-        Ok(connection) => connection,
-        Err(why) => {
-            eprintln!("edgectl: {why}");
-            return ExitCode::from(exit::UNREACHABLE);
-        }
+fn ask(host: &str, request: &Request, show: Show) -> ExitCode {
+    let words = std::env::args().skip(1);
+    let mut connection = match Host::parse(host) {
+        Err(why) => return fail(exit::USAGE, &why),
+        Ok(parsed) => match parsed.connect(words) {
+            Err(why) => return fail(exit::UNREACHABLE, &why),
+            Ok(connection) => connection,
+        },
     };
+    if let Err(error) = connection.ask(request) {
+        return fail(exit::UNREACHABLE, &format!("{host}: {error}"));
+    }
+    let color = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let style = table::Style { color, raw_logs: !std::io::stdout().is_terminal() };
     let mut code = ExitCode::SUCCESS;
-    let answers = match connection.ask(request) {
-        Ok(answers) => answers,
-        Err(error) => {
-            eprintln!("edgectl: {host}: {error}");
-            return ExitCode::from(exit::UNREACHABLE);
-        }
-    };
-    for answer in answers {
-        match answer {
-            Ok(Answer::End) => return code,
-            Ok(Answer::Error(reason)) => {
-                eprintln!("edgectl: {}", reason_text(&reason));
-                return ExitCode::from(exit::REFUSED);
-            }
-            Ok(answer) => {
-                if let (Answer::Status(status), Verb::Status { .. }) = (&answer, verb) {
+    loop {
+        match connection.answer() {
+            Ok(Some(Answer::End)) => return code,
+            Ok(Some(Answer::Error(reason))) => return fail(exit::REFUSED, &table::reason_text(&reason)),
+            Ok(Some(answer)) => {
+                if let (Answer::Status(status), false) = (&answer, show.only_workloads) {
                     if table::verdict(status).is_err() {
                         code = ExitCode::from(exit::NOT_WELL);
                     }
                 }
-                print(&render(&answer, output, verb));
+                if print(&render(&answer, show, style)).is_err() {
+                    return code;
+                }
             }
-            Err(error) => {
-                eprintln!("edgectl: {host}: {error}");
-                return ExitCode::from(exit::UNREACHABLE);
+            Ok(None) => {
+                return fail(
+                    exit::UNREACHABLE,
+                    &format!("{host}: the agent ended in the middle of its answer: try again"),
+                );
             }
+            Err(error) => return fail(exit::UNREACHABLE, &format!("{host}: {error}")),
         }
     }
-    code
 }
 
-fn reason_text(reason: &Reason) -> String {
-    match reason.next.as_str() {
-        "" => reason.text.clone(),
-        next => format!("{}\n  {next}", reason.text),
-    }
+fn fail(code: u8, text: &str) -> ExitCode {
+    eprintln!("edgectl: {text}");
+    ExitCode::from(code)
 }
 
-fn render(answer: &Answer, output: Output, verb: &Verb) -> String {
-    match output {
-        Output::Table => {
-            let color = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-            let style = table::Style { color };
-            match (answer, verb) {
-                (Answer::Status(status), Verb::Ps { .. }) => table::workloads(status, style),
-                _ => table::answer(answer, style),
-            }
+/// How the answers to one verb are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Show {
+    pub output: Output,
+    /// `ps` shows of a status the workloads alone.
+    pub only_workloads: bool,
+}
+
+/// One answer as text. Pure.
+pub fn render(answer: &Answer, show: Show, style: table::Style) -> String {
+    match (show.output, answer) {
+        (_, Answer::End) => String::new(),
+        (Output::Table, Answer::Status(status)) if show.only_workloads => table::workloads(status, style),
+        (Output::Table, _) | (_, Answer::Error(_)) => table::answer(answer, style),
+        // What comes bit by bit is a line each, so that a program need not wait for the end of a list.
+        (Output::Json, Answer::Log(_) | Answer::Event(_)) => {
+            serde_json::to_string(&inner(answer, show)).unwrap_or_default() + "\n"
         }
-        // The inner value alone: programs ask for a status, not for an answer that is one.
-        Output::Json => inner(answer, |value| serde_json::to_string_pretty(&value).unwrap_or_default() + "\n"),
-        Output::Yaml => inner(answer, |value| serde_yaml_ng::to_string(&value).unwrap_or_default()),
+        (Output::Yaml, Answer::Log(_) | Answer::Event(_)) => {
+            format!("---\n{}", serde_yaml_ng::to_string(&inner(answer, show)).unwrap_or_default())
+        }
+        (Output::Json, _) => serde_json::to_string_pretty(&inner(answer, show)).unwrap_or_default() + "\n",
+        (Output::Yaml, _) => serde_yaml_ng::to_string(&inner(answer, show)).unwrap_or_default(),
     }
 }
 
-fn inner(answer: &Answer, write: impl Fn(serde_json::Value) -> String) -> String {
-    match serde_json::to_value(answer) {
-        Ok(serde_json::Value::Object(map)) if map.len() == 1 => map.into_iter().map(|(_, value)| write(value)).collect(),
-        Ok(value) => write(value),
-        Err(_) => String::new(),
+/// The inner value alone: programs ask for a status, not for an answer that is one.
+fn inner(answer: &Answer, show: Show) -> serde_json::Value {
+    let whole = match (serde_json::to_value(answer).unwrap_or_default(), answer) {
+        (whole, Answer::End) => whole,
+        (serde_json::Value::Object(map), _) => map.into_iter().next().map(|(_, value)| value).unwrap_or_default(),
+        (whole, _) => whole,
+    };
+    match whole {
+        serde_json::Value::Object(mut map) if show.only_workloads => map.remove("workloads").unwrap_or_default(),
+        whole => whole,
     }
 }
 
-/// A reader that has gone (`edgectl logs | head`) is no error of ours.
-fn print(text: &str) {
-    let _ = std::io::stdout().write_all(text.as_bytes());
+/// A reader that has gone (`edgectl logs | head`) ends us, and is no error of ours.
+fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
 }

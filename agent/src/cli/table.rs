@@ -8,12 +8,15 @@ use edged_model::generation::{Generation, GenerationState};
 use edged_model::quantity::{Span, Timestamp};
 use edged_model::reason::Reason;
 use edged_model::workload::{Health, Phase};
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 const WIDTH: usize = 80;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Style {
     pub color: bool,
+    /// Log lines byte by byte as they were printed: for files and pipes, never for a terminal, which obeys them.
+    pub raw_logs: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -40,11 +43,11 @@ pub fn answer(answer: &Answer, style: Style) -> String {
         }
         Answer::Status(status) => self::status(status, style),
         Answer::Inspect(inspect) => self::inspect(inspect, style),
-        Answer::Log(line) => log(line),
+        Answer::Log(line) => log(line, style),
         Answer::Event(event) => self::event(event),
         Answer::Generations(list) => generations(list),
-        Answer::Accepted { what } => format!("{what}\n"),
-        Answer::Error(reason) => format!("{reason}\n"),
+        Answer::Accepted { what } => format!("{}\n", clean(what)),
+        Answer::Error(reason) => reason_text(reason) + "\n",
         Answer::End => String::new(),
     }
 }
@@ -93,11 +96,17 @@ fn status(status: &Status, style: Style) -> String {
     let mut out = String::new();
     let verdict = match verdict(status) {
         Ok(()) => style.paint("well", Tone::Good),
-        Err(why) => style.paint(&format!("NOT WELL: {why}"), Tone::Bad),
+        Err(why) => {
+            let room = WIDTH.saturating_sub(status.device.as_str().len() + 2).max(8);
+            style.paint(&cut(&format!("NOT WELL: {why}"), room), Tone::Bad)
+        }
     };
     let up = Span::from_secs(status.uptime_secs).human();
-    line(&mut out, &format!("{}  {verdict}", status.device));
-    line(&mut out, &format!("  up {up}, {} ({} clock), edged {}", status.now, status.clock_source, status.agent_version));
+    line_raw(&mut out, &format!("{}  {verdict}", status.device));
+    line(
+        &mut out,
+        &format!("  up {up}, {} ({} clock), edged {}", status.now, status.clock_source, status.agent_version),
+    );
     match &status.generation {
         Some(generation) => line(&mut out, &format!("  generation  {}", generation_text(generation))),
         None => line(&mut out, "  generation  none: push a signed manifest"),
@@ -238,10 +247,19 @@ fn inspect(inspect: &Inspect, style: Style) -> String {
     out
 }
 
-fn log(line: &LogLine) -> String {
+/// A reason over two lines: what is the matter, what to do.
+pub fn reason_text(reason: &Reason) -> String {
+    match reason.next.as_str() {
+        "" => clean(&reason.text),
+        next => format!("{}\n  -> {}", clean(&reason.text), clean(next)),
+    }
+}
+
+fn log(line: &LogLine, style: Style) -> String {
     let at = Timestamp(line.at_unix_ms.div_euclid(1000)).to_string();
     let at = at.strip_suffix('Z').unwrap_or(&at);
-    format!("{at}.{:03}Z {}\n", line.at_unix_ms.rem_euclid(1000), line.text)
+    let text = if style.raw_logs { line.text.clone() } else { clean(&line.text) };
+    format!("{at}.{:03}Z {}\n", line.at_unix_ms.rem_euclid(1000), text)
 }
 
 fn event(event: &Event) -> String {
@@ -276,27 +294,58 @@ fn generations(list: &[Generation]) -> String {
 }
 
 fn widths<const N: usize>(header: &[String; N], rows: &[[String; N]]) -> [usize; N] {
-    std::array::from_fn(|column| {
-        rows.iter().chain([header]).map(|row| row[column].chars().count()).max().unwrap_or(0)
-    })
+    std::array::from_fn(|column| rows.iter().chain([header]).map(|row| row[column].width()).max().unwrap_or(0))
 }
 
 fn aligned<const N: usize>(row: &[String; N], widths: &[usize; N]) -> String {
-    let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+    // Not `{:<width$}`: that counts characters, and some are two columns wide.
+    let padded = |(cell, width): (&String, &usize)| format!("{cell}{}", " ".repeat(width.saturating_sub(cell.width())));
+    let cells: Vec<_> = row.iter().zip(widths).map(padded).collect();
     cells.join("  ").trim_end().to_owned()
 }
 
+/// `text` without what a terminal would obey instead of show: a workload's output and a registry's words end up here.
+pub fn clean(text: &str) -> String {
+    // The direction marks of Unicode are no control characters, and turn a line around all the same.
+    let obeyed = |c: char| {
+        c.is_control() || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    text.chars()
+        .map(|c| {
+            if c == '\t' {
+                ' '
+            } else if obeyed(c) {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect()
+}
+
+/// At most `width` columns of it.
 fn cut(text: &str, width: usize) -> String {
-    if text.chars().count() <= width {
+    if text.width() <= width {
         return text.to_owned();
     }
-    text.chars().take(width - 1).chain(['…']).collect()
+    let (start, _) = split_at_width(text, width - 1);
+    format!("{start}…")
+}
+
+/// The longest start that fits `width` columns (at least one character), and the rest.
+fn split_at_width(text: &str, width: usize) -> (&str, &str) {
+    let mut used = 0;
+    for (at, c) in text.char_indices() {
+        used += c.width().unwrap_or(0);
+        if used > width && at > 0 {
+            return text.split_at(at);
+        }
+    }
+    (text, "")
 }
 
 fn line(out: &mut String, text: &str) {
-    // Colour has no width, but these lines are only coloured at their end.
-    out.push_str(&if text.contains('\x1b') { text.to_owned() } else { cut(text, WIDTH) });
-    out.push('\n');
+    line_raw(out, &cut(&clean(text), WIDTH));
 }
 
 fn line_raw(out: &mut String, text: &str) {
@@ -304,28 +353,31 @@ fn line_raw(out: &mut String, text: &str) {
     out.push('\n');
 }
 
-/// `text` behind `head`, at most 80 columns wide, further lines under the first.
+/// `text` behind `head`, at most 80 columns wide, further lines under the first. A word too long for a line is broken.
 fn wrapped(out: &mut String, head: &str, text: &str) {
-    let indent = head.chars().count();
+    let indent = head.width();
     let mut current = head.to_owned();
     let mut used = indent;
     for word in text.split_whitespace() {
-        let length = word.chars().count();
-        if used > indent && used + 1 + length > WIDTH {
-            out.push_str(current.trim_end());
-            out.push('\n');
-            current = " ".repeat(indent);
-            used = indent;
+        let word = clean(word);
+        let mut rest = word.as_str();
+        while !rest.is_empty() {
+            let space = usize::from(used > indent);
+            let whole = used + space + rest.width() <= WIDTH;
+            if !whole && used > indent {
+                line_raw(out, current.trim_end());
+                current = " ".repeat(indent);
+                used = indent;
+                continue;
+            }
+            let (part, left) = if whole { (rest, "") } else { split_at_width(rest, WIDTH - indent) };
+            current.push_str(&" ".repeat(space));
+            current.push_str(part);
+            used += space + part.width();
+            rest = left;
         }
-        if used > indent {
-            current.push(' ');
-            used += 1;
-        }
-        current.push_str(word);
-        used += length;
     }
-    out.push_str(current.trim_end());
-    out.push('\n');
+    line_raw(out, current.trim_end());
 }
 
 #[cfg(test)]

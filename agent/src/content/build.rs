@@ -1,17 +1,20 @@
 //! Packs a root directory, or one static program, into an OCI image layout (image-spec image-layout.md), so that users
 //! need no other tool. The same input gives the same digests: names are sorted, times are zero, owners are root.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use edged_model::id::Digest;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use oci_spec::image::{
-    Arch, ConfigBuilder, DescriptorBuilder, ImageConfigurationBuilder, ImageIndexBuilder, ImageManifestBuilder,
-    MediaType, Os, PlatformBuilder, RootFsBuilder,
+    Arch, ConfigBuilder, Descriptor, DescriptorBuilder, ImageConfigurationBuilder, ImageIndexBuilder,
+    ImageManifestBuilder, MediaType, Os, PlatformBuilder, RootFsBuilder,
 };
+use sha2::{Digest as _, Sha256};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
@@ -49,13 +52,12 @@ pub fn build_layout(spec: &BuildSpec, out: &Path) -> Result<Digest, BuildError> 
     let mut layers = Vec::new();
     let mut diff_ids = Vec::new();
     for source in &spec.layers {
-        let archive = archive(source)?;
-        diff_ids.push(Digest::of(&archive).to_string());
-        let mut gzip = GzEncoder::new(Vec::new(), Compression::default());
-        let packed = gzip.write_all(&archive).and_then(|()| gzip.finish()).map_err(file(source))?;
-        layers.push(blob(&blobs, &packed, MediaType::ImageLayerGzip)?);
+        let (layer, diff_id) = pack(source, &blobs)?;
+        layers.push(layer);
+        diff_ids.push(diff_id.to_string());
     }
-    let mut run = ConfigBuilder::default().entrypoint(spec.entrypoint.clone()).cmd(spec.cmd.clone()).env(spec.env.clone());
+    let mut run =
+        ConfigBuilder::default().entrypoint(spec.entrypoint.clone()).cmd(spec.cmd.clone()).env(spec.env.clone());
     if let Some(workdir) = &spec.workdir {
         run = run.working_dir(workdir.clone());
     }
@@ -103,39 +105,159 @@ fn json<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, BuildError> {
     serde_json::to_vec(value).map_err(|error| BuildError::Document(error.into()))
 }
 
-fn blob(blobs: &Path, bytes: &[u8], media_type: MediaType) -> Result<oci_spec::image::Descriptor, BuildError> {
+fn blob(blobs: &Path, bytes: &[u8], media_type: MediaType) -> Result<Descriptor, BuildError> {
     let digest = Digest::of(bytes);
     let path = blobs.join(digest.hex());
     fs::write(&path, bytes).map_err(file(&path))?;
-    let digest: oci_spec::image::Digest = digest.to_string().parse()?;
-    Ok(DescriptorBuilder::default().media_type(media_type).size(bytes.len() as u64).digest(digest).build()?)
+    descriptor(digest, bytes.len() as u64, media_type)
 }
 
-fn archive(source: &Path) -> Result<Vec<u8>, BuildError> {
-    let mut builder = tar::Builder::new(Vec::new());
-    builder.mode(tar::HeaderMode::Deterministic);
-    builder.follow_symlinks(false);
+fn descriptor(digest: Digest, size: u64, media_type: MediaType) -> Result<Descriptor, BuildError> {
+    let digest: oci_spec::image::Digest = digest.to_string().parse()?;
+    Ok(DescriptorBuilder::default().media_type(media_type).size(size).digest(digest).build()?)
+}
+
+/// A writer that hashes and counts what goes through it.
+struct Hashing<W> {
+    inner: W,
+    hash: Sha256,
+    bytes: u64,
+}
+
+impl<W> Hashing<W> {
+    fn new(inner: W) -> Self {
+        Self { inner, hash: Sha256::new(), bytes: 0 }
+    }
+
+    fn digest(&self) -> Digest {
+        Digest::from_bytes(self.hash.clone().finalize().into())
+    }
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        self.hash.update(&bytes[..count]);
+        self.bytes += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// One layer as a blob, written as it is packed; and the digest of what is in it.
+fn pack(source: &Path, blobs: &Path) -> Result<(Descriptor, Digest), BuildError> {
+    let staged = blobs.join("layer.new");
+    let blob = File::create(&staged).map_err(file(&staged))?;
+    let gzip = GzEncoder::new(Hashing::new(io::BufWriter::new(blob)), Compression::default());
+    let mut packer = Packer { archive: tar::Builder::new(Hashing::new(gzip)), links: HashMap::new() };
     if source.is_dir() {
-        add_directory(&mut builder, source, Path::new(""))?;
+        packer.directory(source, Path::new(""))?;
     } else {
         let name = source.file_name().map(PathBuf::from).unwrap_or_default();
-        let mut program = File::open(source).map_err(file(source))?;
-        builder.append_file(name, &mut program).map_err(file(source))?;
+        packer.entry(source, &name)?;
     }
-    builder.into_inner().map_err(file(source))
+    let finish = || -> io::Result<(Digest, Digest, u64)> {
+        let archive = packer.archive.into_inner()?;
+        let diff_id = archive.digest();
+        let mut compressed = archive.inner.finish()?;
+        compressed.flush()?;
+        compressed.inner.get_ref().sync_all()?;
+        Ok((diff_id, compressed.digest(), compressed.bytes))
+    };
+    let (diff_id, digest, size) = finish().map_err(file(source))?;
+    fs::rename(&staged, blobs.join(digest.hex())).map_err(file(&staged))?;
+    Ok((descriptor(digest, size, MediaType::ImageLayerGzip)?, diff_id))
 }
 
-fn add_directory(builder: &mut tar::Builder<Vec<u8>>, source: &Path, inside: &Path) -> Result<(), BuildError> {
-    let mut names: Vec<_> = fs::read_dir(source)
-        .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.file_name())).collect())
-        .map_err(file(source))?;
-    names.sort();
-    for name in names {
-        let (path, inside) = (source.join(&name), inside.join(&name));
-        builder.append_path_with_name(&path, &inside).map_err(file(&path))?;
-        if path.is_dir() && !path.is_symlink() {
-            add_directory(builder, &path, &inside)?;
+struct Packer<W: Write> {
+    archive: tar::Builder<W>,
+    /// Device and inode of a file with several names, and the first of them.
+    links: HashMap<(u64, u64), PathBuf>,
+}
+
+impl<W: Write> Packer<W> {
+    fn directory(&mut self, source: &Path, inside: &Path) -> Result<(), BuildError> {
+        let mut names: Vec<_> = fs::read_dir(source)
+            .and_then(|entries| entries.map(|entry| entry.map(|entry| entry.file_name())).collect())
+            .map_err(file(source))?;
+        names.sort();
+        for name in names {
+            let (path, inside) = (source.join(&name), inside.join(&name));
+            self.entry(&path, &inside)?;
+            if path.is_dir() && !path.is_symlink() {
+                self.directory(&path, &inside)?;
+            }
         }
+        Ok(())
     }
-    Ok(())
+
+    /// Of what the file system knows, type, content and mode (with the setuid bits) go into the image.
+    fn entry(&mut self, path: &Path, inside: &Path) -> Result<(), BuildError> {
+        let meta = fs::symlink_metadata(path).map_err(file(path))?;
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(meta.mode() & 0o7777);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_size(0);
+        let kind = meta.file_type();
+        let added = if kind.is_dir() {
+            header.set_entry_type(tar::EntryType::Directory);
+            self.archive.append_data(&mut header, inside.join(""), io::empty())
+        } else if kind.is_symlink() {
+            header.set_entry_type(tar::EntryType::Symlink);
+            fs::read_link(path).and_then(|target| self.archive.append_link(&mut header, inside, target))
+        } else if kind.is_file() {
+            match self.links.get(&(meta.dev(), meta.ino())) {
+                Some(first) => {
+                    header.set_entry_type(tar::EntryType::Link);
+                    self.archive.append_link(&mut header, inside, first)
+                }
+                None => {
+                    if meta.nlink() > 1 {
+                        self.links.insert((meta.dev(), meta.ino()), inside.to_owned());
+                    }
+                    header.set_size(meta.len());
+                    // A file that grows meanwhile must not spoil the archive.
+                    File::open(path)
+                        .and_then(|content| self.archive.append_data(&mut header, inside, content.take(meta.len())))
+                }
+            }
+        } else if kind.is_fifo() {
+            header.set_entry_type(tar::EntryType::Fifo);
+            self.archive.append_data(&mut header, inside, io::empty())
+        } else {
+            Err(io::Error::other("neither file, directory, link nor fifo: an image cannot hold it"))
+        };
+        added.map_err(file(path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_same_input_gives_the_same_image_whatever_its_times() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir_all(root.join("bin")).unwrap();
+        fs::write(root.join("bin/tool"), "tool").unwrap();
+        fs::set_permissions(root.join("bin/tool"), fs::Permissions::from_mode(0o4755)).unwrap();
+        fs::hard_link(root.join("bin/tool"), root.join("bin/other")).unwrap();
+        std::os::unix::fs::symlink("bin/tool", root.join("link")).unwrap();
+        let spec = BuildSpec { layers: vec![root.clone()], architecture: "amd64".to_owned(), ..BuildSpec::default() };
+        let first = build_layout(&spec, &dir.path().join("one")).unwrap();
+        File::open(root.join("bin/tool")).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        assert_eq!(build_layout(&spec, &dir.path().join("two")).unwrap(), first);
+        fs::write(root.join("bin/tool"), "tooL").unwrap();
+        assert_ne!(build_layout(&spec, &dir.path().join("three")).unwrap(), first);
+        let _socket = std::os::unix::net::UnixListener::bind(root.join("socket")).unwrap();
+        let error = build_layout(&spec, &dir.path().join("four")).unwrap_err();
+        assert!(error.to_string().ends_with("socket"), "{error}");
+    }
 }

@@ -1,13 +1,14 @@
 //! One streaming pass: bytes -> sha256 -> gzip or zstd -> sha256 -> archive entries. Memory is bounded whatever the
 //! layer; nothing is visible before both digests agree.
 
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read};
 use std::path::Path;
 
 use edged_model::id::Digest;
 use sha2::{Digest as _, Sha256};
 
-use super::unpack::{self, Bounds, UnpackError};
+use super::unpack::{self, Bounds, LayersBelow, UnpackError};
+use super::zstd::ZstdReader;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
@@ -20,7 +21,9 @@ impl Compression {
     /// By the layer's media type (image-spec layer.md; Docker schema 2).
     pub fn of_media_type(media_type: &str) -> Option<Self> {
         match media_type {
-            "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => Some(Self::None),
+            "application/vnd.oci.image.layer.v1.tar" | "application/vnd.docker.image.rootfs.diff.tar" => {
+                Some(Self::None)
+            }
             "application/vnd.oci.image.layer.v1.tar+gzip" | "application/vnd.docker.image.rootfs.diff.tar.gzip" => {
                 Some(Self::Gzip)
             }
@@ -42,7 +45,21 @@ pub enum LayerError {
     Read(#[source] io::Error),
     #[error("the layer cannot be decompressed")]
     Decompress(#[source] io::Error),
+    #[error("more than {max} bytes follow the end of the archive")]
+    Padding { max: u64 },
 }
+
+impl LayerError {
+    /// A damaged stream, or one that does not fit its archive; not a full disk or a bound.
+    fn may_come_from_wrong_bytes(&self) -> bool {
+        matches!(self, Self::Unpack(UnpackError::Archive(_)) | Self::Decompress(_) | Self::Padding { .. })
+    }
+}
+
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Archivers fill up to a record of 10 KiB; some leave more room.
+const PADDING_MAX_BYTES: u64 = 16 << 20;
 
 /// Counts and hashes what is read through it.
 struct Hashing<R> {
@@ -78,49 +95,63 @@ pub struct Expected {
     pub compression: Compression,
 }
 
-/// Unpacks the layer that `reader` gives into `dir`. `below`: the layers under it, lowest first, for hard links to files
-/// of theirs.
+/// Unpacks the layer that `reader` gives into `dir`.
 pub fn unpack_stream(
     reader: impl Read,
     expected: &Expected,
     dir: &Path,
-    below: &[std::path::PathBuf],
-    bounds: Bounds,
+    below: &LayersBelow<'_>,
+    bounds: Bounds<'_>,
 ) -> Result<(), LayerError> {
     let mut compressed = Hashing::new(reader);
-    let diff_id = match expected.compression {
-        Compression::None => unpack_archive(&mut compressed, dir, below, bounds)?,
+    let unpacked = match expected.compression {
+        Compression::None => unpack_archive(&mut compressed, dir, below, bounds),
         Compression::Gzip => {
-            let buffered = io::BufReader::with_capacity(64 << 10, &mut compressed);
-            unpack_archive(flate2::bufread::MultiGzDecoder::new(buffered), dir, below, bounds)?
+            let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut compressed);
+            unpack_archive(flate2::bufread::MultiGzDecoder::new(buffered), dir, below, bounds)
         }
         Compression::Zstd => {
-            let decoder = ruzstd::decoding::StreamingDecoder::new(&mut compressed)
-                .map_err(|error| LayerError::Decompress(io::Error::other(error.to_string())))?;
-            unpack_archive(decoder, dir, below, bounds)?
+            let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut compressed);
+            unpack_archive(ZstdReader::new(buffered), dir, below, bounds)
         }
     };
+    let diff_id = match unpacked {
+        Ok(diff_id) => diff_id,
+        // Bytes that are not those of the image explain whatever is wrong with them.
+        Err(error) if error.may_come_from_wrong_bytes() => {
+            rest_is_expected(compressed, expected)?;
+            return Err(error);
+        }
+        Err(error) => return Err(error),
+    };
     // What the decoder did not need is part of the digest all the same.
-    io::copy(&mut compressed, &mut io::sink()).map_err(LayerError::Read)?;
-    let found = compressed.digest();
-    if found != expected.digest {
-        return Err(LayerError::WrongDigest { wanted: expected.digest, found });
-    }
+    rest_is_expected(compressed, expected)?;
     if diff_id != expected.diff_id {
         return Err(LayerError::WrongDiffId { wanted: expected.diff_id, found: diff_id });
     }
     Ok(())
 }
 
+fn rest_is_expected(mut compressed: Hashing<impl Read>, expected: &Expected) -> Result<(), LayerError> {
+    io::copy(&mut compressed, &mut io::sink()).map_err(LayerError::Read)?;
+    let found = compressed.digest();
+    if found == expected.digest { Ok(()) } else { Err(LayerError::WrongDigest { wanted: expected.digest, found }) }
+}
+
 fn unpack_archive(
     reader: impl Read,
     dir: &Path,
-    below: &[std::path::PathBuf],
-    bounds: Bounds,
+    below: &LayersBelow<'_>,
+    bounds: Bounds<'_>,
 ) -> Result<Digest, LayerError> {
-    let mut plain = Hashing::new(reader.take(bounds.bytes_max.saturating_add(1)));
+    // Headers are read a block at a time: the buffer keeps the decoder and the hash from working in such small pieces.
+    let mut plain = BufReader::with_capacity(BUFFER_BYTES, Hashing::new(reader));
     unpack::unpack(&mut plain, dir, below, bounds)?;
-    // The padding behind the archive's end.
-    io::copy(&mut plain, &mut io::sink()).map_err(LayerError::Decompress)?;
-    Ok(plain.digest())
+    // The padding behind the archive's end, which may not go on for ever either.
+    let padding =
+        io::copy(&mut plain.by_ref().take(PADDING_MAX_BYTES + 1), &mut io::sink()).map_err(LayerError::Decompress)?;
+    if padding > PADDING_MAX_BYTES {
+        return Err(LayerError::Padding { max: PADDING_MAX_BYTES });
+    }
+    Ok(plain.into_inner().digest())
 }

@@ -1,23 +1,40 @@
 //! Tool: what is on disk of images. Documents (manifests, configurations) are files by digest; layers are unpacked once
 //! per chain id and shared. A thing is visible under its name only when it is whole, verified and synced: it is staged
 //! beside and renamed in.
+//!
+//! A layer's compressed bytes are not kept: they go from the socket through the hashes into the directory. That writes
+//! the flash once instead of twice and needs no room for both. The price: a layer that was cut off by the end of the
+//! *process* begins again (a broken link alone does not, see `registry::BlobReader`).
+//!
+//! ```text
+//! content/blobs/<sha256>       manifests and configurations
+//! content/images/<sha256 of the name>   what a pulled name has become
+//! layers/<chain id>/           unpacked; layers/ingest/ while on the way
+//! ```
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use edged_model::id::Digest;
 
 use crate::config::Places;
 
+/// A tar archive as a stream of entries.
+pub mod archive;
 /// Packing a directory or a program into an OCI layout.
 pub mod build;
 /// A layer from its stream to its directory.
 pub mod layer;
+/// Taking a tree away, however deep.
+pub mod remove;
 /// Archive entries into a directory, whatever they try.
 pub mod unpack;
+/// Zstandard frames as one stream.
+pub mod zstd;
 
 #[derive(Debug, thiserror::Error)]
 #[error("{path}")]
@@ -34,23 +51,35 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> ContentError + '_ {
 #[derive(Debug, Clone)]
 pub struct Content {
     documents: PathBuf,
+    records: PathBuf,
     layers: PathBuf,
-    /// One lock for each layer that is being unpacked: two images may bring the same one at the same time.
-    unpacking: Arc<Mutex<HashMap<Digest, Arc<Mutex<()>>>>>,
+    in_work: Arc<InWork>,
+}
+
+/// Layers that some thread is unpacking. Two images of one generation share their lower layers: each is fetched once.
+#[derive(Debug, Default)]
+struct InWork {
+    chains: Mutex<BTreeSet<Digest>>,
+    done: Condvar,
 }
 
 impl Content {
     /// Takes away what an earlier run left half done.
     pub fn open(places: &Places) -> Result<Self, ContentError> {
-        let content = Self { documents: places.content(), layers: places.layers(), unpacking: Arc::default() };
+        let content = Self {
+            documents: places.content().join("blobs"),
+            records: places.content().join("images"),
+            layers: places.layers(),
+            in_work: Arc::default(),
+        };
         let staging = content.staging();
-        for dir in [&content.documents, &content.layers, &staging] {
+        for dir in [&content.documents, &content.records, &content.layers, &staging] {
             fs::create_dir_all(dir).map_err(at(dir))?;
         }
         for entry in fs::read_dir(&staging).map_err(at(&staging))? {
             let path = entry.map_err(at(&staging))?.path();
-            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-            removed.map_err(at(&path))?;
+            // What cannot be taken away must not keep the agent from starting: staging that layer again will say so.
+            let _ = remove::path(&path);
         }
         Ok(content)
     }
@@ -61,19 +90,25 @@ impl Content {
 
     /// A document by its digest, checked again: a flipped byte on the disk is not believed.
     pub fn document(&self, digest: Digest) -> Option<Vec<u8>> {
-        let mut bytes = Vec::new();
-        File::open(self.documents.join(digest.hex())).ok()?.read_to_end(&mut bytes).ok()?;
+        let bytes = fs::read(self.documents.join(digest.hex())).ok()?;
         (Digest::of(&bytes) == digest).then_some(bytes)
     }
 
     pub fn put_document(&self, bytes: &[u8]) -> Result<Digest, ContentError> {
         let digest = Digest::of(bytes);
-        let path = self.documents.join(digest.hex());
-        crate::store::keep::durable(&path, bytes, 0o600).map_err(|error| match error {
-            crate::store::StoreError::File { path, source } => ContentError { path, source },
-            other => ContentError { path: path.clone(), source: io::Error::other(other.to_string()) },
-        })?;
+        if self.document(digest).is_none() {
+            durable(&self.documents.join(digest.hex()), bytes)?;
+        }
         Ok(digest)
+    }
+
+    /// What is remembered under an image's name, as it was given.
+    pub fn record(&self, name: &str) -> Option<Vec<u8>> {
+        fs::read(self.records.join(Digest::of(name.as_bytes()).hex())).ok()
+    }
+
+    pub fn put_record(&self, name: &str, bytes: &[u8]) -> Result<(), ContentError> {
+        durable(&self.records.join(Digest::of(name.as_bytes()).hex()), bytes)
     }
 
     /// Where a layer is, whether it is there or not.
@@ -85,33 +120,66 @@ impl Content {
         self.layer(chain).is_dir()
     }
 
-    /// Whoever holds this lock may stage the layer.
-    pub fn layer_lock(&self, chain: Digest) -> Arc<Mutex<()>> {
-        let mut locks = self.unpacking.lock().unwrap_or_else(PoisonError::into_inner);
-        // Those that nobody holds any more are done.
-        locks.retain(|_, lock| Arc::strong_count(lock) > 1);
-        Arc::clone(locks.entry(chain).or_default())
-    }
-
-    /// A fresh directory to unpack a layer in.
-    pub fn stage(&self, chain: Digest) -> Result<PathBuf, ContentError> {
-        let path = self.staging().join(chain.hex());
-        if path.exists() {
-            fs::remove_dir_all(&path).map_err(at(&path))?;
+    /// A fresh directory to unpack a layer in, or `None` if the layer is there, possibly because another thread has just
+    /// unpacked it: this waits for it. Lower layers are staged first, so that nobody waits for himself.
+    pub fn stage(&self, chain: Digest) -> Result<Option<Staged<'_>>, ContentError> {
+        let mut chains = self.in_work.chains.lock().unwrap_or_else(PoisonError::into_inner);
+        while chains.contains(&chain) {
+            chains = self.in_work.done.wait(chains).unwrap_or_else(PoisonError::into_inner);
         }
-        fs::create_dir(&path).map_err(at(&path))?;
-        Ok(path)
+        if self.has_layer(chain) {
+            return Ok(None);
+        }
+        chains.insert(chain);
+        drop(chains);
+        let path = self.staging().join(chain.hex());
+        // From here on, whatever happens, `Staged` cleans up.
+        let staged = Staged { content: self, chain, path };
+        remove::path(&staged.path).map_err(at(&staged.path))?;
+        fs::create_dir(&staged.path).map_err(at(&staged.path))?;
+        fs::set_permissions(&staged.path, fs::Permissions::from_mode(0o755)).map_err(at(&staged.path))?;
+        Ok(Some(staged))
+    }
+}
+
+/// A layer that is being unpacked. Dropped, it leaves nothing behind.
+pub struct Staged<'c> {
+    content: &'c Content,
+    chain: Digest,
+    path: PathBuf,
+}
+
+impl Staged<'_> {
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// Makes a staged layer visible: its data first, then its name.
-    pub fn publish(&self, staged: &Path, chain: Digest) -> Result<PathBuf, ContentError> {
-        let dir = File::open(staged).map_err(at(staged))?;
-        rustix::fs::syncfs(&dir).map_err(|errno| at(staged)(errno.into()))?;
-        let path = self.layer(chain);
-        fs::rename(staged, &path).map_err(at(&path))?;
-        File::open(&self.layers).and_then(|dir| dir.sync_all()).map_err(at(&self.layers))?;
-        Ok(path)
+    /// Makes the layer visible: its data first, then its name.
+    pub fn publish(self) -> Result<(), ContentError> {
+        let dir = File::open(&self.path).map_err(at(&self.path))?;
+        // One layer is thousands of files: one syncfs(2) is cheaper than an fsync for each.
+        rustix::fs::syncfs(&dir).map_err(|errno| at(&self.path)(errno.into()))?;
+        let path = self.content.layer(self.chain);
+        fs::rename(&self.path, &path).map_err(at(&path))?;
+        let layers = &self.content.layers;
+        File::open(layers).and_then(|dir| dir.sync_all()).map_err(at(layers))
     }
+}
+
+impl Drop for Staged<'_> {
+    fn drop(&mut self) {
+        // Not there any more if it was published; else, what stays is taken away at the next start.
+        let _ = remove::path(&self.path);
+        self.content.in_work.chains.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.chain);
+        self.content.in_work.done.notify_all();
+    }
+}
+
+fn durable(path: &Path, bytes: &[u8]) -> Result<(), ContentError> {
+    crate::store::keep::durable(path, bytes, 0o600).map_err(|error| match error {
+        crate::store::StoreError::File { path, source } => ContentError { path, source },
+        other => ContentError { path: path.to_owned(), source: io::Error::other(other.to_string()) },
+    })
 }
 
 /// The name of a stack of layers (image-spec config.md, "Layer ChainID").

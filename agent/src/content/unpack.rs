@@ -2,38 +2,45 @@
 //! entry is written through anything it could have put there to lead out, sizes and numbers are bounded, and whatever
 //! is refused is refused by name.
 //!
-//! Whiteouts (image-spec layer.md) become those of overlayfs: a character device 0:0, and `trusted.overlay.opaque`.
+//! Whiteouts (image-spec layer.md) become those of overlayfs: a character device 0:0, and `trusted.overlay.opaque`. They
+//! hide what is in the layers below, never what this layer brings itself, in whatever order the two come.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use edged_sys::resolve;
-use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, fchmod, fchown,
-    fsetxattr, futimens, linkat, lsetxattr, mkdirat, mknodat, openat, statat, symlinkat, unlinkat, utimensat,
-};
+use rustix::fs::{FileType, Mode, OFlags, mkdirat, mknodat, openat};
 use rustix::io::Errno;
-use tar::{Archive, Entry, EntryType};
+
+use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, printable};
+use nodes::{Below, MadeWay};
+
+mod nodes;
 
 /// How much one layer may be.
 #[derive(Debug, Clone, Copy)]
-pub struct Bounds {
+pub struct Bounds<'a> {
     pub bytes_max: u64,
     pub entries_max: u64,
+    /// What may still be written to the disk, shared by all layers that are unpacked at the same time.
+    pub disk_left: &'a AtomicU64,
 }
+
+/// The directories of the layers below, lowest first: asked for only when an entry needs them, since they may still be
+/// on their way.
+pub type LayersBelow<'a> = dyn Fn() -> Vec<PathBuf> + 'a;
 
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
-    #[error("the archive cannot be read after entry {after}")]
-    Archive {
-        after: u64,
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
     #[error("entry `{name}` leads out of the layer")]
     LeadsOut { name: String },
     #[error("entry `{name}` is a {kind}, which a layer may not have")]
@@ -46,193 +53,306 @@ pub enum UnpackError {
         #[source]
         source: io::Error,
     },
-    #[error("more than {max} entries")]
-    TooMany { max: u64 },
-    #[error("more than {max} bytes")]
-    TooLarge { max: u64 },
+    #[error("entry `{name}` is one more than the {max} that a layer may have")]
+    TooMany { name: String, max: u64 },
+    #[error("with entry `{name}` the layer has more than {max} bytes")]
+    TooLarge { name: String, max: u64 },
+    #[error("entry `{name}` of {size} bytes would take the disk's reserve")]
+    DiskFull { name: String, size: u64 },
+    #[error("with entry `{name}` the names of the directories take more than {max} bytes")]
+    TooManyDirectories { name: String, max: usize },
 }
-
-/// A name longer than Linux has (PATH_MAX) is refused before it costs anything.
-const NAME_MAX_BYTES: usize = 4096;
 
 const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// Unpacks the archive that `reader` gives.
-pub fn unpack(reader: impl Read, dir: &Path, below: &[PathBuf], bounds: Bounds) -> Result<(), UnpackError> {
+/// Book-keeping of an old layered file system, in images made on it: nothing of the image.
+const RESERVED: &[u8] = b".wh..wh.";
+
+/// Names of directories kept until the end, for their times. Twenty thousand directories have about one MiB.
+const DIRECTORY_NAMES_MAX_BYTES: usize = 8 << 20;
+
+/// What a file takes on a disk besides its bytes, at least: a block of metadata.
+const DISK_BLOCK: u64 = 4096;
+
+/// Unpacks the archive that `reader` gives. The reader is not read past the archive's end.
+pub fn unpack(reader: impl Read, dir: &Path, below: &LayersBelow<'_>, bounds: Bounds<'_>) -> Result<(), UnpackError> {
     let root = rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| UnpackError::Write { name: "/".to_owned(), source: errno.into() })?;
-    let mut unpacker = Unpacker { root, below, directories: Vec::new(), buffer: vec![0; 128 << 10] };
-    let mut archive = Archive::new(reader);
-    let mut count = 0;
-    let mut bytes = 0_u64;
-    let damaged = |after| move |source| UnpackError::Archive { after, source };
-    for entry in archive.entries().map_err(damaged(0))? {
-        let entry = entry.map_err(damaged(count))?;
+    let mut unpacker = Unpacker {
+        archive: ArchiveReader::new(reader),
+        root,
+        below,
+        directories: Vec::new(),
+        directory_name_bytes: 0,
+        parent: None,
+        hides_root: false,
+        buffer: vec![0; 128 << 10],
+    };
+    let (mut count, mut bytes) = (0, 0_u64);
+    while let Some(item) = unpacker.archive.next_item()? {
         count += 1;
-        bytes = bytes.saturating_add(entry.size());
+        bytes = bytes.saturating_add(item.size);
+        let name = printable(&item.name);
         if count > bounds.entries_max {
-            return Err(UnpackError::TooMany { max: bounds.entries_max });
+            return Err(UnpackError::TooMany { name, max: bounds.entries_max });
         }
         if bytes > bounds.bytes_max {
-            return Err(UnpackError::TooLarge { max: bounds.bytes_max });
+            return Err(UnpackError::TooLarge { name, max: bounds.bytes_max });
         }
-        unpacker.entry(entry)?;
+        let size = stored_bytes(&item).saturating_add(DISK_BLOCK);
+        let take = |left: u64| left.checked_sub(size);
+        if bounds.disk_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
+            return Err(UnpackError::DiskFull { name, size });
+        }
+        unpacker.entry(&item, name)?;
     }
     unpacker.finish()
 }
 
-struct Unpacker<'b> {
+/// Holes cost nothing.
+fn stored_bytes(item: &Item) -> u64 {
+    item.segments.as_ref().map_or(item.size, |segments| segments.iter().map(|segment| segment.length).sum())
+}
+
+struct Unpacker<'b, R> {
+    archive: ArchiveReader<R>,
     root: OwnedFd,
-    below: &'b [PathBuf],
+    below: &'b LayersBelow<'b>,
     /// Their times are set last: every entry in them changes them.
-    directories: Vec<(PathBuf, Timespec)>,
+    directories: Vec<(PathBuf, (i64, u32))>,
+    directory_name_bytes: usize,
+    /// The directory of the entry before: most entries are in the same one.
+    parent: Option<(PathBuf, Rc<OwnedFd>)>,
+    /// An opaque whiteout in the root, which overlayfs knows no mark for.
+    hides_root: bool,
     buffer: Vec<u8>,
 }
 
-/// What a header says about ownership and the rest.
-struct Metadata {
-    uid: u32,
-    gid: u32,
-    mode: Mode,
-    modified: Timespec,
-    /// Name and value of the extended attributes that are kept.
-    xattrs: Vec<(String, Vec<u8>)>,
+/// What stopped one entry: the archive, or the file system.
+enum Stop {
+    Archive(ArchiveError),
+    Io(io::Error),
 }
 
-impl Unpacker<'_> {
-    fn entry(&mut self, mut entry: Entry<'_, impl Read>) -> Result<(), UnpackError> {
-        let raw = entry.path_bytes().into_owned();
-        let name = printable(&raw);
-        if raw.len() > NAME_MAX_BYTES {
-            let source = io::Error::from(Errno::NAMETOOLONG);
-            return Err(UnpackError::Write { name: name.chars().take(64).collect(), source });
+impl From<ArchiveError> for Stop {
+    fn from(error: ArchiveError) -> Self {
+        Self::Archive(error)
+    }
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<Errno> for Stop {
+    fn from(errno: Errno) -> Self {
+        Self::Io(errno.into())
+    }
+}
+
+impl<R: Read> Unpacker<'_, R> {
+    fn entry(&mut self, item: &Item, name: String) -> Result<(), UnpackError> {
+        if item.name.len() as u64 > NAME_MAX_BYTES {
+            return Err(UnpackError::Write { name, source: Errno::NAMETOOLONG.into() });
         }
-        let path = inside(&raw).ok_or_else(|| UnpackError::LeadsOut { name: name.clone() })?;
-        let kind = entry.header().entry_type();
-        if kind == EntryType::XGlobalHeader {
+        let path = inside(&item.name).ok_or_else(|| UnpackError::LeadsOut { name: name.clone() })?;
+        match item.kind {
+            Kind::CharDevice => return Err(UnpackError::Refused { name, kind: "character device" }),
+            Kind::BlockDevice => return Err(UnpackError::Refused { name, kind: "block device" }),
+            Kind::Unknown => return Err(UnpackError::Refused { name, kind: "entry of an unknown kind" }),
+            Kind::HardLink => return self.hard_link(item, &path, name),
+            Kind::File | Kind::Symlink | Kind::Directory | Kind::Fifo => {}
+        }
+        if item.kind == Kind::Directory {
+            self.directory_name_bytes += path.as_os_str().len() + size_of::<(PathBuf, (i64, u32))>();
+            if self.directory_name_bytes > DIRECTORY_NAMES_MAX_BYTES {
+                return Err(UnpackError::TooManyDirectories { name, max: DIRECTORY_NAMES_MAX_BYTES });
+            }
+        }
+        self.place(item, &path).map_err(|stop| match stop {
+            Stop::Archive(error) => error.into(),
+            Stop::Io(source) => UnpackError::Write { name, source },
+        })
+    }
+
+    fn place(&mut self, item: &Item, path: &Path) -> Result<(), Stop> {
+        let Some(file_name) = path.file_name() else {
+            self.directories.push((PathBuf::new(), (item.mtime_secs, item.mtime_nanos)));
+            return Ok(nodes::directory_metadata(&nodes::reopen(&self.root)?, item)?);
+        };
+        let parent = self.parent(path)?;
+        if file_name.as_bytes() == OPAQUE {
+            // Files beside it in this layer stay: the mark hides what is below only.
+            if path.parent() == Some(Path::new("")) {
+                self.hides_root = true;
+                return Ok(());
+            }
+            return Ok(nodes::mark_opaque(&parent)?);
+        }
+        if file_name.as_bytes().starts_with(RESERVED) {
             return Ok(());
         }
-        let wrote = |source: io::Error| UnpackError::Write { name: name.clone(), source };
-        let metadata = metadata(&mut entry).map_err(wrote)?;
-        if path.as_os_str().is_empty() {
-            return self.root_metadata(&metadata).map_err(|errno| wrote(errno.into()));
+        if let Some(hidden) = file_name.as_bytes().strip_prefix(WHITEOUT) {
+            return Ok(nodes::whiteout(&parent, OsStr::from_bytes(hidden))?);
         }
-        let (parent, file_name) =
-            resolve::ensure_parent(self.root.as_fd(), &path).map_err(|errno| wrote(errno.into()))?;
-        if file_name.as_bytes() == OPAQUE {
-            return opaque(&parent).map_err(|errno| wrote(errno.into()));
+        let made_way = self.make_way(&parent, file_name, item.kind == Kind::Directory)?;
+        match item.kind {
+            Kind::Directory => {
+                nodes::directory(&parent, file_name, item, made_way == MadeWay::Whiteout)?;
+                self.directories.push((path.to_owned(), (item.mtime_secs, item.mtime_nanos)));
+            }
+            Kind::Symlink => nodes::symlink(&parent, file_name, item)?,
+            Kind::Fifo => {
+                mknodat(&parent, file_name, FileType::Fifo, Mode::from_raw_mode(item.mode), 0)?;
+                nodes::node_metadata(&parent, file_name, item)?;
+            }
+            _ => self.file(item, &parent, file_name)?,
         }
-        if let Some(removed) = file_name.as_bytes().strip_prefix(WHITEOUT) {
-            return whiteout(&parent, OsStr::from_bytes(removed)).map_err(|errno| wrote(errno.into()));
-        }
-        let is_directory = kind == EntryType::Directory;
-        make_way(parent.as_fd(), file_name, is_directory).map_err(wrote)?;
-        match kind {
-            EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-                self.file(&mut entry, &parent, file_name, &metadata).map_err(wrote)
-            }
-            EntryType::Directory => {
-                directory(&parent, file_name, &metadata).map_err(|errno| wrote(errno.into()))?;
-                self.directories.push((path, metadata.modified));
-                Ok(())
-            }
-            EntryType::Symlink => {
-                let target = entry.link_name_bytes().unwrap_or_default().into_owned();
-                symlink(&parent, file_name, &target, &metadata).map_err(|errno| wrote(errno.into()))
-            }
-            EntryType::Link => {
-                let target = entry.link_name_bytes().unwrap_or_default().into_owned();
-                self.hard_link(&parent, file_name, &target, &name)
-            }
-            EntryType::Fifo => {
-                let made = mknodat(&parent, file_name, FileType::Fifo, metadata.mode, 0);
-                made.and_then(|()| node_metadata(&parent, file_name, &metadata)).map_err(|errno| wrote(errno.into()))
-            }
-            EntryType::Char => Err(UnpackError::Refused { name, kind: "character device" }),
-            EntryType::Block => Err(UnpackError::Refused { name, kind: "block device" }),
-            _ => Err(UnpackError::Refused { name, kind: "entry of an unknown kind" }),
-        }
+        Ok(())
     }
 
-    fn root_metadata(&self, metadata: &Metadata) -> Result<(), Errno> {
-        let root = openat(&self.root, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        fchown(&root, Some(Uid::from_raw(metadata.uid)), Some(Gid::from_raw(metadata.gid)))?;
-        fchmod(&root, metadata.mode)
+    /// What was removed may have been on the way to the remembered directory.
+    fn make_way(&mut self, parent: &OwnedFd, name: &OsStr, is_directory: bool) -> io::Result<MadeWay> {
+        let made_way = nodes::make_way(parent.as_fd(), name, is_directory)?;
+        if made_way == MadeWay::Removed {
+            self.parent = None;
+        }
+        Ok(made_way)
     }
 
-    fn file(
-        &mut self,
-        entry: &mut Entry<'_, impl Read>,
-        parent: &OwnedFd,
-        name: &OsStr,
-        metadata: &Metadata,
-    ) -> io::Result<()> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut file = File::from(openat(parent, name, flags, Mode::from_raw_mode(0o600))?);
-        loop {
-            match entry.read(&mut self.buffer)? {
-                0 => break,
-                count => file.write_all(&self.buffer[..count])?,
+    fn file(&mut self, item: &Item, parent: &OwnedFd, name: &OsStr) -> Result<(), Stop> {
+        let mut file = nodes::new_file(parent, name)?;
+        match &item.segments {
+            None => loop {
+                match self.archive.read_body(&mut self.buffer)? {
+                    0 => break,
+                    count => file.write_all(&self.buffer[..count])?,
+                }
+            },
+            Some(segments) => {
+                file.set_len(item.size)?;
+                for segment in segments {
+                    let (mut at, mut left) = (segment.offset, segment.length);
+                    while left > 0 {
+                        let take = self.buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                        let count = self.archive.read_body(&mut self.buffer[..take])?;
+                        if count == 0 {
+                            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+                        }
+                        file.write_all_at(&self.buffer[..count], at)?;
+                        (at, left) = (at + count as u64, left - count as u64);
+                    }
+                }
             }
         }
-        fchown(&file, Some(Uid::from_raw(metadata.uid)), Some(Gid::from_raw(metadata.gid)))?;
-        // After the owner: a change of owner takes the setuid bit away.
-        fchmod(&file, metadata.mode)?;
-        for (name, value) in &metadata.xattrs {
-            fsetxattr(&file, name.as_str(), value, XattrFlags::empty())?;
-        }
-        futimens(&file, &times(metadata.modified)).map_err(Into::into)
+        Ok(nodes::file_metadata(&file, item)?)
     }
 
     /// A second name for a file of this layer, or a copy of a file of a layer below (a layer is a directory of its own).
-    fn hard_link(&self, parent: &OwnedFd, name: &OsStr, target: &[u8], shown: &str) -> Result<(), UnpackError> {
-        let target_shown = printable(target);
-        let path = inside(target).ok_or_else(|| UnpackError::LeadsOut { name: shown.to_owned() })?;
-        let wrote = |source: io::Error| UnpackError::Write { name: shown.to_owned(), source };
-        match resolve::open_path_no_follow(self.root.as_fd(), &path) {
-            Ok(found) => linkat(&found, "", parent, name, AtFlags::EMPTY_PATH).map_err(|errno| wrote(errno.into())),
-            Err(Errno::NOENT) => {
-                let source = self.below.iter().rev().find_map(|layer| open_file_in(layer, &path));
-                let Some(mut source) = source else {
-                    return Err(UnpackError::DanglingLink { name: shown.to_owned(), target: target_shown });
-                };
-                copy_up(&mut source, parent, name).map_err(wrote)
+    fn hard_link(&mut self, item: &Item, path: &Path, name: String) -> Result<(), UnpackError> {
+        let leads_out = || UnpackError::LeadsOut { name: name.clone() };
+        let target = inside(&item.link).ok_or_else(leads_out)?;
+        let file_name = path.file_name().ok_or_else(leads_out)?;
+        let found = match resolve::open_path_no_follow(self.root.as_fd(), &target) {
+            Ok(found) => Some(found),
+            Err(Errno::NOENT | Errno::NOTDIR) => None,
+            Err(errno) => return Err(UnpackError::Write { name, source: errno.into() }),
+        };
+        let copied: File;
+        let source = match &found {
+            Some(found) => nodes::LinkSource::Here(found),
+            None => match Below((self.below)()).file(&target) {
+                Some(file) => {
+                    copied = file;
+                    nodes::LinkSource::Below(&copied)
+                }
+                None => return Err(UnpackError::DanglingLink { name, target: printable(&item.link) }),
+            },
+        };
+        let parent = self.parent(path);
+        let made = parent.and_then(|parent| {
+            self.make_way(&parent, file_name, false)?;
+            nodes::link(&source, &parent, file_name)
+        });
+        made.map_err(|source| UnpackError::Write { name, source })
+    }
+
+    /// The directory that an entry goes to. One that the archive does not have looks as it does in the layers below:
+    /// overlayfs shows the metadata of the topmost.
+    fn parent(&mut self, path: &Path) -> io::Result<Rc<OwnedFd>> {
+        let wanted = path.parent().unwrap_or(Path::new(""));
+        if let Some((known, fd)) = &self.parent {
+            if known == wanted {
+                return Ok(Rc::clone(fd));
             }
-            Err(errno) => Err(wrote(errno.into())),
         }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let inside = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
+        let open = |path: &Path| {
+            let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+            rustix::fs::openat2(&self.root, path, flags, Mode::empty(), inside)
+        };
+        let fd = match open(wanted) {
+            Err(Errno::NOENT | Errno::NOTDIR) => {
+                let mut walked = PathBuf::new();
+                let mut directory = open(&walked)?;
+                for part in wanted.components() {
+                    walked.push(part);
+                    directory = match open(&walked) {
+                        Err(Errno::NOENT | Errno::NOTDIR) => {
+                            self.missing_directory(&directory, part.as_os_str(), &walked)?;
+                            open(&walked)?
+                        }
+                        opened => opened?,
+                    };
+                }
+                directory
+            }
+            opened => opened?,
+        };
+        let fd = Rc::new(fd);
+        self.parent = Some((wanted.to_owned(), Rc::clone(&fd)));
+        Ok(fd)
+    }
+
+    fn missing_directory(&self, parent: &OwnedFd, name: &OsStr, path: &Path) -> io::Result<()> {
+        let hides = nodes::is_whiteout(parent.as_fd(), name)?;
+        if hides {
+            rustix::fs::unlinkat(parent, name, rustix::fs::AtFlags::empty())?;
+        }
+        mkdirat(parent, name, Mode::from_raw_mode(0o755))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let made = openat(parent, name, flags, Mode::empty())?;
+        if hides {
+            nodes::mark_opaque(&made)?;
+        } else if let Some(original) = Below((self.below)()).directory(path) {
+            nodes::copy_metadata(&original, &made)?;
+        }
+        Ok(())
     }
 
     fn finish(self) -> Result<(), UnpackError> {
-        for (path, modified) in self.directories.iter().rev() {
-            // A later entry may have taken the directory's place.
-            if let Ok((parent, name)) = resolve::ensure_parent(self.root.as_fd(), path) {
-                let _ = utimensat(&parent, name, &times(*modified), AtFlags::SYMLINK_NOFOLLOW);
+        let wrote =
+            |name: &Path, errno: Errno| UnpackError::Write { name: name.display().to_string(), source: errno.into() };
+        if self.hides_root {
+            for name in Below((self.below)()).root_names() {
+                let root = nodes::reopen(&self.root).map_err(|errno| wrote(Path::new("/"), errno))?;
+                nodes::whiteout(&root, &name).map_err(|errno| wrote(Path::new(&name), errno))?;
+            }
+        }
+        for (path, mtime) in self.directories.iter().rev() {
+            // A later entry may have taken the directory's place: then there is nothing to set.
+            if let Ok(directory) = resolve::open_path_no_follow(self.root.as_fd(), &Path::new("/").join(path)) {
+                if let Ok(directory) = nodes::reopen(&directory) {
+                    nodes::set_times(&directory, *mtime).map_err(|errno| wrote(path, errno))?;
+                }
             }
         }
         Ok(())
     }
-}
-
-fn open_file_in(layer: &Path, path: &Path) -> Option<File> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(layer, flags, Mode::empty()).ok()?;
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let inside = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
-    let file = File::from(rustix::fs::openat2(&root, path, flags, Mode::empty(), inside).ok()?);
-    file.metadata().is_ok_and(|meta| meta.is_file()).then_some(file)
-}
-
-fn copy_up(source: &mut File, parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    let meta = source.metadata()?;
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut copy = File::from(openat(parent, name, flags, Mode::from_raw_mode(0o600))?);
-    io::copy(source, &mut copy)?;
-    fchown(&copy, Some(Uid::from_raw(meta.uid())), Some(Gid::from_raw(meta.gid())))?;
-    fchmod(&copy, Mode::from_raw_mode(meta.mode() & 0o7777))?;
-    let modified = Timespec { tv_sec: meta.mtime(), tv_nsec: meta.mtime_nsec() as _ };
-    futimens(&copy, &times(modified)).map_err(Into::into)
 }
 
 /// The name as a clean relative path; `None` if it has `..` or a zero byte.
@@ -249,112 +369,6 @@ fn inside(raw: &[u8]) -> Option<PathBuf> {
         }
     }
     Some(path)
-}
-
-/// A name for people, whatever bytes it has.
-fn printable(raw: &[u8]) -> String {
-    String::from_utf8_lossy(raw).chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
-}
-
-fn metadata(entry: &mut Entry<'_, impl Read>) -> io::Result<Metadata> {
-    let mut xattrs = Vec::new();
-    for extension in entry.pax_extensions()?.into_iter().flatten() {
-        let extension = extension?;
-        // GNU's newest way to store holes; read as an ordinary file it would be something else than was meant.
-        if extension.key() == Ok("GNU.sparse.major") {
-            return Err(io::Error::other("a sparse file in GNU's pax form, which is not supported"));
-        }
-        if let Some(name) = extension.key().ok().and_then(|key| key.strip_prefix("SCHILY.xattr.")) {
-            // `trusted.overlay.*` would let a layer command overlayfs; labels of the builder's machine mean nothing here.
-            if name.starts_with("user.") || name == "security.capability" {
-                xattrs.push((name.to_owned(), extension.value_bytes().to_vec()));
-            }
-        }
-    }
-    let header = entry.header();
-    let number = |value: u64| u32::try_from(value).map_err(|_| io::Error::other("an id above 2^32"));
-    Ok(Metadata {
-        uid: number(header.uid()?)?,
-        gid: number(header.gid()?)?,
-        mode: Mode::from_raw_mode(header.mode()? & 0o7777),
-        modified: Timespec { tv_sec: i64::try_from(header.mtime()?).unwrap_or(0), tv_nsec: 0 },
-        xattrs,
-    })
-}
-
-fn times(modified: Timespec) -> Timestamps {
-    Timestamps { last_access: modified, last_modification: modified }
-}
-
-/// Takes away what is there already, unless a directory meets a directory.
-fn make_way(parent: BorrowedFd<'_>, name: &OsStr, is_directory: bool) -> io::Result<()> {
-    let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Err(Errno::NOENT) => return Ok(()),
-        stat => stat?,
-    };
-    match (FileType::from_raw_mode(stat.st_mode) == FileType::Directory, is_directory) {
-        (true, true) => Ok(()),
-        (true, false) => remove_tree(parent, name),
-        (false, _) => unlinkat(parent, name, AtFlags::empty()).map_err(Into::into),
-    }
-}
-
-fn remove_tree(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let dir = openat(parent, name, flags, Mode::empty())?;
-    for entry in rustix::fs::Dir::read_from(&dir)? {
-        let entry = entry?;
-        let child = OsStr::from_bytes(entry.file_name().to_bytes());
-        if child == "." || child == ".." {
-            continue;
-        }
-        make_way(dir.as_fd(), child, false)?;
-    }
-    unlinkat(parent, name, AtFlags::REMOVEDIR).map_err(Into::into)
-}
-
-fn directory(parent: &OwnedFd, name: &OsStr, metadata: &Metadata) -> Result<(), Errno> {
-    match mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(errno) => return Err(errno),
-    }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let dir = openat(parent, name, flags, Mode::empty())?;
-    fchown(&dir, Some(Uid::from_raw(metadata.uid)), Some(Gid::from_raw(metadata.gid)))?;
-    fchmod(&dir, metadata.mode)?;
-    metadata.xattrs.iter().try_for_each(|(name, value)| fsetxattr(&dir, name.as_str(), value, XattrFlags::empty()))
-}
-
-fn symlink(parent: &OwnedFd, name: &OsStr, target: &[u8], metadata: &Metadata) -> Result<(), Errno> {
-    symlinkat(OsStr::from_bytes(target), parent, name)?;
-    let (uid, gid) = (Some(Uid::from_raw(metadata.uid)), Some(Gid::from_raw(metadata.gid)));
-    chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
-    utimensat(parent, name, &times(metadata.modified), AtFlags::SYMLINK_NOFOLLOW)
-}
-
-fn node_metadata(parent: &OwnedFd, name: &OsStr, metadata: &Metadata) -> Result<(), Errno> {
-    let (uid, gid) = (Some(Uid::from_raw(metadata.uid)), Some(Gid::from_raw(metadata.gid)));
-    chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
-    chmodat(parent, name, metadata.mode, AtFlags::empty())
-}
-
-fn whiteout(parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
-    if name.is_empty() || name == "." || name == ".." {
-        return Err(Errno::INVAL);
-    }
-    make_way(parent.as_fd(), name, false).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-    mknodat(parent, name, FileType::CharacterDevice, Mode::empty(), 0)
-}
-
-fn opaque(parent: &OwnedFd) -> Result<(), Errno> {
-    use std::os::fd::AsRawFd;
-    // `parent` is O_PATH, which fsetxattr refuses; the magic link of our own descriptor is what setxattr(2) offers.
-    lsetxattr(
-        format!("/proc/self/fd/{}/.", parent.as_raw_fd()),
-        "trusted.overlay.opaque",
-        b"y",
-        XattrFlags::empty(),
-    )
 }
 
 #[cfg(test)]

@@ -70,7 +70,7 @@ impl Agent {
         });
         let verified = match verdict {
             Ok(Verdict::Accepted(verified)) => verified,
-            Ok(Verdict::Known { .. }) => return Ok(pointers.highest_sequence),
+            Ok(Verdict::Known { .. }) => return self.known(pointers.highest_sequence),
             Err(reason) => {
                 self.refuse(&format!("manifest {}", edged_model::id::Digest::of(&envelope).short()), &reason);
                 self.tell(None, None, &reason, by);
@@ -94,6 +94,18 @@ impl Agent {
         self.write_change(change, Some((sequence, envelope)), None, false);
         self.raise_floor(issued);
         Ok(sequence)
+    }
+
+    /// The very manifest the device has. One that failed here is not tried again: that has to be asked for anew.
+    fn known(&self, sequence: Sequence) -> Result<Sequence, Reason> {
+        let generation = self.world.desired.generations.get(&sequence);
+        let has_failed = |state| matches!(state, GenerationState::RolledBack | GenerationState::Rejected);
+        let Some(failed) = generation.filter(|generation| has_failed(generation.state)) else { return Ok(sequence) };
+        let (code, text) = match &failed.reason {
+            Some(why) => (why.code, format!("generation {sequence} was tried already: {}", why.text)),
+            None => (Code::RolledBack, format!("generation {sequence} was tried already")),
+        };
+        Err(Reason::new(code, text).next(format!("correct it and sign it with sequence {} or higher", sequence.0.saturating_add(1))))
     }
 
     /// The time floor: no earlier than the newest verified document, nor than the clock once was.

@@ -26,7 +26,7 @@ use crate::observe::{logs::Logs, pressure};
 use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
-use crate::store::{Store, opened_reason};
+use crate::store::{Store, StoreError, opened_reason};
 use crate::verify::trust;
 
 /// Manifests that may wait for the loop: one of the fleet and a few pushes, each of at most 1 MiB.
@@ -120,10 +120,15 @@ fn trust_root(places: &Places, config: &Config, store: &Store) -> anyhow::Result
     let empty = |why: Reason| (TrustRoot { version: 0, expires: Timestamp(0), keys: BTreeMap::new(), roles: BTreeMap::new() }, Some(why));
     match std::fs::read(&path) {
         Ok(bytes) => match trust::factory(&bytes) {
-            Ok(root) => {
-                store.set_trust_root(&bytes)?;
-                Ok((root, None))
-            }
+            Ok(root) => match store.set_trust_root(root.version, &bytes) {
+                Ok(()) => Ok((root, None)),
+                // The newer root is lost and the factory's may not come back: believe nobody, but do run.
+                Err(error @ StoreError::TrustRollback { .. }) => {
+                    let text = format!("{}: {error}", path.display());
+                    Ok(empty(Reason::new(Code::TrustRollback, text).next("give the device its newest trust root")))
+                }
+                Err(error) => Err(error.into()),
+            },
             Err(why) => Ok(empty(why)),
         },
         // Without a root nothing is believed; the device still runs and can be asked why.
@@ -226,8 +231,8 @@ impl Agent {
     /// Everything that listens or asks outside.
     async fn open_doors(&mut self, places: &Places, is_device: bool) -> anyhow::Result<mpsc::Receiver<api::Call>> {
         let (calls, receiver) = mpsc::channel(CALLS_DEPTH);
-        let group = nix::unistd::Group::from_name(&self.config.api.group).ok().flatten().map(|group| group.gid.as_raw());
-        api::listen(&places.socket(), group, calls.clone())?;
+        let allowed = api::peer::Allowed::group_named(&self.config.api.group);
+        api::listen(&places.socket(), allowed, calls.clone())?;
         if let Some(tty) = self.config.console.tty.clone() {
             let verbs = crate::cli::console::ConsoleVerbs;
             let prompt = format!("edged {}", self.device);

@@ -21,7 +21,11 @@ impl Challenge {
             parameters[at..].split('"').next().map(str::to_owned)
         };
         let realm = field("realm")?;
-        Some(Self::Bearer { realm, service: field("service").unwrap_or_default(), scope: field("scope").unwrap_or_default() })
+        Some(Self::Bearer {
+            realm,
+            service: field("service").unwrap_or_default(),
+            scope: field("scope").unwrap_or_default(),
+        })
     }
 }
 

@@ -17,20 +17,32 @@ use ureq::{Agent, Body};
 use crate::config::Registry;
 
 mod auth;
+mod blob;
+/// An OCI layout in a directory: a stick, a test, a build.
+pub mod layout;
+/// Which image of an index is for this machine.
+pub mod platform;
 /// Image names.
 pub mod reference;
+/// Where an image comes from: a registry or a layout.
+pub mod source;
 
 use auth::Challenge;
+pub use blob::BlobReader;
 pub use reference::Reference;
+pub use source::{BlobStream, Source};
 
 /// A manifest, an index or a configuration larger than this is none (distribution-spec: 4 MiB).
 pub const DOCUMENT_MAX_BYTES: u64 = 4 << 20;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// One request's body; a longer transfer goes on with a range request where it stopped, so this is what a dead link
-/// costs, not a bound on a layer.
-const BODY_TIMEOUT: Duration = Duration::from_secs(120);
+/// Nothing came for so long: the link is dead. A layer goes on with a range request where it stopped.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// A whole document.
+const DOCUMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// A blob that comes slower than this is not coming: without a bound a drip would hold a pull for ever.
+const SLOWEST_BYTES_PER_SEC: u64 = 1 << 10;
 const REDIRECTS_MAX: u32 = 5;
 /// Tries of one document, or of one layer without progress between them.
 const TRIES: u32 = 4;
@@ -50,6 +62,11 @@ impl RegistryError {
     fn new(code: Code, text: String, permanent: bool) -> Self {
         Self { reason: Reason::new(code, text), permanent, retry_after: None }
     }
+
+    /// Not worth another try now: it cannot help, or the registry asks for a longer pause than a pull may take.
+    fn is_final(&self) -> bool {
+        self.permanent || self.retry_after.is_some_and(|asked| asked > RETRY_AFTER_MAX)
+    }
 }
 
 /// One registry with its credentials.
@@ -58,10 +75,13 @@ pub struct Client {
     base: String,
     name: String,
     basic: Option<String>,
+    /// [`STALL_TIMEOUT`].
+    stall_timeout: Duration,
     authorization: Arc<Mutex<Option<String>>>,
 }
 
 /// A document and its digest.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Document {
     pub bytes: Vec<u8>,
     pub digest: Digest,
@@ -81,7 +101,8 @@ impl Client {
             Some(path) => {
                 let pem = std::fs::read(path)
                     .map_err(|error| configuration(format!("CA of {registry}: {}: {error}", path.display())))?;
-                certificates(&pem).ok_or_else(|| configuration(format!("CA of {registry}: {} has no certificate", path.display())))?
+                certificates(&pem)
+                    .ok_or_else(|| configuration(format!("CA of {registry}: {} has no certificate", path.display())))?
             }
         };
         let password = match (&config.password, &config.password_file) {
@@ -103,6 +124,7 @@ impl Client {
             base: format!("{scheme}://{registry}/v2"),
             name: registry.to_owned(),
             basic,
+            stall_timeout: STALL_TIMEOUT,
             authorization: Arc::default(),
         })
     }
@@ -121,10 +143,9 @@ impl Client {
     /// The referrers of an image: by the API, or by the tag that stands in for it where a registry has none.
     pub fn referrers(&self, repository: &str, digest: Digest) -> Result<Option<Document>, RegistryError> {
         const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-        for path in [
-            format!("/{repository}/referrers/{digest}"),
-            format!("/{repository}/manifests/sha256-{}", digest.hex()),
-        ] {
+        for path in
+            [format!("/{repository}/referrers/{digest}"), format!("/{repository}/manifests/sha256-{}", digest.hex())]
+        {
             match self.document(&path, INDEX, None) {
                 Ok(document) if document.media_type.starts_with(INDEX) => return Ok(Some(document)),
                 Ok(_) => {}
@@ -146,14 +167,14 @@ impl Client {
                     let text = format!("{what} has digest {}", document.digest);
                     return Err(RegistryError::new(Code::DigestMismatch, text, true));
                 }
-                Err(error) if error.permanent || tries == TRIES => return Err(error),
+                Err(error) if error.is_final() || tries == TRIES => return Err(error),
                 Err(error) => pause(tries, error.retry_after),
             }
         }
     }
 
     fn document_once(&self, path: &str, accept: &str, what: &str) -> Result<Document, RegistryError> {
-        let response = self.get(path, accept, None, what)?;
+        let response = self.get(path, accept, None, DOCUMENT_TIMEOUT, what)?;
         let media_type = response.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let media_type = media_type.to_owned();
         let announced = length(&response);
@@ -174,12 +195,19 @@ impl Client {
 
     /// A blob as a stream that goes on where it stopped when the link breaks. Its digest is the reader's to check.
     pub fn blob<'c>(&'c self, repository: &str, digest: Digest, size: u64) -> BlobReader<'c> {
-        let path = format!("/{repository}/blobs/{digest}");
-        BlobReader { client: self, path, at: 0, size, body: None, failures: 0, error: None }
+        BlobReader::new(self, format!("/{repository}/blobs/{digest}"), size)
     }
 
-    /// GET with authorization and redirects. The credentials never go to another host.
-    fn get(&self, path: &str, accept: &str, from: Option<u64>, what: &str) -> Result<Response<Body>, RegistryError> {
+    /// GET with authorization and redirects. The credentials never go to another host, and what began encrypted does
+    /// not go on in the clear.
+    fn get(
+        &self,
+        path: &str,
+        accept: &str,
+        from: Option<u64>,
+        body_timeout: Duration,
+        what: &str,
+    ) -> Result<Response<Body>, RegistryError> {
         let mut url = format!("{}{path}", self.base);
         let mut is_registry = true;
         let mut redirects = 0;
@@ -193,41 +221,57 @@ impl Client {
             if let (true, Some(authorization)) = (is_registry, &authorization) {
                 request = request.header(header::AUTHORIZATION, authorization);
             }
+            let timeouts = request.config().timeout_recv_body(Some(body_timeout));
+            let request = timeouts.timeout_per_read(Some(self.stall_timeout)).build();
             let response = request.call().map_err(|error| unreachable(what, &error))?;
             let status = response.status();
             if status == StatusCode::UNAUTHORIZED && is_registry && !authorized {
                 authorized = true;
-                self.authorize(&response, what)?;
+                self.authorize(&response, authorization.as_deref(), what)?;
             } else if status.is_redirection() {
                 redirects += 1;
-                let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
-                match location {
-                    Some(location) if redirects <= REDIRECTS_MAX => {
-                        url = absolute(&url, location);
-                        is_registry = url.starts_with(&format!("{}/", self.base));
+                let next = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
+                let next = next.and_then(|location| absolute(&url, location));
+                let why = match next {
+                    Some(_) if redirects > REDIRECTS_MAX => format!("redirected more than {REDIRECTS_MAX} times"),
+                    Some(next) if url.starts_with("https://") && !next.starts_with("https://") => {
+                        "redirected to a place without encryption".to_owned()
                     }
-                    _ => {
-                        let text = format!("{what}: redirected {redirects} times");
-                        return Err(RegistryError::new(Code::RegistryRefused, text, true));
+                    Some(next) => {
+                        is_registry = next.starts_with(&format!("{}/", self.base));
+                        url = next;
+                        continue;
                     }
-                }
+                    None => format!("the registry answers {} and does not say where to go", status.as_u16()),
+                };
+                return Err(RegistryError::new(Code::RegistryRefused, format!("{what}: {why}"), true));
             } else if status.is_success() {
                 return Ok(response);
             } else {
-                return Err(refused(what, &response));
+                return Err(self.refused(what, &response));
             }
         }
     }
 
-    fn authorize(&self, response: &Response<Body>, what: &str) -> Result<(), RegistryError> {
+    fn credentials_hint(&self) -> String {
+        format!("set username and password in [registry.\"{}\"] of agent.toml", self.name)
+    }
+
+    /// Logs in as the registry asks; `used` is what it did not take.
+    fn authorize(&self, response: &Response<Body>, used: Option<&str>, what: &str) -> Result<(), RegistryError> {
         let unauthorized = |why: &str| {
             let mut error = RegistryError::new(Code::ImageUnauthorized, format!("{what}: 401: {why}"), true);
-            error.reason = error.reason.next(format!("set username and password in [registry.\"{}\"] of agent.toml", self.name));
+            error.reason = error.reason.next(self.credentials_hint());
             error
         };
         let challenge = response.headers().get(header::WWW_AUTHENTICATE).and_then(|value| value.to_str().ok());
         let authorization = match challenge.and_then(Challenge::parse) {
             Some(Challenge::Basic) => self.basic.clone().ok_or_else(|| unauthorized("it wants a password"))?,
+            Some(Challenge::Bearer { realm, .. })
+                if self.base.starts_with("https:") && !realm.starts_with("https:") =>
+            {
+                return Err(unauthorized("its token service is not encrypted"));
+            }
             Some(Challenge::Bearer { realm, service, scope }) => {
                 let mut request = self.agent.get(&realm).query("service", &service).query("scope", &scope);
                 if let Some(basic) = &self.basic {
@@ -240,16 +284,28 @@ impl Client {
                 let mut text = String::new();
                 let mut body = response.into_body().into_reader().take(64 << 10);
                 body.read_to_string(&mut text).map_err(|error| broken(&realm, &error))?;
-                auth::token(&text).map(|token| format!("Bearer {token}")).ok_or_else(|| unauthorized("no token came"))?
+                auth::token(&text)
+                    .map(|token| format!("Bearer {token}"))
+                    .ok_or_else(|| unauthorized("no token came"))?
             }
             None => return Err(unauthorized("it does not say how to log in")),
         };
-        let mut known = self.authorization.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.as_ref() == Some(&authorization) {
+        if used == Some(&authorization) {
             return Err(unauthorized("the user name or password is wrong"));
         }
-        *known = Some(authorization);
+        *self.authorization.lock().unwrap_or_else(PoisonError::into_inner) = Some(authorization);
         Ok(())
+    }
+
+    fn refused(&self, what: &str, response: &Response<Body>) -> RegistryError {
+        let mut error = refused(what, response);
+        if error.reason.code == Code::ImageUnauthorized {
+            if self.basic.is_some() {
+                error.reason.text.push_str(": the user name or password is wrong, or may not read this");
+            }
+            error.reason = error.reason.next(self.credentials_hint());
+        }
+        error
     }
 }
 
@@ -262,7 +318,7 @@ pub fn agent(roots: RootCerts) -> Agent {
         .http_status_as_error(false)
         .timeout_connect(Some(CONNECT_TIMEOUT))
         .timeout_recv_response(Some(ANSWER_TIMEOUT))
-        .timeout_recv_body(Some(BODY_TIMEOUT))
+        .timeout_recv_body(Some(DOCUMENT_TIMEOUT))
         .user_agent(concat!("edged/", env!("CARGO_PKG_VERSION")))
         .build()
         .into()
@@ -283,12 +339,17 @@ fn length(response: &Response<Body>) -> Option<u64> {
     response.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-fn absolute(base: &str, location: &str) -> String {
-    if location.contains("://") {
-        return location.to_owned();
+/// Where a `Location` leads (RFC 3986, 4.2); `None`: nowhere that this client goes.
+fn absolute(base: &str, location: &str) -> Option<String> {
+    if location.starts_with("https://") || location.starts_with("http://") {
+        return Some(location.to_owned());
     }
-    let origin = base.splitn(4, '/').take(3).collect::<Vec<_>>().join("/");
-    format!("{origin}{location}")
+    let (scheme, rest) = base.split_once("://")?;
+    if location.starts_with("//") {
+        return Some(format!("{scheme}:{location}"));
+    }
+    let host = rest.split('/').next()?;
+    location.starts_with('/').then(|| format!("{scheme}://{host}{location}"))
 }
 
 fn unreachable(what: &str, error: &ureq::Error) -> RegistryError {
@@ -325,73 +386,55 @@ fn pause(tries: u32, asked: Option<Duration>) {
     std::thread::sleep(asked.unwrap_or(backoff).min(RETRY_AFTER_MAX));
 }
 
-/// A blob that is being read, over as many requests as it takes.
-pub struct BlobReader<'c> {
-    client: &'c Client,
-    path: String,
-    at: u64,
-    size: u64,
-    body: Option<Box<dyn Read + Send>>,
-    failures: u32,
-    /// What stopped it, for the caller to tell (a `Read` can only say `io::Error`).
-    pub error: Option<RegistryError>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
 
-impl BlobReader<'_> {
-    fn open(&mut self) -> Result<(), RegistryError> {
-        let what = format!("{}{}", self.client.name, self.path);
-        let from = (self.at > 0).then_some(self.at);
-        let response = self.client.get(&self.path, "*/*", from, &what)?;
-        let skip = if response.status() == StatusCode::PARTIAL_CONTENT { 0 } else { self.at };
-        let mut body: Box<dyn Read + Send> = Box::new(response.into_body().into_with_config().limit(u64::MAX).reader());
-        // A registry without ranges sends it all again: what is known already is read past.
-        io::copy(&mut body.by_ref().take(skip), &mut io::sink()).map_err(|error| broken(&what, &error))?;
-        self.body = Some(body);
-        Ok(())
+    /// Answers the first request with half of the body and then says nothing more, the second as it should.
+    fn stalls_once(listener: &TcpListener, body: &[u8]) -> (TcpStream, String) {
+        let request = |listener: &TcpListener| {
+            let stream = listener.accept().unwrap().0;
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let head: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+            (stream, head.join("\n").to_lowercase())
+        };
+        let (mut first, _) = request(listener);
+        write!(first, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).unwrap();
+        first.write_all(&body[..body.len() / 2]).unwrap();
+        let (mut second, head) = request(listener);
+        let rest = &body[body.len() / 2..];
+        let range = format!("bytes {}-{}/{}", body.len() / 2, body.len() - 1, body.len());
+        write!(second, "HTTP/1.1 206 X\r\nContent-Range: {range}\r\nContent-Length: {}\r\n\r\n", rest.len()).unwrap();
+        second.write_all(rest).unwrap();
+        (first, head)
     }
 
-    fn once(&mut self, buffer: &mut [u8]) -> Result<usize, RegistryError> {
-        if self.body.is_none() {
-            self.open()?;
-        }
-        let what = format!("{}{}", self.client.name, self.path);
-        let Some(body) = &mut self.body else { return Ok(0) };
-        let left = usize::try_from(self.size - self.at).unwrap_or(usize::MAX);
-        let take = buffer.len().min(left);
-        match body.read(&mut buffer[..take]) {
-            Ok(0) => {
-                let text = format!("{what}: the body ended after {} of {} bytes", self.at, self.size);
-                Err(RegistryError::new(Code::RegistryUnavailable, text, false))
-            }
-            Ok(count) => Ok(count),
-            Err(error) => Err(broken(&what, &error)),
-        }
+    #[test]
+    fn a_link_that_falls_silent_is_left_and_the_blob_goes_on_from_there() {
+        let body: Vec<u8> = (0..100_000_u32).map(|n| n.to_be_bytes()[3]).collect();
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let mut client = Client::new(&host, &Registry { insecure_http: true, ..Registry::default() }).unwrap();
+        client.stall_timeout = Duration::from_millis(300);
+        let sent = body.clone();
+        let server = std::thread::spawn(move || stalls_once(&listener, &sent));
+        let mut read = Vec::new();
+        client.blob("app", Digest::of(&body), body.len() as u64).read_to_end(&mut read).unwrap();
+        assert!(read == body);
+        let (_, head) = server.join().unwrap();
+        assert!(head.contains("range: bytes=50000-"), "{head}");
     }
-}
 
-impl Read for BlobReader<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.at == self.size || buffer.is_empty() {
-            return Ok(0);
-        }
-        loop {
-            match self.once(buffer) {
-                Ok(count) => {
-                    self.at += count as u64;
-                    self.failures = 0;
-                    return Ok(count);
-                }
-                Err(error) => {
-                    self.body = None;
-                    self.failures += 1;
-                    if error.permanent || self.failures >= TRIES {
-                        let text = error.reason.text.clone();
-                        self.error = Some(error);
-                        return Err(io::Error::other(text));
-                    }
-                    pause(self.failures, error.retry_after);
-                }
-            }
-        }
+    #[test]
+    fn a_location_leads_where_rfc_3986_says() {
+        let base = "https://r.example:5000/v2/x/blobs/y?z=1";
+        let to = |location| absolute(base, location);
+        assert_eq!(to("/a?b"), Some("https://r.example:5000/a?b".to_owned()));
+        assert_eq!(to("//s.example/a"), Some("https://s.example/a".to_owned()));
+        assert_eq!(to("http://s.example/a"), Some("http://s.example/a".to_owned()));
+        assert_eq!(to("file:///etc/passwd"), None);
+        assert_eq!(to("a/b"), None);
     }
 }

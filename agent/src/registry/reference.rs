@@ -35,7 +35,8 @@ impl Reference {
         };
         let name_ok = !repository.is_empty()
             && repository.split('/').all(|part| {
-                !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
+                !part.is_empty()
+                    && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
             });
         if !name_ok {
             return Err(bad("the repository may have a-z, 0-9, `.`, `_`, `-` and `/`"));
@@ -89,7 +90,9 @@ mod tests {
         ] {
             assert_eq!(Reference::parse(&text).unwrap().to_string(), text);
         }
-        for bad in ["nginx", "library/nginx:1", "r.example/App:1", "r.example/app", "r.example//a:1", "r.example/a@sha256:1"] {
+        for bad in
+            ["nginx", "library/nginx:1", "r.example/App:1", "r.example/app", "r.example//a:1", "r.example/a@sha256:1"]
+        {
             assert!(Reference::parse(bad).is_err(), "{bad}");
         }
     }

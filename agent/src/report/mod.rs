@@ -35,7 +35,7 @@ use ureq::http::Response;
 
 use crate::config::Fleet;
 use crate::registry;
-use crate::store::{Store, inline_chain};
+use crate::store::{Durability, Store, inline_chain};
 
 /// An error document is read no further than this.
 const PROBLEM_MAX_BYTES: u64 = 16 << 10;
@@ -155,7 +155,7 @@ impl FleetLine {
         let report = collect::report(status, self.shared.arch, number, dropped);
         let payload = cbor::encode(&report).map_err(|error| error.to_string())?;
         let signed = envelope::sign1(Kind::Report, payload, &self.shared.key).map_err(|error| error.to_string())?;
-        store.push_report(&signed).map_err(|error| inline_chain(&error))?;
+        store.push_report(&signed, Durability::Now).map_err(|error| inline_chain(&error))?;
         *self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.shared.wake.notify_all();
         Ok(())

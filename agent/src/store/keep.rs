@@ -1,5 +1,14 @@
 //! The second copy of what must never be lost, as plain files: written to a temporary name, synced, renamed, and the
 //! directory synced. From it a damaged database is rebuilt, and the anti-rollback numbers survive.
+//!
+//! ```text
+//! keep/summary            pointers, numbers, holds; names the bodies by digest; replaced as a whole
+//! keep/summary.previous   the one before, should the newest be damaged
+//! keep/manifest-<digest>  one generation and its signed envelope; never changed once written
+//! keep/trust-<digest>     one trust root; never changed once written
+//! ```
+//! Bodies are written before the summary that names them, and taken away after one that does not. A change of state
+//! costs the flash one small file, not the manifests again.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -7,43 +16,148 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use edged_model::generation::{Generation, Pointers};
+use edged_model::generation::{Generation, GenerationState, Pointers};
+use edged_model::id::{Digest, Sequence, WorkloadName};
+use edged_model::observed::Hold;
 use edged_model::quantity::Timestamp;
+use edged_model::reason::Reason;
+use serde::{Deserialize, Serialize};
 
-use super::{Blob, StoreError, seal, sync_dir, unseal};
+use super::record::{Blob, seal, unseal};
+use super::{StoreError, sync_dir};
 
 /// Damaged databases kept for inspection.
 const ASIDE_MAX: u32 = 2;
 
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Kept {
+const SUMMARY: &str = "summary";
+const PREVIOUS: &str = "summary.previous";
+const MANIFEST: &str = "manifest-";
+const TRUST: &str = "trust-";
+
+/// What `keep/summary` says.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Summary {
+    pub revision: u64,
     pub pointers: Pointers,
-    pub generations: Vec<(Generation, Vec<u8>)>,
-    pub trust_root: Option<Vec<u8>>,
+    pub generations: Vec<KeptGeneration>,
+    pub trust_root: Option<Digest>,
     pub time_floor: Timestamp,
+    pub held: Vec<(WorkloadName, Hold)>,
+    pub failed: Vec<Digest>,
+    pub report_ceiling: u64,
 }
 
-/// What the file holds: everything in one, so that it is never half old and half new.
-type Written = (Pointers, Vec<(Generation, Blob)>, Option<Blob>, Timestamp);
+/// A generation without its manifest, which lies in a file of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeptGeneration {
+    pub sequence: Sequence,
+    pub digest: Digest,
+    pub state: GenerationState,
+    pub since: Timestamp,
+    pub reason: Option<Reason>,
+}
 
-const FILE: &str = "kept";
+impl From<&Generation> for KeptGeneration {
+    fn from(generation: &Generation) -> Self {
+        let Generation { sequence, digest, state, since, reason, .. } = generation.clone();
+        Self { sequence, digest, state, since, reason }
+    }
+}
 
-pub fn save(dir: &Path, kept: &Kept) -> Result<(), StoreError> {
-    let generations: Vec<_> = kept.generations.iter().map(|(g, bytes)| (g.clone(), Blob(bytes.clone()))).collect();
-    let written: Written = (kept.pointers, generations, kept.trust_root.clone().map(Blob), kept.time_floor);
-    durable(&dir.join(FILE), &seal("keep", FILE, &written)?, 0o600)
+/// The summary with the bodies it names, as far as they can be read.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Kept {
+    pub summary: Summary,
+    pub generations: Vec<(Generation, Vec<u8>)>,
+    pub trust_root: Option<Vec<u8>>,
+    /// Bodies that are missing or damaged.
+    pub lost: Vec<String>,
 }
 
 /// What was kept, or `None` where there is nothing or it is damaged too.
 pub fn load(dir: &Path) -> Result<Option<Kept>, StoreError> {
-    let path = dir.join(FILE);
-    let bytes = match fs::read(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        read => read.map_err(|source| StoreError::File { path, source })?,
-    };
-    let Some((pointers, generations, trust_root, time_floor)) = unseal::<Written>(&bytes) else { return Ok(None) };
-    let generations = generations.into_iter().map(|(generation, blob)| (generation, blob.0)).collect();
-    Ok(Some(Kept { pointers, generations, trust_root: trust_root.map(|blob| blob.0), time_floor }))
+    let mut found: Option<Summary> = None;
+    for name in [SUMMARY, PREVIOUS] {
+        if found.is_none() {
+            found = read(&dir.join(name))?.and_then(|bytes| unseal("keep", SUMMARY, &bytes));
+        }
+    }
+    let Some(summary) = found else { return Ok(None) };
+    let mut kept = Kept { summary, ..Kept::default() };
+    for short in &kept.summary.generations {
+        let name = format!("{MANIFEST}{}", short.digest.hex());
+        match read(&dir.join(&name))?.and_then(|bytes| unseal::<(Generation, Blob)>("keep", &name, &bytes)) {
+            Some((mut generation, envelope)) => {
+                generation.state = short.state;
+                generation.since = short.since;
+                generation.reason.clone_from(&short.reason);
+                kept.generations.push((generation, envelope.0));
+            }
+            None => kept.lost.push(name),
+        }
+    }
+    if let Some(digest) = kept.summary.trust_root {
+        let name = format!("{TRUST}{}", digest.hex());
+        kept.trust_root = read(&dir.join(&name))?.filter(|bytes| Digest::of(bytes) == digest);
+        if kept.trust_root.is_none() {
+            kept.lost.push(name);
+        }
+    }
+    Ok(Some(kept))
+}
+
+fn read(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
+    match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some).map_err(|source| StoreError::File { path: path.to_owned(), source }),
+    }
+}
+
+/// Writes what `kept` has and the directory lacks, then the summary, then takes away what nothing names any more.
+/// `rewrite`: bodies are written even if a file of that name is there (it may be damaged).
+pub fn save(dir: &Path, kept: &Kept, rewrite: bool) -> Result<(), StoreError> {
+    let mut named = Vec::new();
+    for (generation, envelope) in &kept.generations {
+        let name = format!("{MANIFEST}{}", generation.digest.hex());
+        let path = dir.join(&name);
+        if rewrite || !path.exists() {
+            durable(&path, &seal("keep", &name, &(generation, Blob(envelope.clone())))?, 0o600)?;
+        }
+        named.push(name);
+    }
+    if let Some(root) = &kept.trust_root {
+        let name = format!("{TRUST}{}", Digest::of(root).hex());
+        let path = dir.join(&name);
+        if rewrite || !path.exists() {
+            durable(&path, root, 0o600)?;
+        }
+        named.push(name);
+    }
+    let path = dir.join(SUMMARY);
+    if let Some(old) = read(&path)?.and_then(|bytes| unseal::<Summary>("keep", SUMMARY, &bytes)) {
+        named.extend(old.generations.iter().map(|short| format!("{MANIFEST}{}", short.digest.hex())));
+        named.extend(old.trust_root.iter().map(|digest| format!("{TRUST}{}", digest.hex())));
+        // A second name for the old summary, so that one bad sector does not take both.
+        let previous = dir.join(PREVIOUS);
+        let _ = fs::remove_file(&previous);
+        fs::hard_link(&path, &previous).map_err(|source| StoreError::File { path: previous, source })?;
+    }
+    durable(&path, &seal("keep", SUMMARY, &kept.summary)?, 0o600)?;
+    sweep(dir, &named);
+    Ok(())
+}
+
+/// Takes away bodies that neither summary names. What cannot be removed stays: it is only space, and is tried again.
+fn sweep(dir: &Path, named: &[String]) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let ours = name.starts_with(MANIFEST) || name.starts_with(TRUST);
+        if ours && !named.contains(&name) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 static WRITERS: AtomicU64 = AtomicU64::new(0);
@@ -66,23 +180,22 @@ pub fn durable(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
     sync_dir(dir)
 }
 
-/// Moves a damaged database out of the way.
+/// Moves a damaged database out of the way; the oldest of those that lie there already makes room.
 pub fn set_aside(state: &Path) -> Result<PathBuf, StoreError> {
     let name = |n: u32| state.with_extension(format!("damaged-{n}"));
-    let file = |path: &Path| {
+    let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| StoreError::File { path, source }
     };
-    let free = (1..=ASIDE_MAX).map(name).find(|path| !path.exists());
-    let aside = match free {
-        Some(path) => path,
-        None => {
-            let oldest = name(1);
-            fs::remove_dir_all(&oldest).map_err(file(&oldest))?;
-            oldest
-        }
-    };
-    fs::rename(state, &aside).map_err(file(state))?;
+    let last = name(ASIDE_MAX);
+    if last.exists() {
+        fs::remove_dir_all(&last).map_err(failed(&last))?;
+    }
+    for n in (1..ASIDE_MAX).rev().filter(|n| name(*n).exists()) {
+        fs::rename(name(n), name(n + 1)).map_err(failed(&name(n)))?;
+    }
+    let aside = name(1);
+    fs::rename(state, &aside).map_err(failed(state))?;
     sync_dir(state.parent().unwrap_or(state))?;
     Ok(aside)
 }

@@ -1,6 +1,7 @@
 //! Image signatures as cosign writes them with a key: the tag scheme with its simple-signing payload
 //! (`sha256-<hex>.sig`), and the sigstore bundle with a DSSE envelope, found by the referrers API or its tag. Checked
-//! are the payload's kind, the digest it names, and the signature: Ed25519, or ECDSA P-256 (cosign's default key).
+//! are the payload's kind, the digest it names, and the signature: Ed25519 in both forms of RFC 8032 that signers use, or
+//! ECDSA P-256 (cosign's default key).
 //!
 //! Pure: documents come in, the number of keys that signed goes out.
 
@@ -37,7 +38,7 @@ const P256_SPKI_PREFIX: [u8; 26] = [
 /// Whether the key in `spki` signed `bytes`. A key of an unknown kind has signed nothing.
 fn verifies(spki: &[u8], bytes: &[u8], signature: &[u8]) -> bool {
     if let Ok(key) = PublicKey::from_spki(spki) {
-        // cosign up to 2 signs the text, cosign 3 its hash; RFC 8032 keeps the two apart by a prefix.
+        // cosign 3 signs images with Ed25519ph, other signers with plain Ed25519.
         return key.verifies(bytes, signature) || key.verifies_prehashed(bytes, signature);
     }
     spki.strip_prefix(&P256_SPKI_PREFIX)
@@ -59,14 +60,15 @@ pub fn check(image: &str, digest: Digest, claims: &[Claim], keys: &[Vec<u8>], th
         }
     }
     let count = signed.iter().filter(|signed| **signed).count();
-    if count >= threshold {
+    if count >= threshold.max(1) {
         return Ok(());
     }
     if count > 0 {
         let text = format!("image {image}: signed by {count} of the {threshold} keys that are needed");
         return Err(Reason::new(Code::ThresholdNotMet, text));
     }
-    let (code, why) = wrong.unwrap_or((Code::ImageWrongKey, "no signature is by an image key of the trust root".to_owned()));
+    let (code, why) =
+        wrong.unwrap_or((Code::ImageWrongKey, "no signature is by an image key of the trust root".to_owned()));
     Err(Reason::new(code, format!("image {image} ({}): {why}", digest.short()))
         .next("sign it with a key of the trust root's `image` role"))
 }
@@ -85,7 +87,7 @@ fn signers(claim: &Claim, digest: Digest, keys: &[Vec<u8>]) -> Result<Vec<usize>
             let envelope = bundle.dsse_envelope;
             let payload = STANDARD.decode(&envelope.payload).map_err(|_| malformed("readable base64"))?;
             let named = statement_digest(&envelope.payload_type, &payload, digest)
-                .ok_or_else(|| malformed("in-toto statement"))?;
+                .ok_or_else(|| malformed("statement that the image was signed"))?;
             let signatures = envelope.signatures.iter().filter_map(|s| STANDARD.decode(&s.sig).ok()).collect();
             (pre_authentication(&envelope.payload_type, &payload), signatures, named)
         }
@@ -118,7 +120,8 @@ struct CriticalImage {
 
 fn simple_signing_digest(payload: &[u8]) -> Option<Digest> {
     let payload: SimpleSigning = serde_json::from_slice(payload).ok()?;
-    let is_cosign = matches!(payload.critical.kind.as_str(), "cosign container image signature" | "atomic container signature");
+    let is_cosign =
+        matches!(payload.critical.kind.as_str(), "cosign container image signature" | "atomic container signature");
     if is_cosign { Digest::parse(&payload.critical.image.digest).ok() } else { None }
 }
 
@@ -141,8 +144,15 @@ struct DsseSignature {
     sig: String,
 }
 
+/// What a signer of images states. A bill of materials or a test result signed with the same key is another statement.
+const SIGN_PREDICATE: &str = "https://sigstore.dev/cosign/sign/v1";
+
 #[derive(Deserialize)]
 struct Statement {
+    #[serde(rename = "_type")]
+    kind: String,
+    #[serde(rename = "predicateType")]
+    predicate_type: String,
     subject: Vec<Subject>,
 }
 
@@ -157,6 +167,9 @@ fn statement_digest(payload_type: &str, payload: &[u8], wanted: Digest) -> Optio
         return None;
     }
     let statement: Statement = serde_json::from_slice(payload).ok()?;
+    if statement.kind != "https://in-toto.io/Statement/v1" || statement.predicate_type != SIGN_PREDICATE {
+        return None;
+    }
     let hex = statement.subject.iter().filter_map(|subject| subject.digest.get("sha256"));
     let digests: Vec<_> = hex.filter_map(|hex| Digest::parse(&format!("sha256:{hex}")).ok()).collect();
     if digests.contains(&wanted) { Some(wanted) } else { digests.first().copied() }
@@ -191,11 +204,20 @@ mod tests {
     }
 
     fn bundle(digest: Digest, by: u8) -> Claim {
-        let statement = format!(r#"{{"_type":"https://in-toto.io/Statement/v1","subject":[{{"digest":{{"sha256":"{}"}}}}]}}"#, digest.hex());
+        stated(digest, by, SIGN_PREDICATE)
+    }
+
+    fn stated(digest: Digest, by: u8, predicate: &str) -> Claim {
+        let statement = format!(
+            r#"{{"_type":"https://in-toto.io/Statement/v1","subject":[{{"digest":{{"sha256":"{}"}}}}],"predicateType":"{predicate}"}}"#,
+            digest.hex()
+        );
         let kind = "application/vnd.in-toto+json";
         let sig = STANDARD.encode(key(by).sign(&pre_authentication(kind, statement.as_bytes())));
         let payload = STANDARD.encode(statement);
-        let json = format!(r#"{{"dsseEnvelope":{{"payload":"{payload}","payloadType":"{kind}","signatures":[{{"sig":"{sig}"}}]}}}}"#);
+        let json = format!(
+            r#"{{"dsseEnvelope":{{"payload":"{payload}","payloadType":"{kind}","signatures":[{{"sig":"{sig}"}}]}}}}"#
+        );
         Claim::Bundle { json: json.into_bytes() }
     }
 
@@ -203,7 +225,8 @@ mod tests {
     fn both_formats_are_believed_from_the_right_key_only() {
         let digest = Digest::of(b"image");
         for claim in [simple(digest, 1), bundle(digest, 1)] {
-            let check = |keys: &[Vec<u8>], threshold| check("r/i", digest, std::slice::from_ref(&claim), keys, threshold);
+            let check =
+                |keys: &[Vec<u8>], threshold| check("r/i", digest, std::slice::from_ref(&claim), keys, threshold);
             assert_eq!(check(&[spki(1)], 1), Ok(()));
             assert_eq!(check(&[spki(2)], 1).unwrap_err().code, Code::ImageWrongKey);
             assert_eq!(check(&[spki(1), spki(2)], 2).unwrap_err().code, Code::ThresholdNotMet);
@@ -217,6 +240,13 @@ mod tests {
         for claim in [simple(other, 1), bundle(other, 1)] {
             assert_eq!(check("r/i", this, &[claim], &[spki(1)], 1).unwrap_err().code, Code::DigestMismatch);
         }
+    }
+
+    #[test]
+    fn an_attestation_is_no_signature_of_the_image() {
+        let digest = Digest::of(b"image");
+        let claim = stated(digest, 1, "https://slsa.dev/provenance/v1");
+        assert_eq!(check("r/i", digest, &[claim], &[spki(1)], 1).unwrap_err().code, Code::Malformed);
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! Trust roots: how the factory's is read and how a newer one is believed. A new root needs a threshold of the old
 //! root's keys and of its own; its version only rises.
 
+use std::collections::BTreeSet;
+
 use edged_model::cbor;
 use edged_model::envelope::{self, Kind};
+use edged_model::id::Digest;
 use edged_model::keys::PublicKey;
 use edged_model::quantity::Timestamp;
 use edged_model::reason::{Code, Reason};
@@ -20,51 +23,83 @@ pub fn role_spki(root: &TrustRoot, role: RoleName) -> Vec<Vec<u8>> {
 }
 
 /// The root that came with the device. It must be whole and signed by its own root keys; it is where trust begins, so
-/// its expiry is not judged (a device may lie on a shelf for years).
+/// its expiry is not judged here (a device may lie on a shelf for years): an expired one can still be rotated from.
 pub fn factory(bytes: &[u8]) -> Result<TrustRoot, Reason> {
     let opened = envelope::open(bytes, Kind::TrustRoot).map_err(|error| error.reason("trust root"))?;
     // Its own keys are inside: read first, believed only if they signed it.
     let unbelieved: TrustRoot = {
         let signed = opened.signed_by(&[]).map_err(|error| error.reason("trust root"))?;
-        cbor::decode(&signed.payload).map_err(|error| error.reason("trust root"))?
+        cbor::decode_signed(&signed.payload).map_err(|error| error.reason("trust root"))?
     };
     sound(&unbelieved)?;
     met(&opened, &unbelieved, "its own")?;
     Ok(unbelieved)
 }
 
-/// A newer root, believed because the old one's keys say so.
+/// A newer root, believed because the old one's keys say so. Versions may be left out, as long as the keys of the root
+/// in force signed the new one.
 pub fn rotate(old: &TrustRoot, bytes: &[u8], now: Timestamp) -> Result<TrustRoot, Reason> {
-    let new = factory(bytes)?;
-    if new.version <= old.version {
-        let text = format!("trust root version {} is not above {}", new.version, old.version);
-        return Err(Reason::new(Code::TrustRollback, text));
-    }
-    if new.expires <= now {
-        let text = format!("trust root version {} expired at {}; it is {now}", new.version, new.expires);
-        return Err(Reason::new(Code::Expired, text));
-    }
-    let opened = envelope::open(bytes, Kind::TrustRoot).map_err(|error| error.reason("trust root"))?;
-    met(&opened, old, "the old root's")?;
+    let new = successor(old, bytes)?;
+    in_force(&new, now)?;
     Ok(new)
 }
 
-/// Every role is there, its keys are, and its threshold can be met.
-fn sound(root: &TrustRoot) -> Result<(), Reason> {
+/// Several roots in turn, for a device that missed some: each must follow from the one before, and only the last is in
+/// force, so only its expiry counts. What was believed up to an error is lost with it: all or nothing.
+pub fn chain<'b>(
+    old: &TrustRoot,
+    envelopes: impl IntoIterator<Item = &'b [u8]>,
+    now: Timestamp,
+) -> Result<TrustRoot, Reason> {
+    let newest = envelopes.into_iter().try_fold(old.clone(), |root, bytes| successor(&root, bytes))?;
+    in_force(&newest, now)?;
+    Ok(newest)
+}
+
+fn successor(old: &TrustRoot, bytes: &[u8]) -> Result<TrustRoot, Reason> {
+    let new = factory(bytes)?;
+    if new.version <= old.version {
+        let text = format!("trust root version {} is not above {}, the one in force", new.version, old.version);
+        return Err(Reason::new(Code::TrustRollback, text)
+            .next("make the next one from the one in force (`edgectl trust rotate --from`)"));
+    }
+    let opened = envelope::open(bytes, Kind::TrustRoot).map_err(|error| error.reason("trust root"))?;
+    met(&opened, old, &format!("version {}'s", old.version))?;
+    Ok(new)
+}
+
+fn in_force(root: &TrustRoot, now: Timestamp) -> Result<(), Reason> {
+    if root.expires > now {
+        return Ok(());
+    }
+    let text = format!("trust root version {} expired at {}; it is {now}", root.version, root.expires);
+    Err(Reason::new(Code::Expired, text).next("make a newer one (`edgectl trust rotate`)"))
+}
+
+/// Every role is there, its keys are, and its threshold can be met with keys of a kind that its signatures have.
+pub fn sound(root: &TrustRoot) -> Result<(), Reason> {
+    let malformed = |text: String| Err(Reason::new(Code::Malformed, text).next("make it again (`edgectl trust init`)"));
+    if root.version == 0 {
+        return malformed("trust root: versions begin with 1".to_owned());
+    }
+    for (id, text) in &root.keys {
+        if hex::decode(text).map(|der| Digest::of(&der)).as_ref() != Ok(id) {
+            return malformed(format!("trust root: key {} is not what its name says", id.short()));
+        }
+    }
     for name in RoleName::ALL {
-        let bad = |why: &str| Err(Reason::new(Code::Malformed, format!("trust root: role {name:?} {why}")));
+        let bad = |why: &str| malformed(format!("trust root: role {name:?} {why}"));
         let Some(role) = root.roles.get(&name) else { return bad("is missing") };
         if role.keys.iter().any(|id| !root.keys.contains_key(id)) {
             return bad("names a key that is not there");
         }
-        let distinct: std::collections::BTreeSet<_> = role.keys.iter().collect();
+        let distinct: BTreeSet<_> = role.keys.iter().collect();
         if role.threshold == 0 || role.threshold as usize > distinct.len() {
-            return bad("has a threshold that its keys cannot meet");
+            return bad(&format!("asks for {} signatures and has {} keys", role.threshold, distinct.len()));
         }
-    }
-    for (id, text) in &root.keys {
-        if hex::decode(text).map(|der| edged_model::id::Digest::of(&der)).as_ref() != Ok(id) {
-            return Err(Reason::new(Code::Malformed, format!("trust root: key {} is not what its name says", id.short())));
+        // Envelopes are signed with Ed25519 alone; images may be signed with ECDSA too.
+        if name != RoleName::Image && role_keys(root, name).len() != role.keys.len() {
+            return bad("has a key that is not Ed25519");
         }
     }
     Ok(())
@@ -73,11 +108,12 @@ fn sound(root: &TrustRoot) -> Result<(), Reason> {
 fn met(opened: &envelope::Unverified, by: &TrustRoot, whose: &str) -> Result<(), Reason> {
     let threshold = by.roles.get(&RoleName::Root).map_or(1, |role| role.threshold);
     let signed = opened.signed_by(&role_keys(by, RoleName::Root)).map_err(|error| error.reason("trust root"))?;
-    if signed.signers.len() >= threshold as usize {
+    // A root without roles is the one of a device that has none: nothing can follow from it.
+    if threshold > 0 && signed.signers.len() >= threshold as usize {
         return Ok(());
     }
     let text = format!("trust root: signed by {} of the {threshold} keys of {whose} root role", signed.signers.len());
-    Err(Reason::new(Code::ThresholdNotMet, text))
+    Err(Reason::new(Code::ThresholdNotMet, text).next("let more root keys sign it (`edgectl trust sign`)"))
 }
 
 #[cfg(test)]
@@ -123,5 +159,70 @@ mod tests {
         assert_eq!(rotate(&old, &signed(&next, &[1]), now).unwrap_err().code, Code::ThresholdNotMet);
         assert_eq!(rotate(&next, &signed(&root(2, &[2], 1), &[2]), now).unwrap_err().code, Code::TrustRollback);
         assert_eq!(rotate(&old, &signed(&next, &[1, 2]), Timestamp(1_000)).unwrap_err().code, Code::Expired);
+    }
+
+    #[test]
+    fn a_chain_is_followed_link_by_link() {
+        let [one, two, three] = [root(1, &[1], 1), root(2, &[2], 1), root(3, &[3], 1)];
+        let expired = TrustRoot { expires: Timestamp(1), ..two };
+        let links = [signed(&expired, &[1, 2]), signed(&three, &[2, 3])];
+        let links: Vec<&[u8]> = links.iter().map(Vec::as_slice).collect();
+        let now = Timestamp(10);
+        assert_eq!(chain(&one, links.iter().copied(), now), Ok(three.clone()), "only the last one's expiry counts");
+        assert_eq!(chain(&one, links[1..].iter().copied(), now).unwrap_err().code, Code::ThresholdNotMet);
+        assert_eq!(chain(&one, links.iter().rev().copied(), now).unwrap_err().code, Code::ThresholdNotMet);
+        assert_eq!(chain(&one, links[..1].iter().copied(), now).unwrap_err().code, Code::Expired);
+        // A link may be left out when the keys in force signed the later one.
+        assert_eq!(rotate(&one, &signed(&three, &[1, 3]), now), Ok(three));
+    }
+
+    #[test]
+    fn an_expired_root_can_still_be_followed() {
+        let old = TrustRoot { expires: Timestamp(1), ..root(1, &[1], 1) };
+        assert!(rotate(&old, &signed(&root(2, &[2], 1), &[1, 2]), Timestamp(10)).is_ok());
+    }
+
+    #[test]
+    fn a_threshold_is_met_by_different_keys_only() {
+        let old = root(1, &[1, 2], 2);
+        let next = root(2, &[1, 2], 2);
+        let now = Timestamp(0);
+        assert_eq!(rotate(&old, &signed(&next, &[1, 1]), now).unwrap_err().code, Code::ThresholdNotMet);
+        assert!(rotate(&old, &signed(&next, &[1, 2]), now).is_ok());
+    }
+
+    #[test]
+    fn what_cannot_work_is_not_sound() {
+        let code = |root: &TrustRoot| factory(&signed(root, &[1])).unwrap_err().code;
+        assert_eq!(code(&root(0, &[1], 1)), Code::Malformed);
+        assert_eq!(code(&root(1, &[1], 0)), Code::Malformed);
+        let mut missing = root(1, &[1], 1);
+        missing.roles.remove(&RoleName::Image);
+        assert_eq!(code(&missing), Code::Malformed);
+        let mut renamed = root(1, &[1], 1);
+        renamed.keys.values_mut().for_each(|spki| *spki = "00".to_owned());
+        assert_eq!(code(&renamed), Code::Malformed);
+        // A key of another kind may sign images, and nothing else.
+        let mut other = root(1, &[1], 1);
+        let id = Digest::of(b"\x30\x00");
+        other.keys.insert(id, "3000".to_owned());
+        other.roles.insert(RoleName::Image, Role { keys: vec![id], threshold: 1 });
+        assert!(factory(&signed(&other, &[1])).is_ok());
+        other.roles.insert(RoleName::Manifest, Role { keys: vec![id], threshold: 1 });
+        assert_eq!(code(&other), Code::Malformed);
+    }
+
+    #[test]
+    fn a_device_without_a_root_takes_none_over_the_wire() {
+        let none = TrustRoot { version: 0, expires: Timestamp(0), keys: Default::default(), roles: Default::default() };
+        assert_eq!(rotate(&none, &signed(&root(1, &[1], 1), &[1]), Timestamp(0)).unwrap_err().code, Code::ThresholdNotMet);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_input_panics(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..512)) {
+            let _ = factory(&bytes);
+            let _ = factory(&envelope::sign(Kind::TrustRoot, bytes, &[key(1)]).unwrap());
+        }
     }
 }

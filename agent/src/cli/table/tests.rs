@@ -52,13 +52,14 @@ fn device(workloads: Vec<WorkloadStatus>) -> Status {
     }
 }
 
-const PLAIN: Style = Style { color: false };
+const PLAIN: Style = Style { color: false, raw_logs: false };
 
 #[test]
 fn one_look_at_a_device_that_is_not_well() {
     let mut hog = workload("hog", Phase::Waiting);
     (hog.restarts, hog.oom_kills) = (3, 3);
-    let text = "hog reached its memory limit and was killed after 2s, peak memory 16Mi; again in 4s (failure 3 in a row)";
+    let text =
+        "hog reached its memory limit and was killed after 2s, peak memory 16Mi; again in 4s (failure 3 in a row)";
     hog.why = Some(Reason::new(Code::BackOff, text).next("raise resources.memory or find the leak"));
     let shown = status(&device(vec![workload("web", Phase::Running), hog]), PLAIN);
     let expected = "\
@@ -82,10 +83,12 @@ hog   waiting  -     3 (3 oom)  -/64Mi     -/250m
 fn nothing_is_wider_than_eighty_columns() {
     let mut long = workload(&"w".repeat(63), Phase::Failed);
     long.why = Some(Reason::new(Code::Exited, "word ".repeat(60)).next("do ".repeat(60)));
-    let mut status = device(vec![long, workload("web", Phase::Running)]);
+    let mut wide = workload("wide", Phase::Failed);
+    wide.why = Some(Reason::new(Code::Exited, "字".repeat(100)).next(format!("see {}", "u".repeat(200))));
+    let mut status = device(vec![long, wide, workload("web", Phase::Running)]);
     status.fleet.url = Some(format!("https://{}.example", "f".repeat(100)));
     for line in super::status(&status, PLAIN).lines() {
-        assert!(line.chars().count() <= WIDTH, "{line}");
+        assert!(line.width() <= WIDTH, "{line}");
     }
 }
 
@@ -96,4 +99,25 @@ fn a_verdict_in_a_few_words() {
     assert_eq!(verdict(&two), Err("2 of 2 workloads are not well".to_owned()));
     let new = Status { generation: None, ..device(Vec::new()) };
     assert_eq!(verdict(&new), Err("it has no manifest yet".to_owned()));
+}
+
+#[test]
+fn what_a_workload_says_cannot_drive_the_terminal() {
+    let text = "\u{1b}[2J\u{9b}31m\u{202e}gnp\tred\u{7}".to_owned();
+    let line = LogLine { at_unix_ms: 1_500, stream: edged_model::api::Stream::Stdout, text: text.clone() };
+    assert_eq!(answer(&Answer::Log(line.clone()), PLAIN), "1970-01-01T00:00:01.500Z �[2J�31m�gnp red�\n");
+    // Into a file it goes as it was.
+    assert!(answer(&Answer::Log(line), Style { raw_logs: true, ..PLAIN }).contains(&text));
+    let mut hostile = workload("web", Phase::Failed);
+    hostile.why = Some(Reason::new(Code::Exited, text.clone()).next(text));
+    assert!(!super::status(&device(vec![hostile]), PLAIN).contains(['\u{1b}', '\u{9b}', '\u{202e}', '\u{7}']));
+}
+
+#[test]
+fn colour_does_not_change_what_is_said() {
+    let status = device(vec![workload("web", Phase::Running), workload("hog", Phase::Failed)]);
+    let colored = super::status(&status, Style { color: true, ..PLAIN });
+    assert!(colored.contains("\u{1b}[31mNOT WELL: hog failed\u{1b}[0m"), "{colored}");
+    let plain = colored.replace("\u{1b}[31m", "").replace("\u{1b}[32m", "").replace("\u{1b}[0m", "");
+    assert_eq!(plain, super::status(&status, PLAIN));
 }

@@ -1,8 +1,13 @@
 use super::*;
+use rustix::fs::XattrFlags;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use tar::{Builder, Header};
+use tar::{Builder, EntryType, Header};
 
-const BOUNDS: Bounds = Bounds { bytes_max: 10 << 20, entries_max: 1000 };
+fn unpack_in_bounds(archive: &[u8], dir: &Path, below: &[PathBuf]) -> Result<(), UnpackError> {
+    let disk_left = AtomicU64::new(100 << 20);
+    let bounds = Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left };
+    unpack(archive, dir, &|| below.to_vec(), bounds)
+}
 
 fn header(kind: EntryType, size: u64) -> Header {
     let mut header = Header::new_gnu();
@@ -50,7 +55,11 @@ impl Ground {
     }
 
     fn unpack(&self, archive: &[u8]) -> Result<(), UnpackError> {
-        let result = unpack(archive, &self.layer, &[], BOUNDS);
+        self.unpack_over(archive, &[])
+    }
+
+    fn unpack_over(&self, archive: &[u8], below: &[PathBuf]) -> Result<(), UnpackError> {
+        let result = unpack_in_bounds(archive, &self.layer, below);
         let names: Vec<_> = std::fs::read_dir(&self.outside).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["secret"], "something was written outside");
         assert_eq!(std::fs::read_to_string(self.outside.join("secret")).unwrap(), "untouched");
@@ -97,11 +106,19 @@ fn links_do_not_lead_out() {
     let outside = ground.outside.to_str().unwrap().to_owned();
     // A link to the outside, then a file through it; the link replaced between two entries; a link to a link.
     let _ = ground.unpack(&entries(&[(Symlink, "way", &outside, b""), (Regular, "way/x", "", b"x")]));
-    let _ = ground.unpack(&entries(&[(Directory, "d", "", b""), (Symlink, "d", "../outside", b""), (Regular, "d/x", "", b"x")]));
+    let _ = ground.unpack(&entries(&[
+        (Directory, "d", "", b""),
+        (Symlink, "d", "../outside", b""),
+        (Regular, "d/x", "", b"x"),
+    ]));
     let _ = ground.unpack(&entries(&[(Symlink, "up", "../../../../..", b""), (Regular, "up/x", "", b"x")]));
     let _ = ground.unpack(&entries(&[(Symlink, "file", "../outside/secret", b""), (Regular, "file", "", b"x")]));
     let _ = ground.unpack(&entries(&[(Link, "hard", "../outside/secret", b"")]));
-    let _ = ground.unpack(&entries(&[(Symlink, "s", "../outside/secret", b""), (Link, "h", "s", b""), (Regular, "h", "", b"x")]));
+    let _ = ground.unpack(&entries(&[
+        (Symlink, "s", "../outside/secret", b""),
+        (Link, "h", "s", b""),
+        (Regular, "h", "", b"x"),
+    ]));
     let escape = format!("{outside}/secret");
     assert!(matches!(ground.unpack(&entries(&[(Link, "abs", &escape, b"")])), Err(UnpackError::DanglingLink { .. })));
 }
@@ -150,28 +167,270 @@ fn cut_anywhere_it_is_refused_or_whole() {
     assert!(ground.unpack(&wrong).is_err(), "a wrong checksum");
 }
 
+/// All that a tree is, but the sizes of directories.
+fn listing(dir: &Path) -> String {
+    let script = r"find . -mindepth 1 -printf '%p|%y|%m|%U:%G|%s|%l|%n|%T@\n' | sed -E 's/^([^|]*\|d\|[^|]*\|[^|]*\|)[0-9]+/\1/' | LC_ALL=C sort
+        find . -type f -exec sha256sum {} + | LC_ALL=C sort; getfattr -R -h -d -m 'user|security' . 2>/dev/null | LC_ALL=C sort";
+    let output = std::process::Command::new("sh").args(["-ec", script]).current_dir(dir).output().unwrap();
+    assert!(output.status.success() || !output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn tar(source: &Path, options: &[&str]) -> Vec<u8> {
+    let output =
+        std::process::Command::new("tar").args(options).args(["-cf", "-", "-C"]).arg(source).arg(".").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
 #[test]
 fn the_same_tree_as_tar_gives() {
     let source = tempfile::tempdir().unwrap();
     let script = "mkdir -p a/b c && echo hi > a/b/f && chmod 4755 a/b/f && ln -s b/f a/l && ln a/b/f c/h && \
-        mkfifo c/p && truncate -s 1M c/sparse && touch -d @1234567890 a/b/f c && chown 12:34 a/b";
+        mkfifo c/p && truncate -s 3M c/sparse && dd if=/dev/urandom of=c/sparse bs=64k seek=9 count=1 conv=notrunc status=none && \
+        dd if=/dev/urandom of=c/sparse bs=4k seek=600 count=1 conv=notrunc status=none && truncate -s 1M c/hole && \
+        touch -d @1234567890.123456789 a/b/f c && chown 12:34 a/b && chown -h 5:6 a/l && \
+        mkdir -p c/$(printf 'x%.0s' $(seq 200))/$(printf 'y%.0s' $(seq 200)) && \
+        echo long > c/$(printf 'x%.0s' $(seq 200))/$(printf 'y%.0s' $(seq 200))/end && chmod 1777 c && chown 70000:3000000 a/b/f";
     let made = std::process::Command::new("sh").args(["-ec", script]).current_dir(source.path()).status().unwrap();
     assert!(made.success());
-    let tar = std::process::Command::new("tar").args(["--sparse", "--format=gnu", "-cf", "-", "-C"]).arg(source.path()).arg(".").output().unwrap();
-    let ground = Ground::new();
-    ground.unpack(&tar.stdout).unwrap();
-    let listing = |dir: &Path| {
-        let find = "find . -printf '%p %y %m %U %G %s %l %n %T@\\n' | sed 's/\\.[0-9]*$//' | grep -v '^\\. ' | sort && cat a/b/f && md5sum c/sparse";
-        let output = std::process::Command::new("sh").args(["-ec", find]).current_dir(dir).output().unwrap();
-        String::from_utf8(output.stdout).unwrap()
+    let whole_seconds = |text: String| {
+        text.lines()
+            .map(|line| line.rsplit_once('.').filter(|_| line.contains('|')).map_or(line, |(l, _)| l).to_owned())
+            .collect::<Vec<_>>()
     };
-    let pax = std::process::Command::new("tar")
-        .args(["--sparse", "--format=pax", "-cf", "-", "-C"])
-        .arg(source.path())
-        .arg(".")
-        .output()
+    for options in [
+        &["--format=gnu"][..],
+        &["--format=gnu", "--sparse"],
+        &["--format=pax"],
+        &["--format=pax", "--sparse", "--sparse-version=0.0"],
+        &["--format=pax", "--sparse", "--sparse-version=0.1"],
+        &["--format=pax", "--sparse", "--sparse-version=1.0"],
+    ] {
+        let ground = Ground::new();
+        ground.unpack(&tar(source.path(), options)).unwrap_or_else(|error| panic!("{options:?}: {error}"));
+        let (ours, theirs) = (listing(&ground.layer), listing(source.path()));
+        if options[0] == "--format=pax" {
+            assert_eq!(ours, theirs, "{options:?}");
+        } else {
+            // The old form has no fractions of a second.
+            assert_eq!(whole_seconds(ours), whole_seconds(theirs), "{options:?}");
+        }
+        let hole = std::fs::metadata(ground.layer.join("c/hole")).unwrap();
+        assert!(hole.blocks() == 0 || !options.contains(&"--sparse"), "{options:?}: holes stay holes");
+    }
+}
+
+#[test]
+fn whiteouts_never_hide_what_the_same_layer_brings() {
+    let ground = Ground::new();
+    let archive = entries(&[
+        (Regular, "a", "", b"mine"),
+        (Regular, ".wh.a", "", b""),
+        (Regular, ".wh.b", "", b""),
+        (Regular, "b", "", b"mine"),
+        (Regular, ".wh.d", "", b""),
+        (Directory, "d/", "", b""),
+        (Regular, "d/x", "", b"mine"),
+        (Regular, "e/x", "", b"mine"),
+        (Regular, ".wh.e", "", b""),
+        (Regular, ".wh.f", "", b""),
+        (Regular, "f/x", "", b"mine"),
+        (Regular, "o/x", "", b"mine"),
+        (Regular, "o/.wh..wh..opq", "", b""),
+        (Regular, ".wh..wh.plnk", "", b""),
+    ]);
+    ground.unpack(&archive).unwrap();
+    for name in ["a", "b", "d/x", "e/x", "f/x", "o/x"] {
+        assert_eq!(std::fs::read_to_string(ground.layer.join(name)).unwrap(), "mine", "{name}");
+    }
+    for name in ["d", "e", "f", "o"] {
+        let mut value = [0; 8];
+        let length = rustix::fs::getxattr(ground.layer.join(name), "trusted.overlay.opaque", &mut value[..]);
+        assert_eq!(length, Ok(1), "{name} does not show what is below it");
+    }
+    assert_eq!(std::fs::read_dir(&ground.layer).unwrap().count(), 6);
+}
+
+#[test]
+fn a_layer_over_others_takes_what_it_needs_from_them() {
+    let below = Ground::new();
+    below
+        .unpack(&entries(&[
+            (Directory, "dir/", "", b""),
+            (Regular, "dir/tool", "", b"tool"),
+            (Regular, "gone", "", b""),
+        ]))
         .unwrap();
-    assert!(Ground::new().unpack(&pax.stdout).unwrap_err().to_string().contains("sparse"), "told, not misread");
-    let strip_directory_sizes = |text: String| text.lines().map(|line| line.to_owned()).filter(|l| !l.contains(" d ")).collect::<Vec<_>>();
-    assert_eq!(strip_directory_sizes(listing(&ground.layer)), strip_directory_sizes(listing(source.path())));
+    let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    rustix::fs::setxattr(below.layer.join("dir/tool"), "security.capability", &capability, XattrFlags::empty())
+        .unwrap();
+    std::os::unix::fs::chown(below.layer.join("dir"), Some(7), Some(8)).unwrap();
+    std::fs::set_permissions(below.layer.join("dir"), std::fs::Permissions::from_mode(0o700)).unwrap();
+    let ground = Ground::new();
+    let archive = entries(&[(Link, "dir/second", "dir/tool", b""), (Regular, ".wh..wh..opq", "", b"")]);
+    ground.unpack_over(&archive, std::slice::from_ref(&below.layer)).unwrap();
+    assert_eq!(std::fs::read_to_string(ground.layer.join("dir/second")).unwrap(), "tool");
+    let mut value = [0; 64];
+    let length = rustix::fs::getxattr(ground.layer.join("dir/second"), "security.capability", &mut value[..]).unwrap();
+    assert_eq!(value[..length], capability);
+    let dir = std::fs::metadata(ground.layer.join("dir")).unwrap();
+    assert_eq!((dir.uid(), dir.gid(), dir.mode() & 0o7777), (7, 8, 0o700), "as in the layer below");
+    assert!(std::fs::metadata(ground.layer.join("gone")).unwrap().file_type().is_char_device(), "an opaque root");
+}
+
+/// What overlayfs makes of two layers, in a mount namespace of its own.
+fn overlay_names(lower: &Path, upper: &Path) -> String {
+    let script = format!(
+        "mount -t overlay overlay -o ro,lowerdir={}:{} /mnt && cd /mnt && find . | LC_ALL=C sort",
+        upper.display(),
+        lower.display()
+    );
+    let output = std::process::Command::new("unshare").args(["-m", "sh", "-ec", &script]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().replace('\n', " ")
+}
+
+#[test]
+fn overlayfs_understands_the_whiteouts() {
+    let (lower, upper) = (Ground::new(), Ground::new());
+    let files = ["gone", "kept", "dir/gone", "dir/kept", "opaque/old", "again/old"];
+    lower.unpack(&entries(&files.map(|name| (Regular, name, "", &b""[..])))).unwrap();
+    let archive = entries(&[
+        (Regular, ".wh.gone", "", b""),
+        (Regular, "dir/.wh.gone", "", b""),
+        (Regular, "opaque/.wh..wh..opq", "", b""),
+        (Regular, "opaque/new", "", b""),
+        (Regular, ".wh.again", "", b""),
+        (Regular, "again/new", "", b""),
+    ]);
+    upper.unpack_over(&archive, std::slice::from_ref(&lower.layer)).unwrap();
+    let seen = overlay_names(&lower.layer, &upper.layer);
+    assert_eq!(seen.trim(), ". ./again ./again/new ./dir ./dir/kept ./kept ./opaque ./opaque/new");
+    // The whole root made anew.
+    let anew = Ground::new();
+    anew.unpack_over(
+        &entries(&[(Regular, ".wh..wh..opq", "", b""), (Regular, "new", "", b"")]),
+        std::slice::from_ref(&lower.layer),
+    )
+    .unwrap();
+    assert_eq!(overlay_names(&lower.layer, &anew.layer).trim(), ". ./new");
+}
+
+#[test]
+fn attributes_and_sub_second_times_of_pax_headers() {
+    let mut archive = Builder::new(Vec::new());
+    let value = [1, 0, 0, 2, b'\n', b'=', 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    archive
+        .append_pax_extensions([
+            ("SCHILY.xattr.security.capability", &value[..]),
+            ("SCHILY.xattr.trusted.overlay.redirect", b"/etc"),
+            ("mtime", b"77.5"),
+        ])
+        .unwrap();
+    raw(&mut archive, Regular, "f", "", b"x");
+    let ground = Ground::new();
+    ground.unpack(&archive.into_inner().unwrap()).unwrap();
+    let mut found = [0; 64];
+    let length = rustix::fs::getxattr(ground.layer.join("f"), "security.capability", &mut found[..]).unwrap();
+    assert_eq!(found[..length], value);
+    assert!(rustix::fs::getxattr(ground.layer.join("f"), "trusted.overlay.redirect", &mut found[..]).is_err());
+    let meta = std::fs::metadata(ground.layer.join("f")).unwrap();
+    assert_eq!((meta.mtime(), meta.mtime_nsec()), (77, 500_000_000));
+}
+
+/// A reader of a header that is followed by the same byte for ever: what it costs must not depend on what it claims.
+struct Endless(std::io::Cursor<Vec<u8>>, u64);
+
+impl Read for Endless {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 => {
+                self.1 += buffer.len() as u64;
+                buffer.fill(b'a');
+                Ok(buffer.len())
+            }
+            count => Ok(count),
+        }
+    }
+}
+
+#[test]
+fn headers_that_claim_to_be_huge_cost_nothing() {
+    let disk_left = AtomicU64::new(100 << 20);
+    let bounds = Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left };
+    for kind in [EntryType::GNULongName, EntryType::GNULongLink, EntryType::XHeader, Regular] {
+        let mut huge = header(kind, 1 << 40);
+        huge.set_cksum();
+        let mut endless = Endless(std::io::Cursor::new(huge.as_bytes().to_vec()), 0);
+        let ground = Ground::new();
+        unpack(&mut endless, &ground.layer, &Vec::new, bounds).unwrap_err();
+        assert!(endless.1 < 1 << 20, "{kind:?}: {} bytes were read", endless.1);
+    }
+    // A file that fits the bounds but not the disk.
+    let disk_left = AtomicU64::new(5000);
+    let bounds = Bounds { disk_left: &disk_left, ..bounds };
+    let archive = entries(&[(Regular, "one", "", &[1; 700]), (Regular, "two", "", b"2")]);
+    let error = unpack(archive.as_slice(), &Ground::new().layer, &Vec::new, bounds).unwrap_err();
+    assert!(matches!(&error, UnpackError::DiskFull { name, .. } if name == "two"), "{error}");
+}
+
+use proptest::prelude::*;
+
+/// What an archive may hold, names from few letters so that entries meet each other.
+fn any_entry() -> impl Strategy<Value = (EntryType, String, String, Vec<u8>)> {
+    let name = "[ab](/[ab.]{1,2}){0,3}/?|(\\.\\./)?[ab]|/[ab]|\\.wh\\.[ab]|[ab]/\\.wh\\.\\.wh\\.\\.opq";
+    let kind = prop::sample::select(vec![Regular, Directory, Symlink, Link, Fifo]);
+    let target = "[ab](/[ab]){0,2}|\\.\\./outside/secret|/[ab]|\\.\\.";
+    (kind, name, target, prop::collection::vec(any::<u8>(), 0..600)).prop_map(|(kind, name, target, content)| {
+        (kind, name, target, if kind == Regular { content } else { Vec::new() })
+    })
+}
+
+proptest! {
+    // Each case starts several programs.
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Nothing outside ever changes (`Ground::unpack` looks), whatever the entries and wherever the archive is cut.
+    #[test]
+    fn nothing_is_ever_written_outside(list in prop::collection::vec(any_entry(), 1..12), cut in 0..40_usize) {
+        let mut archive = Builder::new(Vec::new());
+        for (kind, name, target, content) in &list {
+            let target = if matches!(kind, Symlink | Link) { target.as_str() } else { "" };
+            raw(&mut archive, *kind, name, target, content);
+        }
+        let mut bytes = archive.into_inner().unwrap();
+        bytes.truncate(bytes.len() - cut * 61 % bytes.len());
+        let _ = Ground::new().unpack(&bytes);
+    }
+
+    /// What tar takes as well looks the same: plain trees, no entry meets another.
+    #[test]
+    fn plain_archives_unpack_as_with_tar(
+        files in prop::collection::btree_map("[a-d]{1,3}(/[a-d]{1,3}){0,3}", (0..0o7777_u32, 0..70_000_u64, prop::collection::vec(any::<u8>(), 0..2000)), 1..12),
+    ) {
+        let mut archive = Builder::new(Vec::new());
+        let names: Vec<_> = files.keys().cloned().collect();
+        for (name, (mode, owner, content)) in &files {
+            if names.iter().any(|other| other.starts_with(&format!("{name}/"))) {
+                continue;
+            }
+            let mut header = header(Regular, content.len() as u64);
+            header.set_mode(*mode);
+            header.set_uid(*owner);
+            archive.append_data(&mut header, name, content.as_slice()).unwrap();
+        }
+        let bytes = archive.into_inner().unwrap();
+        let ground = Ground::new();
+        ground.unpack(&bytes).unwrap();
+        let theirs = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("tar")
+            .args(["-xpf", "-", "--numeric-owner", "--same-owner", "-C"]).arg(theirs.path())
+            .stdin(std::process::Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(&bytes).unwrap();
+        prop_assert!(child.wait().unwrap().success());
+        // Directories that the archive does not name have the time of the unpacking.
+        let files_only = |dir: &Path| listing(dir).lines().filter(|line| !line.contains("|d|")).map(str::to_owned).collect::<Vec<_>>();
+        prop_assert_eq!(files_only(&ground.layer), files_only(theirs.path()));
+    }
 }

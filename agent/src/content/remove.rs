@@ -1,0 +1,117 @@
+//! Removes a directory tree that somebody else has filled, however deep it is: no recursion, three descriptors. A tree
+//! deeper than a process may have files open, or than PATH_MAX, is made flat while it is taken away.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, openat, renameat_with, statat, unlinkat};
+use rustix::io::Errno;
+
+/// Removes the directory at `path`; that it is not there is fine.
+pub fn path(path: &Path) -> io::Result<()> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    let parent = match rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(()),
+        opened => opened?,
+    };
+    match tree(parent.as_fd(), name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// Removes what `name` is in `parent`; a link is not followed.
+pub fn tree(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
+    let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+        return Ok(unlinkat(parent, name, AtFlags::empty())?);
+    }
+    let top = open(parent, name)?;
+    let mut moved = 0_u64;
+    // Each round takes one level away; directories found are emptied into the top first.
+    loop {
+        let mut directories = 0;
+        for child in names(&top)? {
+            let child = OsStr::from_bytes(&child);
+            if !unlink_file(top.as_fd(), child)? {
+                directories += 1;
+                let directory = open(top.as_fd(), child)?;
+                for grandchild in names(&directory)? {
+                    let grandchild = OsStr::from_bytes(&grandchild);
+                    if !unlink_file(directory.as_fd(), grandchild)? {
+                        move_up(&directory, grandchild, &top, &mut moved)?;
+                    }
+                }
+                unlinkat(&top, child, AtFlags::REMOVEDIR)?;
+            }
+        }
+        if directories == 0 {
+            return Ok(unlinkat(parent, name, AtFlags::REMOVEDIR)?);
+        }
+    }
+}
+
+fn open(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
+    openat(parent, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Read at once, since the directory changes while its names are used. Bounded by what a layer may have.
+fn names(directory: &OwnedFd) -> io::Result<Vec<Vec<u8>>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(directory)? {
+        let entry = entry?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(name.to_vec());
+        }
+    }
+    Ok(names)
+}
+
+/// False: it is a directory.
+fn unlink_file(parent: BorrowedFd<'_>, name: &OsStr) -> Result<bool, Errno> {
+    match unlinkat(parent, name, AtFlags::empty()) {
+        Ok(()) => Ok(true),
+        Err(Errno::ISDIR | Errno::PERM) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn move_up(from: &OwnedFd, name: &OsStr, top: &OwnedFd, moved: &mut u64) -> Result<(), Errno> {
+    loop {
+        let fresh = format!(".removed-{moved}");
+        *moved += 1;
+        match renameat_with(from, name, top, fresh.as_str(), RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST) => {}
+            result => return result,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tree_deeper_than_any_path_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("top");
+        std::fs::create_dir(&top).unwrap();
+        let mut at = openat(rustix::fs::CWD, &top, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        for _ in 0..3000 {
+            rustix::fs::mkdirat(&at, "directory", Mode::from_raw_mode(0o755)).unwrap();
+            rustix::fs::mkdirat(&at, ".removed-7", Mode::from_raw_mode(0o755)).unwrap();
+            rustix::fs::symlinkat("..", &at, "link").unwrap();
+            at = open(at.as_fd(), OsStr::new("directory")).unwrap();
+        }
+        drop(at);
+        path(&top).unwrap();
+        assert!(!top.exists());
+        path(&top).unwrap();
+    }
+}

@@ -1,0 +1,240 @@
+//! The nodes of a layer, each made relative to the descriptor of its directory and never looked up by path again.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
+    fchmod, fchown, fgetxattr, fsetxattr, futimens, linkat, mkdirat, mknodat, openat, openat2, statat, symlinkat,
+    unlinkat, utimensat,
+};
+use rustix::io::Errno;
+
+use crate::content::archive::Item;
+use crate::content::remove;
+
+const OPAQUE_MARK: &str = "trusted.overlay.opaque";
+
+fn owner(item: &Item) -> (Option<Uid>, Option<Gid>) {
+    (Some(Uid::from_raw(item.uid)), Some(Gid::from_raw(item.gid)))
+}
+
+fn times((secs, nanos): (i64, u32)) -> Timestamps {
+    // The cast is to a type whose width depends on the machine; a nanosecond fits them all.
+    let time = Timespec { tv_sec: secs, tv_nsec: nanos as _ };
+    Timestamps { last_access: time, last_modification: time }
+}
+
+pub fn set_times(fd: impl AsFd, mtime: (i64, u32)) -> Result<(), Errno> {
+    futimens(fd, &times(mtime))
+}
+
+/// A descriptor that is good for more than a look-up, of a directory that one has an `O_PATH` one of.
+pub fn reopen(directory: &OwnedFd) -> Result<OwnedFd, Errno> {
+    openat(directory, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+}
+
+pub fn new_file(parent: &OwnedFd, name: &OsStr) -> Result<File, Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(parent, name, flags, Mode::from_raw_mode(0o600)).map(File::from)
+}
+
+pub fn file_metadata(file: &File, item: &Item) -> Result<(), Errno> {
+    let (uid, gid) = owner(item);
+    fchown(file, uid, gid)?;
+    // After the owner: a change of owner takes the setuid bit and the capabilities away.
+    fchmod(file, Mode::from_raw_mode(item.mode))?;
+    set_xattrs(file, item)?;
+    set_times(file, (item.mtime_secs, item.mtime_nanos))
+}
+
+fn set_xattrs(fd: impl AsFd, item: &Item) -> Result<(), Errno> {
+    for (name, value) in &item.xattrs {
+        match fsetxattr(&fd, name.as_str(), value, XattrFlags::empty()) {
+            // A file system without user attributes; nothing runs differently for it.
+            Err(Errno::OPNOTSUPP) if name.starts_with("user.") => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+/// All but the times, which every entry in the directory changes.
+pub fn directory_metadata(directory: &OwnedFd, item: &Item) -> Result<(), Errno> {
+    let (uid, gid) = owner(item);
+    fchown(directory, uid, gid)?;
+    fchmod(directory, Mode::from_raw_mode(item.mode))?;
+    set_xattrs(directory, item)
+}
+
+/// `hides`: this layer has a whiteout of the same name, so nothing of the directory below shows through.
+pub fn directory(parent: &OwnedFd, name: &OsStr, item: &Item, hides: bool) -> Result<(), Errno> {
+    match mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(errno),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = openat(parent, name, flags, Mode::empty())?;
+    if hides {
+        mark_opaque(&directory)?;
+    }
+    directory_metadata(&directory, item)
+}
+
+pub fn symlink(parent: &OwnedFd, name: &OsStr, item: &Item) -> Result<(), Errno> {
+    symlinkat(OsStr::from_bytes(&item.link), parent, name)?;
+    let (uid, gid) = owner(item);
+    chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
+    utimensat(parent, name, &times((item.mtime_secs, item.mtime_nanos)), AtFlags::SYMLINK_NOFOLLOW)
+}
+
+pub fn node_metadata(parent: &OwnedFd, name: &OsStr, item: &Item) -> Result<(), Errno> {
+    let (uid, gid) = owner(item);
+    chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
+    chmodat(parent, name, Mode::from_raw_mode(item.mode), AtFlags::empty())?;
+    utimensat(parent, name, &times((item.mtime_secs, item.mtime_nanos)), AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// What was in an entry's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MadeWay {
+    Free,
+    /// A directory meets a directory: it stays.
+    Kept,
+    /// A whiteout of this layer.
+    Whiteout,
+    Removed,
+}
+
+/// Takes away what is there already.
+pub fn make_way(parent: BorrowedFd<'_>, name: &OsStr, is_directory: bool) -> io::Result<MadeWay> {
+    let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(MadeWay::Free),
+        stat => stat?,
+    };
+    let found = FileType::from_raw_mode(stat.st_mode);
+    if found == FileType::Directory {
+        if is_directory {
+            return Ok(MadeWay::Kept);
+        }
+        remove::tree(parent, name)?;
+        return Ok(MadeWay::Removed);
+    }
+    unlinkat(parent, name, AtFlags::empty())?;
+    // Other devices are never made here.
+    Ok(if found == FileType::CharacterDevice { MadeWay::Whiteout } else { MadeWay::Removed })
+}
+
+pub fn is_whiteout(parent: BorrowedFd<'_>, name: &OsStr) -> Result<bool, Errno> {
+    match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0),
+        Err(Errno::NOENT) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Hides `name` of the layers below. What this layer has under that name stays, a directory without what is below it.
+pub fn whiteout(parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
+    if name.is_empty() || name == "." || name == ".." {
+        return Err(Errno::INVAL);
+    }
+    match mknodat(parent, name, FileType::CharacterDevice, Mode::empty(), 0) {
+        Err(Errno::EXIST) => {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            match openat(parent, name, flags, Mode::empty()) {
+                Ok(directory) => mark_opaque(&directory),
+                Err(Errno::NOTDIR | Errno::LOOP) => Ok(()),
+                Err(errno) => Err(errno),
+            }
+        }
+        made => made,
+    }
+}
+
+pub fn mark_opaque(directory: &OwnedFd) -> Result<(), Errno> {
+    // fsetxattr(2) takes no O_PATH descriptor.
+    fsetxattr(reopen(directory)?, OPAQUE_MARK, b"y", XattrFlags::empty())
+}
+
+pub enum LinkSource<'f> {
+    /// A file of this layer (`O_PATH`).
+    Here(&'f OwnedFd),
+    /// A file of a layer below: it is copied.
+    Below(&'f File),
+}
+
+pub fn link(source: &LinkSource<'_>, parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
+    match source {
+        LinkSource::Here(found) => Ok(linkat(found, "", parent, name, AtFlags::EMPTY_PATH)?),
+        LinkSource::Below(file) => {
+            let mut copy = new_file(parent, name)?;
+            io::copy(&mut &**file, &mut copy)?;
+            copy_metadata(file, &copy)?;
+            let meta = file.metadata()?;
+            // A nanosecond fits.
+            Ok(set_times(&copy, (meta.mtime(), u32::try_from(meta.mtime_nsec()).unwrap_or(0)))?)
+        }
+    }
+}
+
+/// Owner, mode and capabilities.
+pub fn copy_metadata(from: impl AsFd, to: impl AsFd) -> io::Result<()> {
+    let stat = rustix::fs::fstat(&from)?;
+    fchown(&to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
+    fchmod(&to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
+    // VFS_CAP_DATA is at most 24 bytes.
+    let mut value = [0; 64];
+    match fgetxattr(&from, "security.capability", &mut value[..]) {
+        Ok(length) => Ok(fsetxattr(&to, "security.capability", &value[..length], XattrFlags::empty())?),
+        Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// The layers below, lowest first.
+pub struct Below(pub Vec<PathBuf>);
+
+impl Below {
+    /// In the topmost layer that has anything of that name.
+    fn find(&self, path: &Path, flags: OFlags) -> Option<File> {
+        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        for layer in self.0.iter().rev() {
+            let root =
+                rustix::fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+            match openat2(&root, path, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), inside) {
+                Err(Errno::NOENT) => {}
+                found => return found.ok().map(File::from),
+            }
+        }
+        None
+    }
+
+    pub fn file(&self, path: &Path) -> Option<File> {
+        // O_NONBLOCK: a fifo must not hold us up.
+        let file = self.find(path, OFlags::RDONLY | OFlags::NONBLOCK)?;
+        file.metadata().is_ok_and(|meta| meta.is_file()).then_some(file)
+    }
+
+    pub fn directory(&self, path: &Path) -> Option<File> {
+        self.find(path, OFlags::RDONLY | OFlags::DIRECTORY)
+    }
+
+    /// What is in the roots of the layers below.
+    pub fn root_names(&self) -> Vec<OsString> {
+        let mut names: Vec<OsString> = self
+            .0
+            .iter()
+            .filter_map(|layer| std::fs::read_dir(layer).ok())
+            .flatten()
+            .filter_map(|entry| entry.ok().map(|entry| entry.file_name()))
+            .collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+}

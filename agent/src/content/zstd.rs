@@ -1,0 +1,172 @@
+//! Zstandard (RFC 8878) as a stream: frame after frame, skippable ones passed over, as seekable layers have them. The
+//! window is bounded before the decoder allocates it: RFC 8878 asks for 8 MiB, and a device has no more to spare.
+
+use std::io::{self, Read};
+
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+
+const WINDOW_MAX_BYTES: u64 = 8 << 20;
+const MAGIC: u32 = 0xfd2f_b528;
+/// The low four bits are free.
+const SKIPPABLE: u32 = 0x184d_2a50;
+/// Decoded at a time.
+const CHUNK_BYTES: usize = 128 << 10;
+
+pub struct ZstdReader<R> {
+    input: R,
+    decoder: FrameDecoder,
+    in_frame: bool,
+}
+
+impl<R: Read> ZstdReader<R> {
+    pub fn new(input: R) -> Self {
+        Self { input, decoder: FrameDecoder::new(), in_frame: false }
+    }
+
+    /// Begins the next frame; false at the end.
+    fn next_frame(&mut self) -> io::Result<bool> {
+        loop {
+            let mut magic = [0; 4];
+            if !read_whole_or_none(&mut self.input, &mut magic)? {
+                return Ok(false);
+            }
+            let number = u32::from_le_bytes(magic);
+            if number & !0xf == SKIPPABLE {
+                let mut length = [0; 4];
+                self.input.read_exact(&mut length)?;
+                let length = u64::from(u32::from_le_bytes(length));
+                if io::copy(&mut self.input.by_ref().take(length), &mut io::sink())? != length {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                continue;
+            }
+            if number != MAGIC {
+                return Err(bad("not a zstd frame"));
+            }
+            let header = self.frame_header()?;
+            self.decoder.reset(magic.as_slice().chain(header.as_slice())).map_err(|error| bad(&error.to_string()))?;
+            self.in_frame = true;
+            return Ok(true);
+        }
+    }
+
+    /// The header behind the magic number (RFC 8878, 3.1.1.1), its window checked.
+    fn frame_header(&mut self) -> io::Result<Vec<u8>> {
+        let mut header = vec![0; 1];
+        self.input.read_exact(&mut header)?;
+        let descriptor = header[0];
+        let single_segment = descriptor & 0x20 != 0;
+        let dictionary_bytes = [0, 1, 2, 4][usize::from(descriptor & 3)];
+        let size_bytes = match descriptor >> 6 {
+            0 => usize::from(single_segment),
+            1 => 2,
+            2 => 4,
+            _ => 8,
+        };
+        let window_bytes = usize::from(!single_segment);
+        header.resize(1 + window_bytes + dictionary_bytes + size_bytes, 0);
+        self.input.read_exact(&mut header[1..])?;
+        let window = if single_segment {
+            let mut size = [0; 8];
+            size[..size_bytes].copy_from_slice(&header[1 + dictionary_bytes..]);
+            // A size of two bytes counts from 256.
+            u64::from_le_bytes(size) + if size_bytes == 2 { 256 } else { 0 }
+        } else {
+            let base = 1_u64 << (10 + (header[1] >> 3));
+            base + base / 8 * u64::from(header[1] & 7)
+        };
+        if window > WINDOW_MAX_BYTES {
+            return Err(bad(&format!(
+                "its zstd window of {window} bytes is more than the {WINDOW_MAX_BYTES} this device has for it"
+            )));
+        }
+        Ok(header)
+    }
+}
+
+impl<R: Read> Read for ZstdReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            if !self.in_frame && !self.next_frame()? {
+                return Ok(0);
+            }
+            if self.decoder.can_collect() == 0 && !self.decoder.is_finished() {
+                let strategy = BlockDecodingStrategy::UptoBytes(CHUNK_BYTES.max(buffer.len()));
+                self.decoder.decode_blocks(&mut self.input, strategy).map_err(|error| bad(&error.to_string()))?;
+            }
+            let count = Read::read(&mut self.decoder, buffer)?;
+            if count > 0 {
+                return Ok(count);
+            }
+            if self.decoder.is_finished() {
+                self.in_frame = false;
+            }
+        }
+    }
+}
+
+fn bad(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
+}
+
+/// False at the end of the stream; an end in the middle is an error.
+fn read_whole_or_none(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match reader.read(&mut buffer[filled..])? {
+            0 if filled == 0 => return Ok(false),
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            count => filled += count,
+        }
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    fn zstd(args: &[&str], input: &[u8]) -> Vec<u8> {
+        let mut child = Command::new("zstd")
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("zstd is installed");
+        let mut stdin = child.stdin.take().unwrap();
+        let input = input.to_vec();
+        let writer = std::thread::spawn(move || stdin.write_all(&input));
+        let output = child.wait_with_output().unwrap();
+        writer.join().unwrap().unwrap();
+        assert!(output.status.success());
+        output.stdout
+    }
+
+    #[test]
+    fn frames_one_after_the_other_with_skippable_ones_between() {
+        let text: Vec<u8> = (0..300_000_u32).flat_map(|n| n.to_string().into_bytes()).collect();
+        let mut packed = zstd(&["-q", "-c"], &text);
+        packed.extend_from_slice(&[0x5a, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3]);
+        packed.extend(zstd(&["-q", "-c", "-19"], b"the end"));
+        packed.extend(zstd(&["-q", "-c", "--no-check"], b""));
+        let mut out = Vec::new();
+        ZstdReader::new(packed.as_slice()).read_to_end(&mut out).unwrap();
+        assert!(out == [text.as_slice(), b"the end"].concat());
+        for end in [0, 3, 7, packed.len() / 2, packed.len() - 1] {
+            let result = ZstdReader::new(&packed[..end]).read_to_end(&mut Vec::new());
+            assert!(result.is_err() || end == 0, "{end}");
+        }
+    }
+
+    #[test]
+    fn a_window_larger_than_the_device_has_is_refused_before_it_costs_anything() {
+        let packed = zstd(&["-q", "-c", "--ultra", "-22", "--long=27"], &vec![7; 1 << 20]);
+        let error = ZstdReader::new(packed.as_slice()).read_to_end(&mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("window"), "{error}");
+    }
+}

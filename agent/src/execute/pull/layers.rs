@@ -1,0 +1,268 @@
+//! The layers of one image, several at once. Each goes from its stream into its directory in one pass; a thread takes
+//! the lowest that nobody has taken, so that waiting for the layers below never waits for oneself.
+
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use edged_model::id::Digest;
+use edged_model::quantity::Bytes;
+use edged_model::reason::{Code, Reason};
+
+use super::{Progress, PullContext, PullFailure};
+use crate::content::layer::{Compression, Expected, LayerError, unpack_stream};
+use crate::content::unpack::{Bounds, UnpackError};
+use crate::registry::{BlobStream, Source};
+use crate::store::inline_chain;
+
+/// One layer of the image, as manifest and configuration describe it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    pub digest: Digest,
+    pub diff_id: Digest,
+    pub chain: Digest,
+    pub size: u64,
+    pub compression: Compression,
+}
+
+/// What gzip and zstd make of programs is about a third; what is downloaded is not kept.
+const UNPACKED_PER_COMPRESSED: u64 = 3;
+
+/// A report of progress is worth waking somebody for.
+const PROGRESS_STEP_BYTES: u64 = 256 << 10;
+
+/// Reports on their way: one for each thread that fetches is enough, more only smooths.
+const PROGRESS_DEPTH: usize = 16;
+
+impl Layer {
+    fn unpacked_estimate(&self) -> u64 {
+        match self.compression {
+            Compression::None => self.size,
+            Compression::Gzip | Compression::Zstd => self.size.saturating_mul(UNPACKED_PER_COMPRESSED),
+        }
+    }
+}
+
+/// Fetches what is missing of `layers` (lowest first).
+pub fn fetch(
+    ctx: &PullContext,
+    image: &str,
+    source: &Source,
+    layers: &[Layer],
+    progress: &dyn Fn(Progress),
+) -> Result<(), PullFailure> {
+    let missing: Vec<usize> = (0..layers.len()).filter(|index| !ctx.content.has_layer(layers[*index].chain)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let needed = missing.iter().map(|index| layers[*index].unpacked_estimate()).fold(0, u64::saturating_add);
+    let room = Room::of(ctx);
+    if needed > room.usable() {
+        return Err(room.too_small(image, needed));
+    }
+    let work = Work {
+        ctx,
+        image,
+        source,
+        layers,
+        missing: &missing,
+        next: AtomicUsize::new(0),
+        disk_left: AtomicU64::new(room.usable()),
+        room,
+        done: Mutex::new((0..layers.len()).map(|index| !missing.contains(&index)).collect()),
+        changed: Condvar::new(),
+        failed: AtomicBool::new(false),
+    };
+    let total = missing.iter().map(|index| layers[*index].size).fold(0, u64::saturating_add);
+    let threads = usize::try_from(ctx.images.parallel).unwrap_or(1).clamp(1, missing.len());
+    progress(Progress { done: Bytes(0), total: Bytes(total) });
+    let (sender, receiver) = sync_channel(PROGRESS_DEPTH);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|_| {
+                let (work, sender) = (&work, sender.clone());
+                scope.spawn(move || work.until_done(&sender))
+            })
+            .collect();
+        drop(sender);
+        let mut fetched = 0_u64;
+        // Ends when the last worker has dropped its sender.
+        for count in receiver {
+            fetched = fetched.saturating_add(count);
+            progress(Progress { done: Bytes(fetched.min(total)), total: Bytes(total) });
+        }
+        let mut given_up = None;
+        for worker in workers {
+            match worker.join() {
+                Ok(Ok(())) => {}
+                // The cause; what the others say follows from it.
+                Ok(Err(Stopped::Failed(failure))) => return Err(failure),
+                Ok(Err(Stopped::GivenUp)) => given_up = Some("another layer failed"),
+                Err(_) => given_up = Some("a thread of edged ended unexpectedly"),
+            }
+        }
+        given_up.map_or(Ok(()), |why| Err(PullFailure::passing(Code::ImageUnusable, format!("{image}: {why}"))))
+    })
+}
+
+/// The disk, when the pull began.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    free: u64,
+    reserve: u64,
+}
+
+impl Room {
+    fn of(ctx: &PullContext) -> Self {
+        // A file system that cannot be asked says so when it is written to.
+        let free = rustix::fs::statvfs(&ctx.data).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+        Self { free, reserve: ctx.disk_reserve.0 }
+    }
+
+    fn usable(self) -> u64 {
+        self.free.saturating_sub(self.reserve)
+    }
+
+    fn too_small(self, image: &str, needed: u64) -> PullFailure {
+        let [needed, free, reserve] = [needed, self.free, self.reserve].map(|bytes| Bytes(bytes).human());
+        let text = format!("{image} needs about {needed}, {free} are free, {reserve} are in reserve");
+        let reason = Reason::new(Code::DiskDoesNotFit, text).next("free some room or use a smaller image");
+        PullFailure { reason, permanent: false, retry_after: None }
+    }
+}
+
+enum Stopped {
+    Failed(PullFailure),
+    GivenUp,
+}
+
+impl From<PullFailure> for Stopped {
+    fn from(failure: PullFailure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+/// What the threads share.
+struct Work<'w> {
+    ctx: &'w PullContext,
+    image: &'w str,
+    source: &'w Source,
+    layers: &'w [Layer],
+    missing: &'w [usize],
+    next: AtomicUsize,
+    disk_left: AtomicU64,
+    room: Room,
+    /// Which layers are on the disk.
+    done: Mutex<Vec<bool>>,
+    changed: Condvar,
+    failed: AtomicBool,
+}
+
+impl Work<'_> {
+    fn until_done(&self, progress: &SyncSender<u64>) -> Result<(), Stopped> {
+        // Also when this thread panics: the others must not wait for a layer that never comes.
+        let fence = FailOnDrop(self);
+        while let Some(index) = self.missing.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            self.one(*index, progress)?;
+            self.done.lock().unwrap_or_else(PoisonError::into_inner)[*index] = true;
+            self.changed.notify_all();
+        }
+        std::mem::forget(fence);
+        Ok(())
+    }
+
+    fn one(&self, index: usize, progress: &SyncSender<u64>) -> Result<(), Stopped> {
+        let layer = &self.layers[index];
+        let disk = |error| PullFailure::passing(Code::DiskFull, format!("{}: {}", self.image, inline_chain(&error)));
+        let Some(staged) = self.ctx.content.stage(layer.chain).map_err(disk)? else { return Ok(()) };
+        let stream = self.source.blob(layer.digest, layer.size).map_err(PullFailure::from)?;
+        let mut reader = Watched { stream, size_left: layer.size, unreported: 0, progress, failed: &self.failed };
+        let expected = Expected { digest: layer.digest, diff_id: layer.diff_id, compression: layer.compression };
+        let images = &self.ctx.images;
+        let bounds =
+            Bounds { bytes_max: images.layer_max.0, entries_max: images.layer_entries_max, disk_left: &self.disk_left };
+        match unpack_stream(&mut reader, &expected, staged.path(), &|| self.below(index), bounds) {
+            Ok(()) => Ok(staged.publish().map_err(disk)?),
+            Err(_) if self.failed.load(Ordering::Relaxed) => Err(Stopped::GivenUp),
+            Err(error) => match reader.stream.take_error() {
+                Some(error) => Err(PullFailure::from(error).into()),
+                None => Err(self.refused(layer, &error).into()),
+            },
+        }
+    }
+
+    /// The layers below, once they are there; after a failure, those that are.
+    fn below(&self, index: usize) -> Vec<PathBuf> {
+        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        while !done[..index].iter().all(|done| *done) && !self.failed.load(Ordering::Relaxed) {
+            done = self.changed.wait(done).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.layers[..index].iter().map(|layer| self.ctx.content.layer(layer.chain)).collect()
+    }
+
+    fn refused(&self, layer: &Layer, error: &LayerError) -> PullFailure {
+        let text = format!("{}: layer {}: {}", self.image, layer.digest.short(), inline_chain(error));
+        let is_full =
+            |source: &io::Error| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        match error {
+            LayerError::Unpack(UnpackError::Write { source, .. }) if is_full(source) => {
+                PullFailure::passing(Code::DiskFull, text)
+            }
+            LayerError::Unpack(UnpackError::DiskFull { .. }) => {
+                let taken = self.room.usable().saturating_sub(self.disk_left.load(Ordering::Relaxed));
+                let mut failure = self.room.too_small(self.image, taken);
+                failure.reason.text = format!("{}; {text}", failure.reason.text);
+                failure
+            }
+            LayerError::WrongDigest { .. } | LayerError::WrongDiffId { .. } => {
+                PullFailure::permanent(Reason::new(Code::DigestMismatch, text))
+            }
+            LayerError::Read(_) => PullFailure::passing(Code::RegistryUnavailable, text),
+            LayerError::Unpack(_) | LayerError::Decompress(_) | LayerError::Padding { .. } => {
+                PullFailure::permanent(Reason::new(Code::LayerRefused, text))
+            }
+        }
+    }
+}
+
+/// Tells the other threads to give up.
+struct FailOnDrop<'w, 'x>(&'w Work<'x>);
+
+impl Drop for FailOnDrop<'_, '_> {
+    fn drop(&mut self) {
+        // Under the lock, so that nobody goes to sleep between looking and being woken.
+        let _done = self.0.done.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.failed.store(true, Ordering::Relaxed);
+        self.0.changed.notify_all();
+    }
+}
+
+/// A stream that tells how far it is, ends with its announced size, and stops when another layer has failed.
+struct Watched<'w> {
+    stream: Box<dyn BlobStream + 'w>,
+    size_left: u64,
+    unreported: u64,
+    progress: &'w SyncSender<u64>,
+    failed: &'w AtomicBool,
+}
+
+impl Read for Watched<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(io::Error::other("another layer failed"));
+        }
+        // One byte more than announced is enough to see that the digest cannot be right.
+        let take = buffer.len().min(usize::try_from(self.size_left.saturating_add(1)).unwrap_or(usize::MAX));
+        let count = self.stream.read(&mut buffer[..take])?;
+        self.size_left = self.size_left.saturating_sub(count as u64);
+        self.unreported += count as u64;
+        if self.unreported >= PROGRESS_STEP_BYTES || (count == 0 && self.unreported > 0) {
+            // Nobody listens any more only if the pull itself is ending.
+            let _ = self.progress.send(self.unreported);
+            self.unreported = 0;
+        }
+        Ok(count)
+    }
+}

@@ -1,0 +1,77 @@
+//! Reports that wait for a network: bounded, oldest dropped first, and counted.
+
+use super::record::{Blob, number_key};
+use super::trees::{self, meta};
+use super::{Durability, Store, StoreError, put, record, remove};
+
+/// Report numbers promised at once to `keep/`, so that a rebuilt store never uses one again: the fleet refuses those.
+const NUMBERS_AHEAD: u64 = 1000;
+
+impl Store {
+    /// Puts a report into the outbox; the oldest go when it is full, and are counted. Returns its place.
+    pub fn push_report(&self, report: &[u8], durability: Durability) -> Result<u64, StoreError> {
+        let mut one = self.lock();
+        let number = one.next_report;
+        let waiting = self.with_door(|door| door.keys(trees::OUTBOX))?;
+        let spare = &waiting[..(waiting.len() + 1).saturating_sub(self.inner.outbox_max.max(1)).min(waiting.len())];
+        let mut changes = vec![put(trees::OUTBOX, &number_key(number), &Blob(report.to_vec()))?];
+        changes.extend(spare.iter().map(|key| remove(trees::OUTBOX, key)));
+        if !spare.is_empty() {
+            changes.push(put(trees::META, meta::DROPPED, &(self.dropped_reports()? + spare.len() as u64))?);
+        }
+        one.next_report += 1;
+        self.commit(&one, &changes, durability)?;
+        Ok(number)
+    }
+
+    /// The oldest report and its place. Damaged ones are thrown away on the way, and counted.
+    pub fn oldest_report(&self) -> Result<Option<(u64, Vec<u8>)>, StoreError> {
+        for key in self.with_door(|door| door.keys(trees::OUTBOX))? {
+            let Some(sealed) = self.with_door(|door| door.get(trees::OUTBOX, &key))? else { continue };
+            match (key.parse(), record::unseal::<Blob>(trees::OUTBOX, &key, &sealed)) {
+                (Ok(number), Some(blob)) => return Ok(Some((number, blob.0))),
+                _ => {
+                    let one = self.lock();
+                    let dropped = put(trees::META, meta::DROPPED, &(self.dropped_reports()? + 1))?;
+                    self.commit(&one, &[remove(trees::OUTBOX, &key), dropped], Durability::Soon)?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The fleet has it. A cut before this is on the disk sends it twice; its own number tells the fleet.
+    pub fn remove_report(&self, number: u64) -> Result<(), StoreError> {
+        self.commit(&self.lock(), &[remove(trees::OUTBOX, &number_key(number))], Durability::Soon)
+    }
+
+    pub fn waiting_reports(&self) -> Result<u64, StoreError> {
+        Ok(self.with_door(|door| door.keys(trees::OUTBOX))?.len() as u64)
+    }
+
+    pub fn dropped_reports(&self) -> Result<u64, StoreError> {
+        Ok(self.get(trees::META, meta::DROPPED)?.unwrap_or(0))
+    }
+
+    /// A report that said `count` were dropped has arrived.
+    pub fn forget_dropped(&self, count: u64) -> Result<(), StoreError> {
+        let one = self.lock();
+        let left = self.dropped_reports()?.saturating_sub(count);
+        self.commit(&one, &[put(trees::META, meta::DROPPED, &left)?], Durability::Soon)
+    }
+
+    /// A number for the next report: higher than any before, over all boots and rebuilds. It is on the disk no later
+    /// than the report itself, if that is pushed durably.
+    pub fn next_report_number(&self) -> Result<u64, StoreError> {
+        let one = self.lock();
+        let next = self.get::<u64>(trees::META, meta::REPORT_NUMBER)?.unwrap_or(0) + 1;
+        let number = put(trees::META, meta::REPORT_NUMBER, &next)?;
+        if next > self.get::<u64>(trees::META, meta::REPORT_CEILING)?.unwrap_or(0) {
+            let ceiling = put(trees::META, meta::REPORT_CEILING, &(next + NUMBERS_AHEAD))?;
+            self.commit_kept(&one, vec![number, ceiling])?;
+        } else {
+            self.commit(&one, &[number], Durability::Soon)?;
+        }
+        Ok(next)
+    }
+}
