@@ -1,156 +1,166 @@
-//! A bootable device: Debian's kernel and an initramfs with edged as `/init`, the modules it needs and the two tools that
-//! look after the data disk. What is particular to one device (configuration, trust root) is appended later.
+//! What a device boots: Debian's kernel and an initramfs with `edged` as `/init`. The data disk is made by the device.
+//!
+//! Kernel command line: `console=` where kernel and keeper write, `edged.data=/dev/vda` the data disk (formatted when it
+//! is empty), `edged.watchdog=60` seconds (0: none).
 
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
-use edged_qemu::run::run;
+use anyhow::{Context, Result, ensure};
+use edged_qemu::arch::Arch;
+use edged_qemu::artifacts::{Artifacts, Firmware};
+use edged_qemu::cpio::Archive as Cpio;
 
-use crate::apt::Suite;
-use crate::build::{self, Arch};
-use crate::say;
+use crate::debian::Archive;
+use crate::elf;
+use crate::kernel::Kernel;
+use crate::progress;
+use crate::setup::{self, Need};
+use crate::toolchain::{self, Profile};
 
-pub struct Image {
-    pub kernel: PathBuf,
-    pub initramfs: PathBuf,
-    pub programs: build::Programs,
-}
+/// The release whose e2fsprogs and sample programs are taken.
+pub const SUITE: &str = "bookworm";
 
-/// In the order in which they are loaded; what they need comes before them, what is built in is passed over.
-/// `crc32c_generic` is a soft dependency of ext4, which modules.dep does not have.
-const MODULES: [&str; 12] = [
-    "virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "crc32c_generic", "libcrc32c", "ext4", "overlay",
-    "af_packet", "softdog", "i6300esb", "mqueue",
-];
-
-/// What formats and mends the data disk, with the libraries it is linked to.
-const DISK_TOOLS: [&str; 8] =
-    ["e2fsprogs", "libext2fs2", "libcom-err2", "libss2", "libblkid1", "libuuid1", "libc6", "logsave"];
-
-pub fn build(arch: Arch) -> Result<Image> {
-    let programs = build::firmware(arch)?;
-    if arch == Arch::Armv7 {
-        bail!("Debian's armhf kernel is not in the rig; the programs are built: {}", programs.edged.display());
-    }
-    let (kernel, modules, version) = kernel(arch)?;
-    say::step(&format!("packing the initramfs for {}", arch.name()));
-    let dir = build::root().join("target/image").join(arch.name());
-    let root = dir.join("root");
-    if root.exists() {
-        std::fs::remove_dir_all(&root)?;
-    }
-    for sub in ["dev", "proc", "sys", "run", "tmp", "newroot", "etc/edged", "etc/modules-load.d", "usr/bin", "sbin", "var/lib"] {
-        std::fs::create_dir_all(root.join(sub))?;
-    }
-    copy(&programs.edged, &root.join("init"), 0o755)?;
-    std::os::unix::fs::symlink("/init", root.join("usr/bin/edged"))?;
-    copy(&programs.edgectl, &root.join("usr/bin/edgectl"), 0o755)?;
-    // Before devtmpfs is there, the kernel and the standard library want these two.
-    for (name, major, minor) in [("console", "5", "1"), ("null", "1", "3")] {
-        run(Command::new("mknod").arg(root.join("dev").join(name)).args(["c", major, minor]))?;
-    }
-    std::fs::write(root.join("etc/passwd"), "root:x:0:0:root:/:/bin/false\n")?;
-    std::fs::write(root.join("etc/group"), "root:x:0:\ntty:x:5:\nedged:x:900:\n")?;
-    std::fs::write(root.join("etc/hostname"), "edged\n")?;
-    std::fs::write(root.join("etc/modules-load.d/edged.conf"), MODULES.join("\n") + "\n")?;
-    install_modules(&modules, &version, &root)?;
-    install_disk_tools(arch, &root)?;
-    let initramfs = dir.join("initramfs.gz");
-    let pack = format!("find . | LC_ALL=C sort | cpio --quiet -o -H newc --owner=0:0 | gzip -9n > {}", initramfs.display());
-    run(Command::new("sh").args(["-ec", &pack]).current_dir(&root))?;
-    let size = |path: &Path| Ok::<_, anyhow::Error>(std::fs::metadata(path)?.len() / 1024);
-    say::done(&format!(
-        "    edged {} KiB, edgectl {} KiB, initramfs {} KiB, kernel {version}",
-        size(&programs.edged)?, size(&programs.edgectl)?, size(&initramfs)?
-    ));
-    Ok(Image { kernel, initramfs, programs })
-}
-
-fn copy(from: &Path, to: &Path, mode: u32) -> Result<()> {
-    std::fs::copy(from, to).with_context(|| from.display().to_string())?;
-    std::fs::set_permissions(to, std::fs::Permissions::from_mode(mode))?;
+pub fn run(arch: Arch, edged: Option<&Path>) -> Result<()> {
+    let firmware = build(arch, Profile::Release, edged)?;
+    println!("{}", fs::read_to_string(firmware.contents())?);
+    println!("kernel     {}\ninitramfs  {}", firmware.kernel().display(), firmware.initramfs().display());
     Ok(())
 }
 
-/// The kernel file, the directory of its modules, its version.
-fn kernel(arch: Arch) -> Result<(PathBuf, PathBuf, String)> {
-    let suite = Suite::open("trixie")?;
-    let flavour = format!("-cloud-{}", arch.debian());
-    let names = suite.names(&["linux-image-6.12", &flavour])?;
-    let package = names.iter().rfind(|name| name.ends_with(&flavour)).context("Debian has no such kernel any more")?;
-    let dir = suite.unpacked(package, arch.debian())?;
-    let version = package.trim_start_matches("linux-image-").to_owned();
-    let modules = ["usr/lib/modules", "lib/modules"].map(|sub| dir.join(sub).join(&version));
-    let modules = modules.into_iter().find(|dir| dir.exists()).context("the kernel has no modules")?;
-    Ok((dir.join(format!("boot/vmlinuz-{version}")), modules, version))
+/// An initramfs being filled, and the list of what is in it.
+#[derive(Default)]
+struct Root {
+    cpio: Cpio,
+    contents: Vec<(String, usize)>,
 }
 
-/// The modules of [`MODULES`] with all they need, and modules.dep of just these.
-fn install_modules(modules: &Path, version: &str, root: &Path) -> Result<()> {
-    if !modules.join("modules.dep").exists() {
-        // depmod wants the tree under lib/modules.
-        let base = modules.parent().and_then(Path::parent).context("modules")?;
-        let base = if base.ends_with("usr/lib") { base.parent().context("modules")?.join(".") } else { base.parent().context("modules")?.to_owned() };
-        let linked = base.join("lib");
-        if !linked.exists() {
-            std::os::unix::fs::symlink("usr/lib", &linked)?;
-        }
-        run(Command::new("/sbin/depmod").arg("-b").arg(&base).arg(version))?;
+impl Root {
+    fn file(&mut self, path: &str, mode: u32, content: &[u8]) {
+        self.cpio.file(path, mode, content);
+        self.contents.push((path.to_owned(), content.len()));
     }
-    let dep = std::fs::read_to_string(modules.join("modules.dep"))?;
-    let target = root.join("lib/modules").join(version);
-    let mut kept = String::new();
-    let mut wanted: Vec<String> = Vec::new();
-    let module = |path: &str| {
-        let file = path.rsplit('/').next().unwrap_or(path);
-        file.split('.').next().unwrap_or(file).replace('-', "_")
-    };
-    for line in dep.lines() {
-        let Some((path, needs)) = line.split_once(':') else { continue };
-        if MODULES.contains(&module(path).as_str()) {
-            wanted.push(path.to_owned());
-            wanted.extend(needs.split_whitespace().map(str::to_owned));
-            kept.push_str(line);
-            kept.push('\n');
+}
+
+/// Builds kernel and initramfs into `target/firmware/<arch>/`. With `edged`, that program is packed instead of ours.
+pub fn build(arch: Arch, profile: Profile, edged: Option<&Path>) -> Result<Firmware> {
+    setup::ensure(&[Need::Build(arch)])?;
+    let artifacts = Artifacts::find();
+    let firmware = artifacts.firmware(arch);
+    let mut root = Root::default();
+    base(&mut root)?;
+    match edged {
+        Some(program) => root.file("usr/bin/edged", 0o755, &fs::read(program)?),
+        None => {
+            let programs = toolchain::build(arch, profile, "edged", &["edged", "edgectl"])?;
+            for name in ["edged", "edgectl"] {
+                root.file(&format!("usr/bin/{name}"), 0o755, &fs::read(programs.join(name))?);
+            }
         }
     }
-    wanted.sort();
-    wanted.dedup();
-    for path in wanted {
-        let to = target.join(&path);
-        std::fs::create_dir_all(to.parent().context("module")?)?;
-        copy(&modules.join(&path), &to, 0o644)?;
+    root.cpio.symlink("init", "usr/bin/edged");
+    disk_tools(&mut root, &artifacts, arch)?;
+    let kernel = Kernel::fetch(&artifacts, arch)?;
+    modules(&mut root, &kernel)?;
+
+    progress::step(&format!("packing the initramfs for {arch}"));
+    fs::create_dir_all(firmware.dir())?;
+    fs::copy(&kernel.image, firmware.kernel())?;
+    let unpacked = root.cpio.finish();
+    fs::write(firmware.initramfs(), compress(&unpacked)?)?;
+    fs::write(firmware.contents(), table(&firmware, &kernel, &root.contents, unpacked.len())?)?;
+    Ok(firmware)
+}
+
+/// The little that programs expect to find.
+fn base(root: &mut Root) -> Result<()> {
+    for (path, mode) in [
+        ("dev", 0o755),
+        ("proc", 0o555),
+        ("sys", 0o555),
+        ("run", 0o755),
+        ("tmp", 0o1777),
+        ("newroot", 0o755),
+        ("root", 0o700),
+        ("etc/edged", 0o755),
+        ("var/lib/edged", 0o755),
+    ] {
+        root.cpio.directory(path, mode);
     }
-    std::fs::write(target.join("modules.dep"), kept)?;
+    // The kernel opens it for init's own output before anything is mounted.
+    root.cpio.character_device("dev/console", 0o600, 5, 1);
+    root.file("etc/hostname", 0o644, b"edged\n");
+    root.file(
+        "etc/passwd",
+        0o644,
+        b"root:x:0:0:root:/root:/sbin/nologin\nnobody:x:65534:65534:nobody:/:/sbin/nologin\n",
+    );
+    root.file("etc/group", 0o644, b"root:x:0:\ntty:x:5:\nedged:x:900:\nnogroup:x:65534:\n");
+    root.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n");
+    let authorities = "/etc/ssl/certs/ca-certificates.crt";
+    root.file(&authorities[1..], 0o644, &fs::read(authorities).context("no public CA certificates on this machine")?);
     Ok(())
 }
 
-fn install_disk_tools(arch: Arch, root: &Path) -> Result<()> {
-    let suite = Suite::open("bookworm")?;
-    let all = build::cache().join("disk-tools").join(arch.debian());
-    if !all.exists() {
-        suite.unpack_all(&DISK_TOOLS, arch.debian(), &all)?;
+/// mkfs and fsck for the data disk, with exactly the libraries they need.
+fn disk_tools(root: &mut Root, artifacts: &Artifacts, arch: Arch) -> Result<()> {
+    let archive = Archive::open(&artifacts.cache(), SUITE, arch.debian())?;
+    let tree = archive.unpack_with_dependencies(&["e2fsprogs"])?;
+    let mut programs = Vec::new();
+    for path in ["sbin/mke2fs", "sbin/e2fsck"] {
+        let file = elf::resolve(&tree, path).with_context(|| format!("no {path} in e2fsprogs"))?;
+        root.file(path, 0o755, &fs::read(&file)?);
+        programs.push(file);
     }
-    for (from, to) in [("mke2fs", "mkfs.ext4"), ("e2fsck", "e2fsck")] {
-        copy(&all.join("sbin").join(from), &root.join("sbin").join(to), 0o755)?;
+    root.cpio.symlink("sbin/mkfs.ext4", "mke2fs");
+    root.file("etc/mke2fs.conf", 0o644, &fs::read(tree.join("etc/mke2fs.conf"))?);
+    for library in elf::libraries(arch, &tree, &programs)? {
+        root.file(&library.path, 0o755, &fs::read(&library.file)?);
     }
-    let libraries = root.join("lib");
-    std::fs::create_dir_all(&libraries)?;
-    let names = ["libext2fs.so.2", "libcom_err.so.2", "libe2p.so.2", "libblkid.so.1", "libuuid.so.1", "libc.so.6", "libm.so.6"];
-    let triplet = if arch == Arch::X86_64 { "x86_64-linux-gnu" } else { "aarch64-linux-gnu" };
-    for name in names {
-        let found = ["lib", "usr/lib"].map(|dir| all.join(dir).join(triplet).join(name)).into_iter().find(|path| path.exists());
-        if let Some(path) = found {
-            copy(&path, &libraries.join(name), 0o755)?;
-        }
+    Ok(())
+}
+
+fn modules(root: &mut Root, kernel: &Kernel) -> Result<()> {
+    let picked = kernel.pick();
+    ensure!(!picked.files.is_empty(), "no modules were found for {}", kernel.release);
+    let home = format!("lib/modules/{}", kernel.release);
+    for path in &picked.files {
+        root.file(&format!("{home}/{}", path.replace(".ko.xz", ".ko")), 0o644, &kernel.module(path)?);
     }
-    // The loader's name is in the programs.
-    let (loader, place) = match arch {
-        Arch::X86_64 => ("ld-linux-x86-64.so.2", "lib64"),
-        Arch::Aarch64 | Arch::Armv7 => ("ld-linux-aarch64.so.1", "lib"),
-    };
-    std::fs::create_dir_all(root.join(place))?;
-    copy(&all.join("lib").join(triplet).join(loader), &root.join(place).join(loader), 0o755)
+    root.file(&format!("{home}/modules.dep"), 0o644, kernel.dependencies_of(&picked).as_bytes());
+    root.file("etc/modules-load.d/edged.conf", 0o644, (picked.names.join("\n") + "\n").as_bytes());
+    Ok(())
+}
+
+/// zstd: the kernels take it, and it unpacks several times faster than gzip.
+fn compress(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut zstd = Command::new("zstd")
+        .args(["-q", "-12", "-T0", "-c"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot run zstd")?;
+    let mut input = zstd.stdin.take().context("zstd has no input")?;
+    let writer = std::thread::scope(|scope| {
+        let feeding = scope.spawn(move || input.write_all(bytes));
+        let output = zstd.wait_with_output();
+        (feeding.join(), output)
+    });
+    let (fed, output) = (writer.0, writer.1?);
+    fed.map_err(|_| anyhow::anyhow!("the thread that feeds zstd panicked"))??;
+    ensure!(output.status.success(), "zstd ended with {}", output.status);
+    Ok(output.stdout)
+}
+
+fn table(firmware: &Firmware, kernel: &Kernel, contents: &[(String, usize)], unpacked: usize) -> Result<String> {
+    let mut text = format!("{} device, Linux {}\n\n", firmware.arch, kernel.release);
+    for (path, bytes) in contents {
+        text.push_str(&format!("{bytes:>10}  /{path}\n"));
+    }
+    let packed = fs::metadata(firmware.initramfs())?.len();
+    let image = fs::metadata(firmware.kernel())?.len();
+    text.push_str(&format!("\n{unpacked:>10}  initramfs, unpacked\n{packed:>10}  initramfs\n{image:>10}  kernel\n"));
+    Ok(text)
 }

@@ -1,63 +1,97 @@
-//! `cargo xtask`: the one door to building, trying and testing edged.
+//! The commands of the README. Each fetches what it lacks, says what it is doing, and fails with what is missing.
 
-mod apt;
+#![forbid(unsafe_code)]
+
+/// Figures: sizes, boot.
 mod bench;
-mod build;
+/// Packages of other architectures and newer releases, without touching the system's own package database.
+mod debian;
+/// From a clean checkout to a device that shows its status.
 mod demo;
+/// Which libraries a program needs.
+mod elf;
+/// Kernel, initramfs: what a device boots.
 mod image;
-mod samples;
-mod say;
+/// Debian's kernel, and the modules a device needs.
+mod kernel;
+/// OCI layouts.
+mod oci;
+/// What is going on, on the terminal.
+mod progress;
+/// What each command needs from the machine it runs on.
 mod setup;
+/// Everything that must hold, in one summary.
 mod test;
+/// Static binaries for other machines.
+mod toolchain;
+/// The workload images of `images/`.
+mod workloads;
 
-use anyhow::Result;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
+use edged_qemu::arch::Arch;
 
 #[derive(Debug, Parser)]
-#[command(name = "cargo xtask", about = "Builds, tries and tests edged")]
-struct Args {
+#[command(name = "cargo xtask", about = "Builds, shows and tests edged")]
+struct Arguments {
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Boot a device in QEMU with registry and fleet, push a signed manifest, show what operators see
+    /// Boots a device in QEMU with registry and fleet server beside it, and shows it at work
     Demo {
         #[arg(long, default_value = "x86_64")]
-        arch: build::Arch,
-        /// Leave everything running and print the addresses
+        arch: Arch,
+        /// Leaves everything running and prints the addresses
         #[arg(long)]
         keep: bool,
     },
-    /// Everything that must hold: format, lints, tests, dependencies, QEMU stories
+    /// Runs every check: format, lints, unit, property and host tests, licences, and the device in QEMU
     Test {
-        /// Leave QEMU out
+        /// Without QEMU
         #[arg(long)]
         quick: bool,
+        /// The long stories too
+        #[arg(long)]
+        soak: bool,
     },
-    /// Build a bootable device: kernel and initramfs
+    /// Builds a bootable device into target/firmware/
     Image {
         #[arg(long, default_value = "x86_64")]
-        arch: build::Arch,
+        arch: Arch,
+        /// Takes this program for `edged` instead of building it
+        #[arg(long)]
+        edged: Option<PathBuf>,
     },
-    /// Measure, as ratios against peers in one run
-    Bench,
-    /// Install what the other commands need
+    /// Builds the workload images of images/ into .cache/images/
+    Workloads {
+        #[arg(long, default_value = "x86_64")]
+        arch: Arch,
+    },
+    /// Prints figures: sizes, boot
+    Bench { what: Vec<bench::Bench> },
+    /// Installs or fetches what the other commands need
     Setup,
 }
 
-fn main() -> Result<()> {
-    std::env::set_current_dir(build::root())?;
-    match Args::parse().command {
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
         Command::Demo { arch, keep } => demo::run(arch, keep),
-        Command::Test { quick } => test::run(quick),
-        Command::Image { arch } => {
-            let image = image::build(arch)?;
-            say::done(&format!("{}\n{}", image.kernel.display(), image.initramfs.display()));
-            Ok(())
+        Command::Test { quick, soak } => test::run(&test::Options { quick, soak }),
+        Command::Image { arch, edged } => image::run(arch, edged.as_deref()),
+        Command::Workloads { arch } => workloads::run(arch),
+        Command::Bench { what } => bench::run(&what),
+        Command::Setup => setup::everything(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
         }
-        Command::Bench => bench::run(),
-        Command::Setup => setup::ensure(setup::Scope::Everything),
     }
 }

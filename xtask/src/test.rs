@@ -1,93 +1,210 @@
-//! `cargo xtask test`: everything that must hold, in one summary.
+//! Everything that must hold, stage by stage, in one summary. A stage that fails does not stop the next one.
 
-use std::process::Command;
-use std::time::Instant;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
+use edged_qemu::arch::Arch;
+use edged_qemu::artifacts::{ARCH_ENV, Artifacts};
+use edged_qemu::process::line;
 
-use crate::build::{self, Arch, cargo};
-use crate::setup::{self, Scope};
-use crate::{demo, samples, say};
+use crate::image;
+use crate::progress;
+use crate::setup::{self, Need};
+use crate::toolchain::Profile;
+use crate::workloads;
 
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    pub quick: bool,
+    pub soak: bool,
+}
+
+/// The variable that tells stories to take their time.
+const SOAK_ENV: &str = "EDGED_QEMU_SOAK";
+
+/// The host's programs that stories run.
+const HOST_PROGRAMS: [[&str; 2]; 2] = [["--package", "edged"], ["--package", "edge-fleet"]];
+
+struct Stage {
+    name: String,
+    took: Duration,
+    passed: u32,
+    failed: u32,
+    note: String,
+}
+
+#[derive(Default)]
 struct Summary {
-    lines: Vec<(String, bool, u64)>,
+    stages: Vec<Stage>,
 }
 
 impl Summary {
-    fn stage(&mut self, name: &str, work: impl FnOnce() -> Result<bool>) {
-        say::step(name);
+    fn stage(&mut self, name: &str, run: impl FnOnce() -> Result<Outcome>) {
+        progress::step(name);
         let begin = Instant::now();
-        let passed = match work() {
-            Ok(passed) => passed,
-            Err(error) => {
-                println!("{error:#}");
-                false
-            }
-        };
-        self.lines.push((name.to_owned(), passed, begin.elapsed().as_secs()));
+        let outcome = run().unwrap_or_else(|error| {
+            eprintln!("{error:#}");
+            Outcome { passed: 0, failed: 1, note: error.to_string().lines().next().unwrap_or_default().to_owned() }
+        });
+        let Outcome { passed, failed, note } = outcome;
+        self.stages.push(Stage { name: name.to_owned(), took: begin.elapsed(), passed, failed, note });
     }
-}
 
-fn succeeds(command: &mut Command) -> Result<bool> {
-    Ok(command.status()?.success())
-}
-
-pub fn run(quick: bool) -> Result<()> {
-    setup::ensure(if quick { Scope::Host } else { Scope::Everything })?;
-    let mut summary = Summary { lines: Vec::new() };
-    summary.stage("format", || succeeds(cargo().args(["fmt", "--all", "--check"])));
-    summary.stage("clippy", || {
-        succeeds(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
-    });
-    let cosign = samples::cosign();
-    summary.stage("unit, property and host tests", || {
-        let mut tests = cargo();
-        tests.args(["test", "--quiet", "--workspace"]);
-        if let Ok(cosign) = &cosign {
-            tests.env("EDGED_COSIGN", cosign);
+    fn finish(&self) -> Result<()> {
+        println!("\n{:<28} {:>7} {:>7} {:>9}", "stage", "passed", "failed", "seconds");
+        for stage in &self.stages {
+            let seconds = stage.took.as_secs_f64();
+            println!("{:<28} {:>7} {:>7} {seconds:>9.1}  {}", stage.name, stage.passed, stage.failed, stage.note);
         }
-        succeeds(&mut tests)
-    });
-    summary.stage("dependencies (cargo deny)", deny);
-    if !quick {
-        for arch in [Arch::X86_64, Arch::Aarch64] {
-            summary.stage(&format!("stories in QEMU, {}", arch.name()), || stories(arch));
+        let passed: u32 = self.stages.iter().map(|stage| stage.passed).sum();
+        let failed: u32 = self.stages.iter().map(|stage| stage.failed).sum();
+        println!("\n{passed} passed, {failed} failed");
+        if failed > 0 {
+            bail!("{failed} of {} checks failed", passed + failed);
         }
+        Ok(())
     }
-    println!();
-    for (name, passed, seconds) in &summary.lines {
-        println!("{:<6} {name} ({seconds} s)", if *passed { "ok" } else { "FAILED" });
-    }
-    let failed = summary.lines.iter().filter(|(_, passed, _)| !passed).count();
-    println!("\n{} passed, {failed} failed", summary.lines.len() - failed);
-    anyhow::ensure!(failed == 0, "{failed} stages failed");
-    Ok(())
 }
 
-/// Licences, sources and duplicate crates by `deny.toml`; advisories as well where their database can be reached.
-fn deny() -> Result<bool> {
-    if !succeeds(cargo().args(["deny", "--version"])).unwrap_or(false) {
-        say::step("installing cargo-deny");
-        if !succeeds(cargo().args(["install", "--quiet", "--locked", "cargo-deny"]))? {
-            return Ok(false);
-        }
-    }
-    let advisories = cargo().args(["deny", "--log-level", "error", "fetch", "db"]).output();
-    let mut checks = vec!["deny", "--log-level", "error", "check", "bans", "licenses", "sources"];
-    if advisories.is_ok_and(|output| output.status.success()) {
-        checks.push("advisories");
-    } else {
-        println!("the advisory database cannot be reached: advisories are not checked");
-    }
-    succeeds(cargo().args(checks))
+#[derive(Debug, PartialEq, Eq)]
+struct Outcome {
+    passed: u32,
+    failed: u32,
+    note: String,
 }
 
-fn stories(arch: Arch) -> Result<bool> {
-    let artifacts = demo::artifacts(arch)?;
-    let file = build::root().join("target/image/artifacts.json");
-    let name = artifacts.arch.clone();
-    std::fs::write(&file, serde_json::json!({ name: artifacts.to_json() }).to_string())?;
-    let mut tests = cargo();
-    tests.args(["test", "--quiet", "-p", "edged-qemu", "--", "--ignored", "--test-threads=1", "--nocapture"]);
-    succeeds(tests.env("EDGED_ARTIFACTS", &file).env("EDGED_ARCH", arch.name()))
+impl Outcome {
+    fn of(status: ExitStatus) -> Self {
+        Self { passed: u32::from(status.success()), failed: u32::from(!status.success()), note: String::new() }
+    }
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    let arches: &[Arch] = if options.quick { &[] } else { &[Arch::X86_64, Arch::Aarch64] };
+    let mut needs = vec![Need::HostTests];
+    for arch in arches {
+        needs.extend([Need::Build(*arch), Need::Boot(*arch)]);
+    }
+    setup::ensure(&needs)?;
+    // Without it the tests that sign with the real signer say so and fail, each by its own name.
+    if let Err(error) = setup::cosign(&Artifacts::find()) {
+        progress::step(&format!("no cosign: {error:#}"));
+    }
+
+    let mut summary = Summary::default();
+    summary.stage("format", || check(cargo().args(["fmt", "--all", "--check"])));
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    summary.stage("clippy", || check(cargo().args(clippy)));
+    summary.stage("unit, property, host tests", || tests(cargo().args(["test", "--workspace", "--no-fail-fast"])));
+    summary.stage("licences, sources, bans", || deny(&["bans", "licenses", "sources"]));
+    summary.stage("advisories", advisories);
+    for arch in arches {
+        summary.stage(&format!("device for {arch}"), || device(*arch));
+        summary.stage(&format!("stories on {arch}"), || stories(*arch, options.soak));
+    }
+    summary.finish()
+}
+
+fn cargo() -> Command {
+    let mut command = Command::new("cargo");
+    command.current_dir(Artifacts::find().root());
+    if let Ok(cosign) = Artifacts::find().cosign() {
+        command.env("EDGED_COSIGN", cosign);
+    }
+    command
+}
+
+fn check(command: &mut Command) -> Result<Outcome> {
+    let status = command.status().with_context(|| format!("cannot run {}", line(command)))?;
+    Ok(Outcome::of(status))
+}
+
+/// Builds all that the stories of one architecture boot, push and type.
+fn device(arch: Arch) -> Result<Outcome> {
+    for package in HOST_PROGRAMS {
+        progress::run(cargo().args(["build", "--quiet"]).args(package))?;
+    }
+    image::build(arch, Profile::Firmware, None)?;
+    workloads::build_all(arch)?;
+    Ok(Outcome { passed: 1, failed: 0, note: String::new() })
+}
+
+/// One after another: two emulated devices on two cores only slow each other down.
+fn stories(arch: Arch, soak: bool) -> Result<Outcome> {
+    let mut command = cargo();
+    command.args(["test", "--package", "edged-qemu", "--no-fail-fast", "--test", "*"]);
+    command.args(["--", "--ignored", "--test-threads=1"]);
+    command.env("EDGED_QEMU", "1").env(ARCH_ENV, arch.name());
+    if soak {
+        command.env(SOAK_ENV, "1");
+    }
+    tests(&mut command)
+}
+
+/// Runs tests, passes their output on, and counts.
+fn tests(command: &mut Command) -> Result<Outcome> {
+    let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run {}", line(command)))?;
+    let mut outcome = Outcome { passed: 0, failed: 0, note: String::new() };
+    let mut ignored = 0;
+    for text in BufReader::new(child.stdout.take().context("no output")?).lines() {
+        let text = text?;
+        println!("{text}");
+        if let Some([passed, failed, skipped]) = counts(&text) {
+            outcome.passed += passed;
+            outcome.failed += failed;
+            ignored += skipped;
+        }
+    }
+    let status = child.wait()?;
+    if !status.success() && outcome.failed == 0 {
+        outcome.failed = 1;
+        "ended before all tests had run".clone_into(&mut outcome.note);
+    } else if ignored > 0 {
+        outcome.note = format!("{ignored} left to their own stage");
+    }
+    Ok(outcome)
+}
+
+/// `test result: ok. 3 passed; 0 failed; 1 ignored; …`
+fn counts(text: &str) -> Option<[u32; 3]> {
+    let rest = text.strip_prefix("test result: ")?.split_once(". ")?.1;
+    let mut numbers = rest.split("; ").map(|part| part.split(' ').next()?.parse().ok());
+    Some([numbers.next()??, numbers.next()??, numbers.next()??])
+}
+
+fn has_cargo_deny() -> bool {
+    let version = Command::new("cargo").args(["deny", "--version"]).output();
+    version.is_ok_and(|output| output.status.success())
+}
+
+fn deny(what: &[&str]) -> Result<Outcome> {
+    if !has_cargo_deny() {
+        progress::step("installing cargo-deny (a few minutes, once)");
+        progress::run(Command::new("cargo").args(["install", "--quiet", "--locked", "cargo-deny"]))?;
+    }
+    check(cargo().args(["deny", "--workspace", "check", "--hide-inclusion-graph"]).args(what))
+}
+
+/// The database of advisories is a git repository elsewhere: without a way there this stage says so and is not counted.
+fn advisories() -> Result<Outcome> {
+    let fetched = cargo().args(["deny", "fetch", "db"]).output().context("cannot run cargo deny")?;
+    if !fetched.status.success() {
+        let note = "not checked: the advisory database cannot be reached".to_owned();
+        return Ok(Outcome { passed: 0, failed: 0, note });
+    }
+    deny(&["advisories"])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_result_line_of_a_test_run_is_counted() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s";
+        assert_eq!(counts(line), Some([12, 3, 1]));
+        assert_eq!(counts("test result_is_kept ... ok"), None);
+    }
 }

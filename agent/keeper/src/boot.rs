@@ -48,6 +48,15 @@ pub fn run(config: &KeeperConfig) {
     log::line(&format!("edged {} is up after {} ms", env!("CARGO_PKG_VERSION"), boot_ms() - begin));
 }
 
+/// What the very first lines of the keeper need: `/proc/self/exe` to seal the binary, `/dev/kmsg` to say so.
+/// [`kernel_filesystems`] mounts them again over the root that stays.
+pub fn early() {
+    for (fstype, target) in [("proc", "/proc"), ("devtmpfs", "/dev")] {
+        let _ = fs::create_dir_all(target);
+        let _ = mount(Some(fstype), target, Some(fstype), MsFlags::MS_NOSUID, None::<&str>);
+    }
+}
+
 /// An initramfs is the kernel's first root, which pivot_root(2) refuses to move. A bind mount of it, moved over `/`, is
 /// an ordinary mount with the same files.
 fn leave_rootfs() -> io::Result<()> {

@@ -54,6 +54,9 @@ pub const SOCKET_ENV: &str = "EDGED_KEEPER_FD";
 /// Runs until the machine goes down (device) or the keeper is told to end (host).
 pub fn run(config: KeeperConfig) -> ExitCode {
     log::to_kernel(config.device);
+    if config.device {
+        boot::early();
+    }
     if let Err(error) = resume::seal_binary() {
         log::line(&format!("the binary could not be sealed against containers: {error}"));
     }

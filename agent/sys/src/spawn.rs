@@ -169,6 +169,22 @@ fn plumbing(spec: &LaunchSpec, fds: &[OwnedFd], failure: OwnedFd) -> Result<(Plu
 /// clone3(2), Linux 5.7. The crate's own constant is an `int` and overflows.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// `struct clone_args` of clone3(2), Linux 5.7: the same on every architecture; the crate has it only for some.
+#[repr(C, align(8))]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
 /// clone3(2) without a new stack: the child goes on where the parent is, like fork(2).
 fn clone3(
     _proof: &SingleThread,
@@ -183,7 +199,7 @@ fn clone3(
         flags |= CLONE_INTO_CGROUP;
         cgroup_fd = u64::from(fd.as_raw_fd().cast_unsigned());
     }
-    let args = libc::clone_args {
+    let args = CloneArgs {
         flags,
         pidfd: (&raw mut pidfd).expose_provenance() as u64,
         child_tid: 0,
@@ -198,7 +214,7 @@ fn clone3(
     };
     // SAFETY: without CLONE_VM the child has its own copy of the memory, and `_proof` says that no other thread held a
     // lock in it. `args` and `pidfd` live across the call. The child never returns from here: `child` cannot return.
-    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<libc::clone_args>()) };
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
     match result {
         0 => {
             child();

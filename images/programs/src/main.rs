@@ -1,39 +1,107 @@
-//! Workloads that behave badly on purpose, and one that behaves well: for the tests and the demo. One static program;
-//! the first word says how.
+//! Workloads that behave badly on purpose, and some that tell what they see. The first argument says which; the README
+//! beside this lists them. Small, static, and alone in its image.
 
-use std::io::{Read, Write};
-use std::net::TcpListener;
-use std::process::ExitCode;
+#![forbid(unsafe_code)]
+
+mod see;
+mod serve;
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-const USAGE: &str = "usage: sample exit CODE | crash | hang | hog [MIB] | spin | fork | limits | log N | http PORT [sick-after N]";
+use nix::sys::signal::{SigSet, Signal};
+
+const USAGE: &str = "usage: sample exit CODE | crash [SECONDS] | abort | hang | ignore-term | hog [MIB] | spin | fork \
+                     | orphan | limits | log LINES [PER_SECOND] | disk PATH | http PORT [sick-after REQUESTS]";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["exit", code] => ExitCode::from(code.parse::<u8>().unwrap_or(1)),
-        ["crash"] => {
-            println!("crash: about to fail");
-            ExitCode::from(3)
-        }
+        ["crash"] => crash(0),
+        ["crash", seconds] => crash(seconds.parse().unwrap_or(0)),
+        ["abort"] => std::process::abort(),
         ["hang"] => {
+            end_on_sigterm();
             println!("hang: waiting for ever");
-            loop {
-                std::thread::park();
-            }
+            rest_for_ever()
         }
+        ["ignore-term"] => ignore_term(),
         ["hog"] => hog(usize::MAX),
         ["hog", mib] => hog(mib.parse().unwrap_or(usize::MAX)),
         ["spin"] => spin(),
         ["fork"] => fork(),
-        ["limits"] => limits(),
-        ["log", lines] => log(lines.parse().unwrap_or(10)),
-        ["http", port] => http(port, u64::MAX),
-        ["http", port, "sick-after", requests] => http(port, requests.parse().unwrap_or(0)),
+        ["orphan"] => orphan(),
+        ["limits"] => {
+            print!("{}", see::limits());
+            ExitCode::SUCCESS
+        }
+        ["log", lines] => log(lines.parse().unwrap_or(10), None),
+        ["log", lines, per_second] => log(lines.parse().unwrap_or(u64::MAX), per_second.parse().ok()),
+        ["disk", path] => disk(path),
+        ["http", port] => {
+            end_on_sigterm();
+            serve::http(port, u64::MAX)
+        }
+        ["http", port, "sick-after", requests] => {
+            end_on_sigterm();
+            serve::http(port, requests.parse().unwrap_or(0))
+        }
         _ => {
             eprintln!("{USAGE}");
             ExitCode::from(2)
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "doing nothing for a while is what these programs are for")]
+fn rest(time: Duration) {
+    std::thread::sleep(time);
+}
+
+fn rest_for_ever() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
+fn crash(seconds: u64) -> ExitCode {
+    rest(Duration::from_secs(seconds));
+    println!("crash: about to fail");
+    ExitCode::from(3)
+}
+
+fn ignore_term() -> ! {
+    // Blocked and never looked at.
+    blocked(&[Signal::SIGTERM, Signal::SIGINT]);
+    println!("ignore-term: not listening");
+    rest_for_ever()
+}
+
+/// As PID 1 of its namespace a program gets no signal it has not asked for, so SIGTERM would do nothing: a thread
+/// waits for it and ends the program. The signal is blocked first, in every thread there will be.
+fn end_on_sigterm() {
+    let Some(set) = blocked(&[Signal::SIGTERM]) else { return };
+    std::thread::spawn(move || {
+        if set.wait().is_ok() {
+            println!("ending on SIGTERM");
+            #[expect(clippy::disallowed_methods, reason = "main is busy and holds nothing that must be put away")]
+            std::process::exit(0);
+        }
+    });
+}
+
+/// Blocks signals in this thread and those it will start.
+fn blocked(signals: &[Signal]) -> Option<SigSet> {
+    let set: SigSet = signals.iter().copied().collect();
+    match set.thread_block() {
+        Ok(()) => Some(set),
+        Err(errno) => {
+            eprintln!("cannot block {signals:?}: {errno}");
+            None
         }
     }
 }
@@ -46,13 +114,13 @@ fn hog(mib: usize) -> ExitCode {
         println!("hog: {} MiB", taken + 1);
     }
     println!("hog: content with {} MiB", held.len());
-    loop {
-        std::thread::park();
-    }
+    end_on_sigterm();
+    rest_for_ever()
 }
 
 /// Takes all the CPU time it gets, and says every ten seconds how much that was.
 fn spin() -> ExitCode {
+    end_on_sigterm();
     let mut turns = 0_u64;
     let mut said = Instant::now();
     loop {
@@ -64,67 +132,62 @@ fn spin() -> ExitCode {
     }
 }
 
-/// Starts itself again and again until something stops it.
+/// Starts copies of itself until something stops it; tells how many it got, and holds on to them.
 fn fork() -> ExitCode {
     let mut children = Vec::new();
     loop {
-        match std::process::Command::new("/proc/self/exe").arg("hang").stdout(std::process::Stdio::null()).spawn() {
+        match Command::new("/proc/self/exe").arg("hang").stdout(Stdio::null()).spawn() {
             Ok(child) => children.push(child),
             Err(error) => {
                 println!("fork: stopped at {} children: {error}", children.len());
-                loop {
-                    std::thread::park();
-                }
+                rest_for_ever();
             }
         }
     }
 }
 
-/// What the kernel says of this container: its walls, its ids, its namespaces.
-fn limits() -> ExitCode {
-    for file in ["memory.max", "memory.swap.max", "cpu.max", "pids.max"] {
-        let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).unwrap_or_else(|error| error.to_string());
-        println!("{file}={}", text.trim());
-    }
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    for line in status.lines() {
-        if ["CapEff", "CapBnd", "NoNewPrivs", "Seccomp:", "NSpid", "Uid"].iter().any(|key| line.starts_with(key)) {
-            println!("{}", line.replace('\t', " "));
+/// Ends while its child lives on: somebody else must reap that one.
+fn orphan() -> ExitCode {
+    match Command::new("/proc/self/exe").args(["crash", "1"]).spawn() {
+        Ok(child) => {
+            println!("orphan: leaving {} behind", child.id());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("orphan: {error}");
+            ExitCode::FAILURE
         }
     }
-    println!("pid={}", std::process::id());
-    println!("hostname={}", std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim());
-    let interfaces = std::fs::read_dir("/sys/class/net").map_or(0, |entries| entries.count());
-    println!("interfaces={interfaces}");
-    ExitCode::SUCCESS
 }
 
-fn log(lines: u64) -> ExitCode {
+/// Numbered lines, so that a gap can be seen; all at once, or so many in a second.
+fn log(lines: u64, per_second: Option<u64>) -> ExitCode {
     let out = std::io::stdout();
     for line in 0..lines {
         if writeln!(out.lock(), "line {line}").is_err() {
             return ExitCode::FAILURE;
         }
+        if let Some(rate) = per_second {
+            rest(Duration::from_micros(1_000_000 / rate.max(1)));
+        }
     }
     ExitCode::SUCCESS
 }
 
-/// Answers 200, and 503 once it has had `sick_after` requests.
-fn http(port: &str, sick_after: u64) -> ExitCode {
-    let listener = match TcpListener::bind(format!("0.0.0.0:{port}")) {
-        Ok(listener) => listener,
-        Err(error) => {
-            eprintln!("http: port {port}: {error}");
-            return ExitCode::FAILURE;
-        }
+/// Writes until there is no room, and says how far it came.
+fn disk(path: &str) -> ExitCode {
+    let block = vec![0x5a; 1 << 20];
+    let mut written = 0_u64;
+    let error = match OpenOptions::new().create(true).append(true).open(path) {
+        Err(error) => error,
+        Ok(mut file) => loop {
+            match file.write_all(&block).and_then(|()| file.sync_data()) {
+                Ok(()) => written += 1,
+                Err(error) => break error,
+            }
+        },
     };
-    println!("http: listening on {port}");
-    for (number, stream) in listener.incoming().enumerate() {
-        let Ok(mut stream) = stream else { continue };
-        let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
-        let _ = stream.read(&mut [0; 2048]);
-        let status = if number as u64 >= sick_after { "503 Service Unavailable" } else { "200 OK" };
-        let _ = write!(stream, "HTTP/1.1 {status}\r\ncontent-length: 6\r\nconnection: close\r\n\r\nhello\n");
-    }
-    ExitCode::SUCCESS
+    println!("disk: {written} MiB, then: {error}");
+    end_on_sigterm();
+    rest_for_ever()
 }

@@ -1,166 +1,291 @@
-//! The device: a kernel, an initramfs and a disk in QEMU, emulated in software. Its kernel console is a log file, its
-//! line console (hvc0) a socket.
+//! One booted device: QEMU, its two consoles, its disk, its network cable.
+//!
+//! Every machine has a directory of its own. It is removed when the story ends well and kept, with the console's log,
+//! when it does not.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
-use crate::run::{Running, free_port, wait_for};
+use crate::arch::Arch;
+use crate::artifacts::Firmware;
+use crate::cpio::Archive;
+use crate::process;
+use crate::qmp::Qmp;
+use crate::serial::Line;
+use crate::wait;
 
-/// How a machine is to be.
+/// The guest's name for the machine it runs on (QEMU's user network).
+pub const HOST_SEEN_FROM_GUEST: &str = "10.0.2.2";
+
+/// What happens when the guest asks for a reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnReset {
+    /// QEMU ends: a panic shows at once.
+    #[default]
+    End,
+    /// As on a real board.
+    Boot,
+}
+
+/// A device before it is switched on.
 #[derive(Debug, Clone)]
-pub struct Plan {
-    pub arch: String,
-    pub kernel: PathBuf,
-    pub initramfs: PathBuf,
+pub struct Setup {
     pub memory_mib: u32,
-    pub disk: PathBuf,
-    pub disk_mib: u64,
-    pub dir: PathBuf,
-    /// Ports of the guest that the host shall reach.
+    pub cores: u32,
+    pub on_reset: OnReset,
+    /// The data disk: any file. `None`: no disk at all.
+    pub disk: Option<PathBuf>,
+    /// Files laid over the firmware: path, mode, content.
+    pub files: Vec<(String, u32, Vec<u8>)>,
+    /// Guest ports to be reached from the host.
     pub forward: Vec<u16>,
+    /// The time the real-time clock shows at power-on, e.g. `1970-01-01T00:00:00`; `None`: the host's.
+    pub clock: Option<String>,
+    /// A board with a watchdog of its own (x86_64: i6300esb). The kernel's softdog is there in any case.
+    pub has_watchdog: bool,
+    /// More words for the kernel command line.
+    pub kernel: Vec<String>,
+    /// More arguments for QEMU.
+    pub qemu: Vec<String>,
 }
 
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            memory_mib: 256,
+            cores: 1,
+            on_reset: OnReset::End,
+            disk: None,
+            files: Vec::new(),
+            forward: Vec::new(),
+            clock: None,
+            has_watchdog: false,
+            kernel: Vec::new(),
+            qemu: Vec::new(),
+        }
+    }
+}
+
+impl Setup {
+    /// Lays a file over the firmware.
+    #[must_use]
+    pub fn file(mut self, path: &str, content: impl Into<Vec<u8>>) -> Self {
+        self.files.push((path.to_owned(), 0o644, content.into()));
+        self
+    }
+}
+
+/// An empty disk of `mib` MiB that takes no space until it is written to.
+pub fn blank_disk(path: &Path, mib: u64) -> Result<()> {
+    File::create(path)?.set_len(mib << 20).with_context(|| path.display().to_string())
+}
+
+/// A device that is switched on. Dropping it pulls the plug.
+#[derive(Debug)]
 pub struct Machine {
-    process: Running,
+    pub arch: Arch,
+    /// The kernel's console, where the keeper's log goes as well.
+    pub kernel: Line,
+    /// The technician's line: `hvc0`.
+    pub console: Line,
+    pub qmp: Qmp,
+    child: Child,
     dir: PathBuf,
-    line: UnixStream,
-    forwarded: Vec<(u16, u16)>,
+    sockets: PathBuf,
+    ports: Vec<(u16, u16)>,
 }
-
-const PROMPT: &str = "> ";
 
 impl Machine {
-    /// Switches the machine on. A disk that is not there is made, empty.
-    pub fn boot(plan: &Plan) -> Result<Self> {
-        std::fs::create_dir_all(&plan.dir)?;
-        if !plan.disk.exists() {
-            std::fs::File::create(&plan.disk)?.set_len(plan.disk_mib << 20)?;
-        }
-        let socket = plan.dir.join("hvc0");
-        // Of an earlier boot.
-        let _ = std::fs::remove_file(&socket);
-        let forwarded = plan.forward.iter().map(|guest| Ok((*guest, free_port()?))).collect::<Result<Vec<_>>>()?;
-        let mut qemu = command(plan, &socket, &forwarded)?;
-        let process = Running::start(&mut qemu, &plan.dir.join("qemu.log"))?;
-        let line = wait_for("QEMU opens the line console", Duration::from_secs(20), || {
-            UnixStream::connect(&socket).context(socket.display().to_string())
-        })?;
-        line.set_read_timeout(Some(Duration::from_millis(200)))?;
-        Ok(Self { process, dir: plan.dir.clone(), line, forwarded })
-    }
-
-    /// The port of this host that leads to `guest`'s.
-    pub fn port(&self, guest: u16) -> Result<u16> {
-        let found = self.forwarded.iter().find(|(port, _)| *port == guest);
-        found.map(|(_, host)| *host).with_context(|| format!("port {guest} is not forwarded"))
-    }
-
-    /// All that the kernel and the agent have printed.
-    pub fn log(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(self.dir.join("console.log")).unwrap_or_default()).into_owned()
-    }
-
-    /// Waits for a line of the log.
-    pub fn wait_for_log(&self, text: &str, deadline: Duration) -> Result<()> {
-        wait_for(text, deadline, || if self.log().contains(text) { Ok(()) } else { bail!("{}", tail(&self.log())) })
-    }
-
-    /// Types `line` at the line console and returns what it answers.
-    pub fn ask(&mut self, line: &str) -> Result<String> {
-        self.drain()?;
-        self.line.write_all(format!("{line}\n").as_bytes())?;
-        let mut text = String::new();
-        wait_for(&format!("the console answers `{line}`"), Duration::from_secs(30), || {
-            text.push_str(&self.read()?);
-            // The echo, the answer, and the prompt again.
-            if text.trim_end_matches(' ').ends_with(PROMPT.trim_end()) && text.matches('\n').count() > 1 {
-                return Ok(());
+    /// Switches it on. `dir` is made if it is missing.
+    pub fn boot(firmware: &Firmware, dir: &Path, setup: &Setup) -> Result<Self> {
+        fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        let ports =
+            setup.forward.iter().map(|guest| Ok((*guest, process::free_port()?))).collect::<Result<Vec<_>>>()?;
+        let initramfs = lay_over(firmware, dir, setup)?;
+        let sockets = socket_directory()?;
+        let mut command = command(firmware, &initramfs, [dir, &sockets], setup, &ports);
+        fs::write(dir.join("command"), process::line(&command))?;
+        let errors = File::create(dir.join("qemu.log"))?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(errors.try_clone()?)
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("cannot start {}", firmware.arch.qemu()))?;
+        match connect(&sockets) {
+            Ok((kernel, console, qmp)) => {
+                Ok(Self { arch: firmware.arch, kernel, console, qmp, child, dir: dir.to_owned(), sockets, ports })
             }
-            bail!("{text}")
-        })?;
-        let text = text.replace('\r', "");
-        let body = text.split_once('\n').map_or("", |(_, body)| body);
-        Ok(body.rsplit_once('\n').map_or(body, |(body, _)| body).trim_end().to_owned() + "\n")
-    }
-
-    /// Until the console has a prompt and says no more.
-    pub fn wait_for_console(&mut self, deadline: Duration) -> Result<()> {
-        wait_for("the line console", deadline, || {
-            self.line.write_all(b"\n")?;
-            let text = self.read()?;
-            if text.contains(PROMPT) { Ok(()) } else { bail!("{}", tail(&self.log())) }
-        })
-    }
-
-    /// `edgectl … -o json` on the console.
-    pub fn ask_json(&mut self, line: &str) -> Result<serde_json::Value> {
-        let text = self.ask(&format!("{line} -o json"))?;
-        serde_json::from_str(&text).with_context(|| text.clone())
-    }
-
-    fn read(&mut self) -> Result<String> {
-        let mut buffer = [0; 65536];
-        match self.line.read(&mut buffer) {
-            Ok(count) => Ok(String::from_utf8_lossy(&buffer[..count]).into_owned()),
-            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {
-                Ok(String::new())
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error.context(fs::read_to_string(dir.join("qemu.log")).unwrap_or_default()))
             }
-            Err(error) => Err(error.into()),
         }
     }
 
-    fn drain(&mut self) -> Result<()> {
-        while !self.read()?.is_empty() {}
-        Ok(())
-    }
-
-    /// Pulls the plug.
-    pub fn pull_the_plug(mut self) {
-        self.process.kill();
+    /// The host's port that leads to the guest's `port`.
+    pub fn port(&self, port: u16) -> Result<u16> {
+        let found = self.ports.iter().find(|(guest, _)| *guest == port);
+        found.map(|(_, host)| *host).with_context(|| format!("guest port {port} is not forwarded"))
     }
 
     pub fn pid(&self) -> u32 {
-        self.process.pid()
+        self.child.id()
     }
 
-    /// Waits until the machine has gone off by itself.
-    pub fn wait_for_power_off(&mut self, deadline: Duration) -> Result<()> {
-        wait_for("power off", deadline, || if self.process.has_ended() { Ok(()) } else { bail!("{}", tail(&self.log())) })
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Pulls the network cable out, or puts it back.
+    pub fn cable(&mut self, is_in: bool) -> Result<()> {
+        self.qmp.execute("set_link", json!({ "name": "nic0", "up": is_in })).map(drop)
+    }
+
+    /// The reset button.
+    pub fn reset(&mut self) -> Result<()> {
+        self.qmp.execute("system_reset", json!({})).map(drop)
+    }
+
+    /// Waits until the guest has switched the machine off.
+    pub fn wait_for_power_off(&mut self, within: Duration) -> Result<()> {
+        let child = &mut self.child;
+        let status: ExitStatus = wait::until("power-off", within, || Ok(child.try_wait()?))
+            .with_context(|| format!("the console's last lines:\n{}", self.kernel.tail()))?;
+        ensure!(status.success(), "QEMU ended with {status}");
+        Ok(())
+    }
+
+    /// SIGKILL for QEMU: the guest's page cache is gone, and what it had written without a flush is not (see
+    /// [`crate::power`]).
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
     }
 }
 
-fn tail(log: &str) -> String {
-    let lines: Vec<_> = log.lines().collect();
-    lines[lines.len().saturating_sub(40)..].join("\n")
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_dir_all(&self.sockets);
+        if std::thread::panicking() {
+            let mut out = std::io::stderr().lock();
+            let _ = writeln!(
+                out,
+                "--- {} console, kept with all else in {}\n{}",
+                self.arch,
+                self.dir.display(),
+                self.kernel.tail()
+            );
+        }
+    }
 }
 
-fn command(plan: &Plan, socket: &Path, forwarded: &[(u16, u16)]) -> Result<Command> {
-    let (program, machine, console) = match plan.arch.as_str() {
-        // QEMU 7.2's emulation of cmpxchg16b makes Linux 6.12 fail at random.
-        "x86_64" => ("qemu-system-x86_64", ["-M", "q35", "-cpu", "max,-cx16"], "ttyS0"),
-        "aarch64" => ("qemu-system-aarch64", ["-M", "virt", "-cpu", "cortex-a53"], "ttyAMA0"),
-        other => bail!("no machine for {other}"),
-    };
-    let mut network = "user,id=net".to_owned();
-    for (guest, host) in forwarded {
+/// The path of a unix socket holds 107 bytes (unix(7)), and a checkout may lie deep: sockets have a short home.
+fn socket_directory() -> Result<PathBuf> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("edged-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let path = std::env::temp_dir().join(name);
+    fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
+    Ok(path)
+}
+
+fn connect(dir: &Path) -> Result<(Line, Line, Qmp)> {
+    let within = Duration::from_secs(20);
+    let kernel = Line::connect("kernel console", &dir.join("kernel.sock"), within)?;
+    let console = Line::connect("hvc0", &dir.join("console.sock"), within)?;
+    Ok((kernel, console, Qmp::connect(&dir.join("qmp.sock"), within)?))
+}
+
+/// The firmware's initramfs with this device's own files behind it.
+fn lay_over(firmware: &Firmware, dir: &Path, setup: &Setup) -> Result<PathBuf> {
+    if setup.files.is_empty() {
+        return Ok(firmware.initramfs());
+    }
+    let mut bytes = fs::read(firmware.initramfs()).context("the firmware is not built")?;
+    while bytes.len() % 4 != 0 {
+        bytes.push(0);
+    }
+    let mut archive = Archive::new();
+    for (path, mode, content) in &setup.files {
+        archive.file(path, *mode, content);
+    }
+    bytes.extend(archive.finish());
+    let path = dir.join("initramfs.img");
+    fs::write(&path, bytes)?;
+    Ok(path)
+}
+
+fn command(
+    firmware: &Firmware,
+    initramfs: &Path,
+    [dir, sockets]: [&Path; 2],
+    setup: &Setup,
+    ports: &[(u16, u16)],
+) -> Command {
+    let arch = firmware.arch;
+    let mut command = Command::new(arch.qemu());
+    command.args(arch.qemu_machine());
+    // Emulation is what is measured and what every machine can do; `EDGED_QEMU_ACCEL=kvm` is faster where it works.
+    let accelerator = std::env::var("EDGED_QEMU_ACCEL").ok().filter(|_| Arch::host() == Some(arch));
+    command.args(["-accel", accelerator.as_deref().unwrap_or("tcg")]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    command.args(["-m", &setup.memory_mib.to_string(), "-smp", &setup.cores.to_string()]);
+    command.arg("-kernel").arg(firmware.kernel()).arg("-initrd").arg(initramfs);
+    command.args(["-append", &kernel_command_line(arch, setup)]);
+    if setup.on_reset == OnReset::End {
+        command.arg("-no-reboot");
+    }
+    if let Some(clock) = &setup.clock {
+        command.args(["-rtc", &format!("base={clock},clock=vm")]);
+    }
+    let socket = |name: &str| format!("{}/{name}.sock", sockets.display());
+    let chardev =
+        |id: &str| format!("socket,id={id},path={},server=on,wait=on,logfile={}/{id}.log", socket(id), dir.display());
+    command.args(["-chardev", &chardev("kernel"), "-serial", "chardev:kernel"]);
+    command.args(["-device", "virtio-serial-pci", "-chardev", &chardev("console")]);
+    command.args(["-device", "virtconsole,chardev=console"]);
+    command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket("qmp"))]);
+    if let Some(disk) = &setup.disk {
+        let format = if disk.extension().is_some_and(|e| e == "qcow2") { "qcow2" } else { "raw" };
+        let drive = format!("if=none,id=data,file={},format={format},cache=none,discard=unmap", disk.display());
+        command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=data"]);
+    }
+    let mut network = "user,id=net0".to_owned();
+    for (guest, host) in ports {
         network.push_str(&format!(",hostfwd=tcp:127.0.0.1:{host}-:{guest}"));
     }
-    let show = |path: &Path| path.display().to_string();
-    let mut qemu = Command::new(program);
-    qemu.args(machine).args(["-accel", "tcg", "-smp", "1", "-nodefaults", "-no-reboot", "-display", "none"]);
-    qemu.args(["-m", &plan.memory_mib.to_string()]);
-    qemu.arg("-kernel").arg(&plan.kernel).arg("-initrd").arg(&plan.initramfs);
-    qemu.args(["-append", &format!("console={console} panic=-1 quiet edged.data=/dev/vda")]);
-    qemu.args(["-serial", &format!("file:{}", show(&plan.dir.join("console.log")))]);
-    qemu.args(["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=line"]);
-    qemu.args(["-chardev", &format!("socket,id=line,path={},server=on,wait=off", show(socket))]);
-    qemu.args(["-drive", &format!("file={},if=none,id=data,format=raw,cache=none", show(&plan.disk))]);
-    qemu.args(["-device", "virtio-blk-pci,drive=data"]);
-    qemu.args(["-netdev", &network, "-device", "virtio-net-pci,netdev=net,romfile="]);
-    Ok(qemu)
+    command.args(["-netdev", &network, "-device", "virtio-net-pci,netdev=net0,id=nic0,romfile="]);
+    command.args(["-device", "virtio-rng-pci"]);
+    if setup.has_watchdog && arch == Arch::X86_64 {
+        command.args(["-device", "i6300esb", "-action", "watchdog=reset"]);
+    }
+    command.args(&setup.qemu);
+    command
+}
+
+/// `console=`: where the kernel and the keeper write; `loglevel=5` lets the keeper's lines through and not the kernel's
+/// own news, `printk.devkmsg=on` all of them. `edged.data=`: the data disk, formatted when it is empty.
+/// `edged.watchdog=`: seconds, 0 for none. `panic=`: seconds until a panic resets the machine.
+fn kernel_command_line(arch: Arch, setup: &Setup) -> String {
+    let mut words = vec![format!("console={}", arch.console())];
+    words.extend(["panic=1", "loglevel=5", "printk.devkmsg=on"].map(str::to_owned));
+    if setup.disk.is_some() {
+        words.push("edged.data=/dev/vda".to_owned());
+    }
+    if !setup.kernel.iter().any(|word| word.starts_with("edged.watchdog=")) {
+        words.push("edged.watchdog=60".to_owned());
+    }
+    words.extend(setup.kernel.iter().cloned());
+    words.join(" ")
 }

@@ -1,98 +1,139 @@
-//! Debian's docker-registry over TLS with a password, images pushed by skopeo and signed by cosign.
+//! The real registry: Debian's `docker-registry` over TLS with a password, pushed to by `skopeo`, signed by `cosign`.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
+use serde_json::json;
 
-use crate::operator::Operator;
-use crate::run::{Running, free_port, run, wait_for};
+use crate::artifacts::Artifacts;
+use crate::certs::Authority;
+use crate::machine::HOST_SEEN_FROM_GUEST;
+use crate::process::{self, Service};
+use crate::wait;
 
 pub const USER: &str = "device";
-pub const PASSWORD: &str = "let-me-pull";
+pub const PASSWORD: &str = "correct-horse";
 
-pub struct Registry {
-    _process: Running,
-    pub port: u16,
-    dir: PathBuf,
-    cosign: PathBuf,
-}
-
-/// In which of its forms cosign signs.
+/// What a signature looks like in the registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Signature {
-    /// The `sha256-….sig` tag.
+pub enum SignatureForm {
+    /// The tag `sha256-….sig` with a simple-signing payload.
     Tag,
-    /// The sigstore bundle, found by its referrer.
+    /// A sigstore bundle, found by the referrers API or its fallback tag.
     Bundle,
 }
 
+#[derive(Debug)]
+pub struct Registry {
+    pub service: Service,
+    pub port: u16,
+    dir: PathBuf,
+    ca: PathBuf,
+    cosign: PathBuf,
+}
+
 impl Registry {
-    pub fn start(dir: &Path, operator: &Operator, cosign: &Path) -> Result<Self> {
-        std::fs::create_dir_all(dir)?;
-        let port = free_port()?;
-        let password = run(Command::new("htpasswd").args(["-Bbn", USER, PASSWORD]))?;
-        std::fs::write(dir.join("htpasswd"), password)?;
-        let show = |path: PathBuf| path.display().to_string();
-        let config = format!(
-            "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
-             http: {{addr: '127.0.0.1:{port}', tls: {{certificate: {}, key: {}}}}}\n\
-             auth: {{htpasswd: {{realm: rig, path: {}}}}}\n",
-            show(dir.join("data")),
-            show(operator.path("server.pem")),
-            show(operator.path("server.key")),
-            show(dir.join("htpasswd")),
-        );
-        std::fs::write(dir.join("config.yml"), config)?;
-        let process =
-            Running::start(Command::new("docker-registry").arg("serve").arg(dir.join("config.yml")), &dir.join("log"))?;
-        let auth = format!("{{\"auths\":{{\"127.0.0.1:{port}\":{{\"auth\":\"{}\"}}}}}}", basic()?);
-        std::fs::write(dir.join("config.json"), auth)?;
-        let certificates = dir.join("certs");
-        std::fs::create_dir_all(&certificates)?;
-        std::fs::copy(operator.path("ca.pem"), certificates.join("ca.crt"))?;
-        std::fs::copy(operator.path("ca.pem"), dir.join("ca.pem"))?;
-        let import = ["import-key-pair", "-y", "--key"];
-        let mut import_key = Command::new(cosign);
-        import_key.args(import).arg(operator.path("image.key")).arg("--output-key-prefix").arg(dir.join("image"));
-        run(import_key.env("COSIGN_PASSWORD", ""))?;
-        let mut import_key = Command::new(cosign);
-        import_key.args(import).arg(operator.path("stranger.key")).arg("--output-key-prefix").arg(dir.join("stranger"));
-        run(import_key.env("COSIGN_PASSWORD", ""))?;
-        let address = format!("127.0.0.1:{port}");
-        wait_for("the registry listens", Duration::from_secs(20), || {
-            std::net::TcpStream::connect(&address).map(drop).context(address.clone())
-        })?;
-        Ok(Self { _process: process, port, dir: dir.to_owned(), cosign: cosign.to_owned() })
+    /// Starts an empty one with its data in `dir`, on a free port.
+    pub fn start(dir: &Path, authority: &Authority) -> Result<Self> {
+        fs::create_dir_all(dir)?;
+        let port = process::free_port()?;
+        let pair = authority.issue("registry")?;
+        let passwords = dir.join("htpasswd");
+        fs::write(&passwords, process::read(Command::new("htpasswd").args(["-Bbn", USER, PASSWORD]))?)?;
+        // JSON is YAML.
+        let config = json!({
+            "version": "0.1",
+            "log": { "accesslog": { "disabled": false }, "level": "info" },
+            "storage": { "filesystem": { "rootdirectory": dir.join("data") }, "delete": { "enabled": true } },
+            "http": { "addr": format!("127.0.0.1:{port}"), "tls": { "certificate": pair.cert, "key": pair.key } },
+            "auth": { "htpasswd": { "realm": "edged", "path": passwords } },
+        });
+        let file = dir.join("config.yml");
+        fs::write(&file, serde_json::to_string_pretty(&config)?)?;
+        let auth = json!({ "auths": { format!("127.0.0.1:{port}"): { "auth": BASIC_AUTH } } });
+        fs::write(dir.join("config.json"), auth.to_string())?;
+        let mut command = Command::new("docker-registry");
+        command.arg("serve").arg(&file);
+        let mut service = Service::start("docker-registry", &mut command, &dir.join("registry.log"))?;
+        service.wait_for_port(port, wait::LONG)?;
+        Ok(Self { service, port, dir: dir.to_owned(), ca: authority.cert(), cosign: Artifacts::find().cosign()? })
     }
 
-    /// Pushes an OCI layout (its tag `latest`) as `name:v1`.
-    pub fn push(&self, layout: &Path, name: &str) -> Result<()> {
-        let source = format!("oci:{}:latest", layout.display());
-        let target = format!("docker://127.0.0.1:{}/{name}:v1", self.port);
-        let mut skopeo = Command::new("skopeo");
-        skopeo.args(["copy", "--quiet", "--dest-creds", &format!("{USER}:{PASSWORD}"), "--dest-cert-dir"]);
-        run(skopeo.arg(self.dir.join("certs")).args([source, target])).map(drop)
+    /// `host:port` as the device spells it.
+    pub fn seen_from_guest(&self) -> String {
+        format!("{HOST_SEEN_FROM_GUEST}:{}", self.port)
     }
 
-    /// Signs `name:v1` with the key `image` or `stranger`.
-    pub fn sign(&self, name: &str, key: &str, form: Signature) -> Result<()> {
-        let bundle = format!("--new-bundle-format={}", form == Signature::Bundle);
-        let mut cosign = Command::new(&self.cosign);
-        cosign.args(["sign", "-y", "--use-signing-config=false", "--tlog-upload=false", &bundle, "--key"]);
-        cosign.arg(self.dir.join(format!("{key}.key"))).arg(format!("127.0.0.1:{}/{name}:v1", self.port));
-        cosign.env("COSIGN_PASSWORD", "").env("DOCKER_CONFIG", &self.dir).env("SSL_CERT_FILE", self.dir.join("ca.pem"));
-        run(&mut cosign).map(drop)
+    /// `host:port` as this machine spells it.
+    pub fn seen_from_host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
     }
 
-    /// How the device names an image.
-    pub fn image(&self, name: &str) -> String {
-        format!("10.0.2.2:{}/{name}:v1", self.port)
+    /// Pushes an OCI layout and gives back the digest of its manifest.
+    pub fn push(&self, layout: &Path, repository: &str, tag: &str) -> Result<String> {
+        let digest = self.dir.join(format!("{}.digest", repository.replace('/', "_")));
+        process::run(
+            Command::new("skopeo")
+                .args(["copy", "--quiet", "--preserve-digests", "--dest-cert-dir"])
+                .arg(self.certificates()?)
+                .args(["--dest-creds", &format!("{USER}:{PASSWORD}"), "--digestfile"])
+                .arg(&digest)
+                .arg(format!("oci:{}", layout.display()))
+                .arg(format!("docker://{}/{repository}:{tag}", self.seen_from_host())),
+        )?;
+        Ok(fs::read_to_string(digest)?.trim().to_owned())
+    }
+
+    /// Signs what was pushed with an ordinary Ed25519 PKCS#8 PEM key.
+    pub fn sign(&self, repository: &str, digest: &str, key: &Path, form: SignatureForm) -> Result<()> {
+        let imported = self.import(key)?;
+        let mut command = self.cosign();
+        command.args(["sign", "--yes", "--use-signing-config=false", "--tlog-upload=false", "--registry-cacert"]);
+        command.arg(&self.ca);
+        if form == SignatureForm::Tag {
+            command.arg("--new-bundle-format=false");
+        }
+        command.arg("--key").arg(imported).arg(format!("{}/{repository}@{digest}", self.seen_from_host()));
+        process::run(&mut command).map(drop)
+    }
+
+    /// The device's `agent.toml` lines for this registry; the CA is at `ca` on the device.
+    pub fn device_config(&self, ca: &str) -> String {
+        format!(
+            "[registry.\"{}\"]\nusername = \"{USER}\"\npassword = \"{PASSWORD}\"\nca = \"{ca}\"\n",
+            self.seen_from_guest()
+        )
+    }
+
+    /// cosign keeps keys in a wrapping of its own.
+    fn import(&self, key: &Path) -> Result<PathBuf> {
+        let name = key.file_stem().context("a key file has a name")?.to_string_lossy().into_owned();
+        let prefix = self.dir.join(format!("cosign-{name}"));
+        let imported = prefix.with_extension("key");
+        if !imported.exists() {
+            let mut command = self.cosign();
+            command.args(["import-key-pair", "--yes", "--key"]).arg(key).arg("--output-key-prefix").arg(&prefix);
+            process::run(&mut command)?;
+        }
+        Ok(imported)
+    }
+
+    fn cosign(&self) -> Command {
+        let mut command = Command::new(&self.cosign);
+        command.env("COSIGN_PASSWORD", "").env("DOCKER_CONFIG", &self.dir);
+        command
+    }
+
+    /// skopeo takes CAs as a directory of `*.crt`.
+    fn certificates(&self) -> Result<PathBuf> {
+        let dir = self.dir.join("certs");
+        fs::create_dir_all(&dir)?;
+        fs::copy(&self.ca, dir.join("ca.crt"))?;
+        Ok(dir)
     }
 }
 
-fn basic() -> Result<String> {
-    let mut encode = Command::new("sh");
-    Ok(run(encode.args(["-c", &format!("printf %s '{USER}:{PASSWORD}' | base64 -w0")]))?.trim().to_owned())
-}
+/// base64 of `device:correct-horse`.
+const BASIC_AUTH: &str = "ZGV2aWNlOmNvcnJlY3QtaG9yc2U=";

@@ -1,0 +1,21 @@
+//! How a story is told: on the architecture under test, in a directory of its own that stays when the story fails.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::artifacts::{Artifacts, Firmware};
+
+/// Runs it. What went wrong is printed with all its causes, and where the logs are.
+pub fn tell(name: &str, story: impl FnOnce(&Firmware, &Path) -> Result<()>) {
+    let artifacts = Artifacts::find();
+    let prepared = Artifacts::arch_under_test().and_then(|arch| Ok((arch, artifacts.run_dir(name, arch)?)));
+    let (arch, dir) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => panic!("{error:#}"),
+    };
+    match story(&artifacts.firmware(arch), &dir) {
+        Ok(()) => dir.remove(),
+        Err(error) => panic!("{error:#}\nall logs are in {}", dir.display()),
+    }
+}

@@ -1,0 +1,79 @@
+//! The whole way: signed images in a real registry, a signed manifest pushed, workloads under quota.
+
+use std::time::Duration;
+
+use edged_qemu::machine::Machine;
+use edged_qemu::power;
+use edged_qemu::site::{Site, console_shows};
+use edged_qemu::story;
+use edged_qemu::wait::LONG;
+
+/// Times that `manifest sign --expires` replaces.
+const HEAD: &str = "apiVersion: edge/v1\ndevice: edge-1\nissued: 2026-01-01T00:00:00Z\nexpires: 2036-01-01T00:00:00Z\n";
+
+#[test]
+#[ignore = "needs QEMU: cargo xtask test"]
+fn a_signed_workload_runs_under_its_quota_and_comes_back_after_a_power_cut() {
+    story::tell("workloads", |firmware, dir| {
+        let site = Site::start(dir, firmware.arch)?;
+        let (programs, nginx) = (site.publish("programs")?, site.publish("nginx")?);
+        let setup = site.device(&dir.join("device"))?;
+        let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
+        let manifest = format!(
+            "{HEAD}sequence: 1\nworkloads:\n  \
+             web:\n    image: {nginx}\n    resources: {{ memory: 32Mi, cpu: 300m }}\n    \
+             capabilities: {{ add: [CAP_CHOWN, CAP_SETUID, CAP_SETGID, CAP_NET_BIND_SERVICE] }}\n    \
+             health: {{ probe: {{ http: {{ port: 80, path: /healthz }} }}, startPeriod: 60s, interval: 2s }}\n  \
+             hog:\n    image: {programs}\n    args: [hog]\n    resources: {{ memory: 16Mi, cpu: 200m }}\n  \
+             crash:\n    image: {programs}\n    args: [crash]\n    resources: {{ memory: 8Mi, cpu: 100m }}\n"
+        );
+        let signed = site.keys.sign("first", &manifest)?;
+        site.push(&device, &signed)?;
+        console_shows(&mut device, "ps", "healthy", 3 * LONG)?;
+        // The crash and the memory are told apart.
+        console_shows(&mut device, "inspect crash", "exit code 3", LONG)?;
+        console_shows(&mut device, "inspect hog", "memory", LONG)?;
+
+        // No registry, no operator, a cut at any time: what ran runs again.
+        let mut device = power::cut(device, firmware, &setup)?;
+        device.cable(false)?;
+        console_shows(&mut device, "ps", "healthy", 3 * LONG)?;
+        device.console.say("poweroff")?;
+        device.wait_for_power_off(LONG + Duration::from_secs(30))
+    });
+}
+
+#[test]
+#[ignore = "needs QEMU: cargo xtask test"]
+fn what_is_not_signed_by_us_does_not_run() {
+    story::tell("refused", |firmware, dir| {
+        let site = Site::start(dir, firmware.arch)?;
+        let unsigned = site.publish_unsigned("programs")?;
+        let setup = site.device(&dir.join("device"))?;
+        let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
+        let manifest = |sequence: u32, resources: &str| {
+            let image = site.image("programs", &unsigned);
+            format!(
+                "{HEAD}sequence: {sequence}\nworkloads:\n  w:\n    image: {image}\n    args: [hang]\n    resources: {resources}\n"
+            )
+        };
+        // Signed by a key that is not in the trust root's manifest role.
+        let walls = "{ memory: 8Mi, cpu: 100m }";
+        let stranger = site.keys.sign_with("stranger", &manifest(1, walls), &site.keys.private("image"))?;
+        let why = site.push_refused(&device, &stranger)?;
+        assert!(why.contains("sign"), "{why}");
+        // More than there is.
+        let greedy = site.keys.sign("greedy", &manifest(2, "{ memory: 4Gi, cpu: 100m }"))?;
+        let why = site.push_refused(&device, &greedy)?;
+        assert!(why.contains("4Gi") || why.contains("4 GiB"), "{why}");
+        // The manifest is ours, the image is nobody's.
+        let ours = site.keys.sign("ours", &manifest(3, walls))?;
+        site.push(&device, &ours)?;
+        console_shows(&mut device, "status", "signature", LONG)?;
+        // A sequence that was seen does not come again.
+        let why = site.push_refused(&device, &site.keys.sign("again", &manifest(3, walls))?)?;
+        assert!(why.contains("sequence"), "{why}");
+        device.console.say("poweroff")?;
+        device.wait_for_power_off(LONG)
+    });
+}
