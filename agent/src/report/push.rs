@@ -114,7 +114,7 @@ async fn answer(request: Request<Incoming>, peer: SocketAddr, offers: &mpsc::Sen
         Ok(accepted) => json(StatusCode::ACCEPTED, "application/json", &accepted),
         Err(problem) => {
             let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            let mut response = json(status, "application/problem+json", &problem);
+            let mut response = json(status, "application/problem+json", &*problem);
             if status == StatusCode::SERVICE_UNAVAILABLE {
                 response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
             }
@@ -131,16 +131,20 @@ fn json(status: StatusCode, content_type: &'static str, value: &impl serde::Seri
     response
 }
 
-async fn take(request: Request<Incoming>, peer: SocketAddr, offers: &mpsc::Sender<Offer>) -> Result<Accepted, Problem> {
+async fn take(
+    request: Request<Incoming>,
+    peer: SocketAddr,
+    offers: &mpsc::Sender<Offer>,
+) -> Result<Accepted, Box<Problem>> {
     if request.uri().path() != PATH {
-        return Err(Problem::new(404, "Not Found", format!("there is only {PATH}")));
+        return Err(Box::new(Problem::new(404, "Not Found", format!("there is only {PATH}"))));
     }
     if request.method() != Method::PUT {
-        return Err(Problem::new(405, "Method Not Allowed", "a manifest is pushed with PUT"));
+        return Err(Box::new(Problem::new(405, "Method Not Allowed", "a manifest is pushed with PUT")));
     }
     let envelope = read(request.into_body()).await?;
     let digest = Digest::of(&envelope);
-    let busy = |detail: &str| Problem::new(503, "Service Unavailable", detail);
+    let busy = |detail: &str| Box::new(Problem::new(503, "Service Unavailable", detail));
     let (reply, verdict) = oneshot::channel();
     let offer = Offer { envelope, by: format!("push from {}", peer.ip()), reply };
     offers.try_send(offer).map_err(|_| busy("other manifests are being looked at; push it again"))?;
@@ -149,21 +153,22 @@ async fn take(request: Request<Incoming>, peer: SocketAddr, offers: &mpsc::Sende
             Ok(Accepted { sequence, digest, state: Some(GenerationState::Received), warnings: Vec::new() })
         }
         Ok(Ok(Err(reason))) if reason.code == Code::Busy => Err(busy(&reason.to_string())),
-        Ok(Ok(Err(reason))) => Err(Problem::refused(&reason)),
+        Ok(Ok(Err(reason))) => Err(Box::new(Problem::refused(&reason))),
         Ok(Err(_)) | Err(_) => Err(busy("the agent gave no verdict; look at `edgectl status`")),
     }
 }
 
-async fn read(body: Incoming) -> Result<Vec<u8>, Problem> {
-    match tokio::time::timeout(BODY_TIMEOUT, read_whole(body)).await {
-        Ok(Ok(Some(bytes))) => Ok(bytes),
+async fn read(body: Incoming) -> Result<Vec<u8>, Box<Problem>> {
+    let problem = match tokio::time::timeout(BODY_TIMEOUT, read_whole(body)).await {
+        Ok(Ok(Some(bytes))) => return Ok(bytes),
         Ok(Ok(None)) => {
             let detail = format!("the manifest is larger than {MANIFEST_MAX_BYTES} bytes");
-            Err(Problem { code: Some("tooLarge".to_owned()), ..Problem::new(413, "Content Too Large", detail) })
+            Problem { code: Some("tooLarge".to_owned()), ..Problem::new(413, "Content Too Large", detail) }
         }
-        Ok(Err(error)) => Err(Problem::new(400, "Bad Request", format!("the manifest did not come whole: {error}"))),
-        Err(_) => Err(Problem::new(408, "Request Timeout", "the manifest did not come in time")),
-    }
+        Ok(Err(error)) => Problem::new(400, "Bad Request", format!("the manifest did not come whole: {error}")),
+        Err(_) => Problem::new(408, "Request Timeout", "the manifest did not come in time"),
+    };
+    Err(Box::new(problem))
 }
 
 /// The body, or `None` if it is too large: then a part of the rest is still read and dropped, because a peer that is in
