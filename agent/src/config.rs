@@ -179,12 +179,7 @@ pub struct Images {
 
 impl Default for Images {
     fn default() -> Self {
-        Self {
-            policy: ImagePolicy::Signature,
-            layer_max: Bytes::mebi(4096),
-            layer_entries_max: 500_000,
-            parallel: 3,
-        }
+        Self { policy: ImagePolicy::Signature, layer_max: Bytes::mebi(4096), layer_entries_max: 500_000, parallel: 3 }
     }
 }
 

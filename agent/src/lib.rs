@@ -49,14 +49,14 @@ pub mod execute;
 /// The world as events.
 pub mod observe;
 
-/// What leaves the device, and what the fleet has for it.
-pub mod report;
 /// The local socket and the console.
 pub mod api;
 /// The loop that knows them all.
 pub mod reconcile;
+/// What leaves the device, and what the fleet has for it.
+pub mod report;
 
-/// What `edgectl` prints and asks.
-pub mod cli;
 /// Keys, trust roots and manifests, made and signed away from any device.
 pub mod authoring;
+/// What `edgectl` prints and asks.
+pub mod cli;

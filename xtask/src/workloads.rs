@@ -154,8 +154,7 @@ fn build(artifacts: &Artifacts, arch: Arch, recipe: &Recipe) -> Result<PathBuf> 
 /// Our own programs: one static binary, one layer.
 fn programs(artifacts: &Artifacts, arch: Arch) -> Result<PathBuf> {
     let out = artifacts.image(arch, "programs");
-    let binary =
-        toolchain::build(arch, Profile::Firmware, "sample-programs", &["sample"])?.join("sample");
+    let binary = toolchain::build(arch, Profile::Firmware, "sample-programs", &["sample"])?.join("sample");
     let key = oci::digest(&fs::read(&binary)?);
     if is_current(&out, &key) {
         return Ok(out);

@@ -38,7 +38,9 @@ pub struct Agent {
 #[derive(Debug)]
 pub enum Life {
     Running(Running),
-    Waiting { until_boot_ms: u64 },
+    Waiting {
+        until_boot_ms: u64,
+    },
     /// On the way down it is not started again.
     Retired,
 }

@@ -150,9 +150,7 @@ impl Keeper {
         let now = boot_ms();
         let agent = match &self.agent.life {
             agent::Life::Waiting { until_boot_ms } => *until_boot_ms,
-            agent::Life::Running(running) => {
-                running.heard_boot_ms + edged_model::keeper::HEARTBEAT_TIMEOUT_MS + 1
-            }
+            agent::Life::Running(running) => running.heard_boot_ms + edged_model::keeper::HEARTBEAT_TIMEOUT_MS + 1,
             agent::Life::Retired => u64::MAX,
         };
         let watchdog = self.watchdog.as_ref().map_or(u64::MAX, |(_, next)| *next);
@@ -349,13 +347,9 @@ impl Keeper {
         let started_boot_ms = boot_ms();
         match spawn::launch(&self.proof, spec, fds, join) {
             Ok(launching) => {
-                let token = LAUNCHES + launching.pid.cast_unsigned() as u64;
-                let watched = epoll::add(
-                    &self.poll,
-                    &launching.failure,
-                    epoll::EventData::new_u64(token),
-                    epoll::EventFlags::IN,
-                );
+                let token = LAUNCHES + u64::from(launching.pid as u32);
+                let watched =
+                    epoll::add(&self.poll, &launching.failure, epoll::EventData::new_u64(token), epoll::EventFlags::IN);
                 if let Err(errno) = watched {
                     log::line(&format!("epoll: {errno}"));
                 }

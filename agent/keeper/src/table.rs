@@ -19,7 +19,10 @@ pub struct Child {
 #[derive(Debug)]
 pub enum Life {
     /// Cloned, exec not reached yet; who asked, and the pipe that tells.
-    Launching { request: u64, failure: OwnedFd },
+    Launching {
+        request: u64,
+        failure: OwnedFd,
+    },
     Running,
     Ended(ChildExit),
 }

@@ -26,12 +26,28 @@ pub const FRAMES_READY: &str = "\r\nedged-frames 1 ready\r\n";
 pub enum Request {
     Version,
     Status,
-    Inspect { workload: WorkloadName },
-    Logs { workload: WorkloadName, follow: bool, tail: Option<u32> },
-    Events { follow: bool, workload: Option<WorkloadName>, tail: Option<u32> },
-    Start { workload: WorkloadName },
-    Stop { workload: WorkloadName },
-    Restart { workload: WorkloadName },
+    Inspect {
+        workload: WorkloadName,
+    },
+    Logs {
+        workload: WorkloadName,
+        follow: bool,
+        tail: Option<u32>,
+    },
+    Events {
+        follow: bool,
+        workload: Option<WorkloadName>,
+        tail: Option<u32>,
+    },
+    Start {
+        workload: WorkloadName,
+    },
+    Stop {
+        workload: WorkloadName,
+    },
+    Restart {
+        workload: WorkloadName,
+    },
     Generations,
     /// A signed envelope, as pushed.
     Apply {

@@ -89,7 +89,8 @@ pub fn sign(kind: Kind, payload: Vec<u8>, keys: &[SecretKey]) -> Result<Vec<u8>,
 /// Adds one more signature to an envelope: signers may be different people.
 pub fn add_signature(bytes: &[u8], kind: Kind, key: &SecretKey) -> Result<Vec<u8>, EnvelopeError> {
     let Unverified { mut sign, .. } = open(bytes, kind)?;
-    let mut signature: CoseSignature = CoseSignatureBuilder::new().protected(signer_header(&key.public().id()?)).build();
+    let mut signature: CoseSignature =
+        CoseSignatureBuilder::new().protected(signer_header(&key.public().id()?)).build();
     signature.signature = key.sign(&sign.tbs_data(b"", &signature));
     sign.signatures.retain(|other| other.protected.header.key_id != signature.protected.header.key_id);
     sign.signatures.push(signature);
@@ -152,12 +153,8 @@ fn check_headers(protected: &ProtectedHeader, unprotected: &Header) -> Result<()
 fn check_kind(header: &Header, wanted: Kind) -> Result<(), EnvelopeError> {
     match &header.content_type {
         Some(ContentType::Text(text)) if text == wanted.content_type() => Ok(()),
-        Some(ContentType::Text(text)) => {
-            Err(EnvelopeError::WrongKind { wanted, found: cbor::printable(text) })
-        }
-        Some(ContentType::Assigned(number)) => {
-            Err(EnvelopeError::WrongKind { wanted, found: format!("{number:?}") })
-        }
+        Some(ContentType::Text(text)) => Err(EnvelopeError::WrongKind { wanted, found: cbor::printable(text) }),
+        Some(ContentType::Assigned(number)) => Err(EnvelopeError::WrongKind { wanted, found: format!("{number:?}") }),
         None => Err(EnvelopeError::WrongKind { wanted, found: "none".to_owned() }),
     }
 }

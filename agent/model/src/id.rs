@@ -14,7 +14,9 @@ pub enum IdError {
     Empty { what: &'static str },
     #[error("{what} `{text}` is longer than {max} characters")]
     TooLong { what: &'static str, text: String, max: usize },
-    #[error("{what} `{text}` may only have a-z, 0-9 and `-`, and begins and ends with a letter or digit (RFC 1123 label)")]
+    #[error(
+        "{what} `{text}` may only have a-z, 0-9 and `-`, and begins and ends with a letter or digit (RFC 1123 label)"
+    )]
     NotALabel { what: &'static str, text: String },
     #[error("digest `{text}` is not `sha256:` and 64 lower-case hexadecimal digits")]
     NotADigest { text: String },
@@ -187,9 +189,7 @@ impl From<Digest> for String {
 }
 
 /// A manifest's place in the order of a device's manifests: strictly rising, never reused.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Sequence(pub u64);
 

@@ -24,15 +24,24 @@ pub enum RequestBody {
     /// Start a container or, with `LaunchSpec::join`, a process in a living one. Descriptors: as the spec's indexes say.
     Launch(Box<LaunchSpec>),
     /// A signal by pidfd: never to a reused pid.
-    Signal { key: String, signal: i32 },
+    Signal {
+        key: String,
+        signal: i32,
+    },
     /// All living children and all exits not yet forgotten. Answer: `Table`, then one `Child` message per entry.
     List,
     /// The agent has made this exit durable; the keeper may forget it.
-    Forget { key: String },
+    Forget {
+        key: String,
+    },
     /// Take the machine down in order. Under another init: end the keeper.
-    Shutdown { how: ShutdownHow },
+    Shutdown {
+        how: ShutdownHow,
+    },
     /// Store the time floor: on a device, set the clock to it if the clock is behind.
-    TimeFloor { unix_seconds: i64 },
+    TimeFloor {
+        unix_seconds: i64,
+    },
     Version,
 }
 
@@ -56,16 +65,31 @@ pub struct Reply {
 pub enum ReplyBody {
     Done,
     /// exec was reached. Descriptors: the read ends of stdout and stderr (or the pty's master).
-    Launched { key: String, pid: i32, boot_ms: u64 },
+    Launched {
+        key: String,
+        pid: i32,
+        boot_ms: u64,
+    },
     /// The child failed before exec. Nothing is left of it.
-    LaunchFailed { key: String, stage: String, errno: i32 },
+    LaunchFailed {
+        key: String,
+        stage: String,
+        errno: i32,
+    },
     /// How many `Child` messages follow.
-    Table { children: u32, keeper_version: String },
+    Table {
+        children: u32,
+        keeper_version: String,
+    },
     /// One entry. Descriptors: as in `Launched` (for a child that has ended too: its last words are still in the pipe).
     Child(ChildState),
     Exited(ChildExit),
-    Version { version: String },
-    Refused { why: String },
+    Version {
+        version: String,
+    },
+    Refused {
+        why: String,
+    },
 }
 
 /// One child of the keeper.

@@ -2,9 +2,7 @@
 //! `openssl genpkey -algorithm ed25519` makes them too.
 
 use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
-use ed25519_dalek::pkcs8::{
-    DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey, KeypairBytes, spki,
-};
+use ed25519_dalek::pkcs8::{DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey, KeypairBytes, spki};
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 
 use crate::id::Digest;

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{DeviceId, Digest, GroupName, NetworkName, Sequence, SecretName, VolumeName, WorkloadName};
+use crate::id::{DeviceId, Digest, GroupName, NetworkName, SecretName, Sequence, VolumeName, WorkloadName};
 use crate::quantity::{Bytes, MilliCpu, Span, Timestamp};
 
 /// The only `apiVersion` this agent reads.
@@ -367,7 +367,9 @@ pub enum MountSource {
     /// A path of the device; must be allowed by the device's `agent.toml`.
     Bind(String),
     /// Memory, counted against the workload's limit.
-    Tmpfs { size: Bytes },
+    Tmpfs {
+        size: Bytes,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

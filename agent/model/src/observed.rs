@@ -78,10 +78,19 @@ pub enum InstanceState {
     #[default]
     Absent,
     /// The order to start was given; the keeper has not answered yet.
-    Starting { since_boot_ms: u64 },
-    Running { pid: i32, since_boot_ms: u64 },
+    Starting {
+        since_boot_ms: u64,
+    },
+    Running {
+        pid: i32,
+        since_boot_ms: u64,
+    },
     /// The stop signal was sent; SIGKILL follows at the deadline.
-    Stopping { pid: i32, kill_at_boot_ms: u64, why: Reason },
+    Stopping {
+        pid: i32,
+        kill_at_boot_ms: u64,
+        why: Reason,
+    },
     Ended,
 }
 

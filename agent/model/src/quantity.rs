@@ -58,7 +58,9 @@ fn amount<'de, D: Deserializer<'de>, T: FromStr<Err = QuantityError>>(deserializ
         Ok(TextOrNumber::Text(text)) => text,
         Ok(TextOrNumber::Whole(number)) => number.to_string(),
         Ok(TextOrNumber::Fraction(number)) => number.to_string(),
-        Err(_) => return Err(D::Error::invalid_type(Unexpected::Other("something else"), &"an amount: text or a number")),
+        Err(_) => {
+            return Err(D::Error::invalid_type(Unexpected::Other("something else"), &"an amount: text or a number"));
+        }
     };
     text.parse().map_err(D::Error::custom)
 }
@@ -173,9 +175,7 @@ impl<'de> Deserialize<'de> for MilliCpu {
 }
 
 /// A span of time in whole milliseconds: `500ms`, `10s`, `1m 30s` (humantime's spelling).
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String")]
 pub struct Span {
@@ -230,9 +230,7 @@ impl fmt::Display for Span {
 textual!(Span);
 
 /// A wall-clock time to the second, in RFC 3339 when written. Only for expiry and for people: never for waiting.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String")]
 pub struct Timestamp(pub i64);

@@ -153,7 +153,9 @@ fn way_back<'m>(manifest: &'m Manifest, start: &'m WorkloadName) -> Option<Vec<&
     let mut came_from: BTreeMap<&WorkloadName, &WorkloadName> = BTreeMap::new();
     let mut next = VecDeque::from([start]);
     while let Some(name) = next.pop_front() {
-        for need in manifest.workloads.get(name)?.depends_on.keys().filter(|need| manifest.workloads.contains_key(*need)) {
+        for need in
+            manifest.workloads.get(name)?.depends_on.keys().filter(|need| manifest.workloads.contains_key(*need))
+        {
             if need == start {
                 let mut ring = vec![name];
                 while *ring.last()? != start {

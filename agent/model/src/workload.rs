@@ -10,12 +10,20 @@ use crate::quantity::{Bytes, Timestamp};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", tag = "kind")]
 pub enum ExitCause {
-    Code { code: i32 },
-    Signal { signal: i32, core_dumped: bool },
+    Code {
+        code: i32,
+    },
+    Signal {
+        signal: i32,
+        core_dumped: bool,
+    },
     /// The kernel's OOM killer, seen in `memory.events`: told apart from a plain SIGKILL.
     OutOfMemory,
     /// It never ran: the step of the start that failed and the kernel's answer.
-    NotStarted { stage: String, errno: i32 },
+    NotStarted {
+        stage: String,
+        errno: i32,
+    },
     /// It ended while nobody was there to see how.
     Unknown,
 }

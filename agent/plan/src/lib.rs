@@ -17,10 +17,10 @@
 
 #![forbid(unsafe_code)]
 
-/// Which images and workloads nobody needs any more.
-pub mod garbage;
 /// Does it fit: memory, CPU.
 pub mod fit;
+/// Which images and workloads nobody needs any more.
+pub mod garbage;
 /// The order in which workloads start.
 pub mod order;
 /// The word and the reason that people are shown for one workload.

@@ -10,7 +10,9 @@ use edged_model::workload::ExitCause;
 pub enum Verdict {
     Now,
     /// Not before this time.
-    At { boot_ms: u64 },
+    At {
+        boot_ms: u64,
+    },
     /// Its policy says that this was its end.
     Never,
 }

@@ -120,9 +120,7 @@ impl OneWorkload<'_> {
         let why = match self.hold() {
             Some(Hold::Stopped) => Reason::new(Code::OperatorStopped, format!("{name} was stopped by an operator"))
                 .next(format!("`edgectl start {name}` starts it")),
-            Some(Hold::Restart) => {
-                Reason::new(Code::OperatorRestarted, format!("{name} is restarted by an operator"))
-            }
+            Some(Hold::Restart) => Reason::new(Code::OperatorRestarted, format!("{name} is restarted by an operator")),
             None if instance.spec != Some(wanted) => {
                 if !turns.take() {
                     return wait(plan, name, Code::WaitingForTurn, "it changes when the one before it is up", None);

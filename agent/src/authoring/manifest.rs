@@ -59,7 +59,12 @@ impl ManifestCommand {
             Self::Validate { file } => {
                 let manifest = load(file)?;
                 check(&manifest)?;
-                Ok(format!("{}: generation {} with {} workloads is sound\n", file.display(), manifest.sequence, manifest.workloads.len()))
+                Ok(format!(
+                    "{}: generation {} with {} workloads is sound\n",
+                    file.display(),
+                    manifest.sequence,
+                    manifest.workloads.len()
+                ))
             }
             Self::Sign { file, key, output, sequence, expires } => {
                 let mut value = value(file)?;
@@ -141,5 +146,8 @@ fn inspect(bytes: &[u8]) -> Result<String> {
     let manifest: Manifest = cbor::decode(&opened.signed_by(&[])?.payload)?;
     let by = opened.claimed_signers().iter().map(Digest::to_string).collect::<Vec<_>>().join("\n#           ");
     let yaml = serde_yaml_ng::to_string(&serde_json::to_value(&manifest)?)?;
-    Ok(format!("# digest    {}\n# signed by {by}\n#           (not checked: that needs a trust root)\n{yaml}", opened.digest))
+    Ok(format!(
+        "# digest    {}\n# signed by {by}\n#           (not checked: that needs a trust root)\n{yaml}",
+        opened.digest
+    ))
 }

@@ -24,7 +24,11 @@ use edged_model::quantity::{Span, Timestamp};
 fn write_new(path: &Path, bytes: &[u8], mode: u32, force: bool) -> Result<()> {
     let mut options = File::options();
     options.write(true).mode(mode);
-    if force { options.create(true).truncate(true) } else { options.create_new(true) };
+    if force {
+        options.create(true).truncate(true)
+    } else {
+        options.create_new(true)
+    };
     match options.open(path) {
         Ok(mut file) => file.write_all(bytes).with_context(|| path.display().to_string()),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {

@@ -37,7 +37,9 @@ impl PushCommand {
         envelope::open(&bytes, Kind::Manifest).with_context(|| self.file.display().to_string())?;
         let roots = match &self.ca {
             None => ureq::tls::RootCerts::WebPki,
-            Some(path) => registry::certificates(&read(path)?).with_context(|| format!("{}: no certificate", path.display()))?,
+            Some(path) => {
+                registry::certificates(&read(path)?).with_context(|| format!("{}: no certificate", path.display()))?
+            }
         };
         let path = match (&self.device, &self.group) {
             (Some(device), _) => format!("/v1/devices/{device}/manifest"),
@@ -56,13 +58,17 @@ impl PushCommand {
         if status.is_success() {
             let mut told = format!("{url}: taken ({})\n", status.as_u16());
             let accepted: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-            for warning in accepted["warnings"].as_array().into_iter().flatten().filter_map(|warning| warning.as_str()) {
+            for warning in accepted["warnings"].as_array().into_iter().flatten().filter_map(|warning| warning.as_str())
+            {
                 told.push_str(&format!("  warning: {warning}\n"));
             }
             return Ok(told);
         }
         let problem: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-        match (problem["detail"].as_str().or(problem["title"].as_str()), problem["next"].as_str().filter(|next| !next.is_empty())) {
+        match (
+            problem["detail"].as_str().or(problem["title"].as_str()),
+            problem["next"].as_str().filter(|next| !next.is_empty()),
+        ) {
             (Some(title), Some(next)) => bail!("{url}: refused: {title}\n  {next}"),
             (Some(title), None) => bail!("{url}: refused: {title}"),
             _ => bail!("{url}: refused with {}: {}", status.as_u16(), text.trim()),

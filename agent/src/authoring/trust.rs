@@ -2,7 +2,7 @@
 //! `sign` adds one signature, `rotate` makes the next version, `verify` checks a step as a device would.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -102,12 +102,12 @@ impl TrustCommand {
     }
 }
 
-fn secret(path: &PathBuf) -> Result<SecretKey> {
+fn secret(path: &Path) -> Result<SecretKey> {
     SecretKey::from_pem(&read_text(path)?).with_context(|| path.display().to_string())
 }
 
 fn secrets(paths: &[PathBuf]) -> Result<Vec<SecretKey>> {
-    paths.iter().map(secret).collect()
+    paths.iter().map(|path| secret(path)).collect()
 }
 
 impl Contents {
@@ -148,7 +148,12 @@ fn inspect(bytes: &[u8]) -> Result<String> {
     let mut text = format!("version {}\nexpires {}\n", root.version, root.expires);
     for (name, role) in &root.roles {
         let keys = role.keys.iter().map(Digest::short).collect::<Vec<_>>().join(" ");
-        text.push_str(&format!("{:<9} {} of {}: {keys}\n", format!("{name:?}").to_lowercase(), role.threshold, role.keys.len()));
+        text.push_str(&format!(
+            "{:<9} {} of {}: {keys}\n",
+            format!("{name:?}").to_lowercase(),
+            role.threshold,
+            role.keys.len()
+        ));
     }
     let by = opened.claimed_signers().iter().map(Digest::short).collect::<Vec<_>>().join(" ");
     text.push_str(&format!("signed by {by}\n"));

@@ -63,7 +63,8 @@ fn main() -> ExitCode {
     }
     // As PID 1 the words are what the kernel did not understand of its command line.
     let is_device = std::process::id() == 1;
-    let options = if is_device { Options { root: None, config: None, device: true } } else { Options::parse().absolute() };
+    let options =
+        if is_device { Options { root: None, config: None, device: true } } else { Options::parse().absolute() };
     match keeper(&options) {
         Ok(code) => code,
         Err(error) => {

@@ -230,7 +230,8 @@ fn inputs(
         mounts,
         devices: workload.devices.iter().map(|wanted| device(name, wanted)).collect::<Result<_, _>>()?,
         cgroup_v2: ctx.cgroups.is_v2(),
-        open_files_max: OPEN_FILES.min(rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(OPEN_FILES)),
+        open_files_max: OPEN_FILES
+            .min(rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(OPEN_FILES)),
     })
 }
 

@@ -95,7 +95,11 @@ fn read_from_top(layers: &[PathBuf], name: &str) -> Option<String> {
             let mut text = String::new();
             let is_file = file.metadata().is_ok_and(|meta| meta.is_file());
             // Anything but a plain file, a whiteout among them, hides what is below.
-            return if is_file && file.take(FILE_MAX_BYTES).read_to_string(&mut text).is_ok() { Some(text) } else { None };
+            return if is_file && file.take(FILE_MAX_BYTES).read_to_string(&mut text).is_ok() {
+                Some(text)
+            } else {
+                None
+            };
         }
     }
     None

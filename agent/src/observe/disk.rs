@@ -6,6 +6,7 @@ use edged_model::quantity::Bytes;
 use edged_model::report::DiskReport;
 use nix::sys::statvfs::statvfs;
 
+#[allow(clippy::useless_conversion, reason = "these have 32 bits on armv7")]
 /// Total and free bytes of the file system that holds `path`. Free is what an ordinary writer may take.
 pub fn space(path: &Path) -> Result<DiskReport, nix::Error> {
     let stat = statvfs(path)?;

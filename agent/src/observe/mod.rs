@@ -8,17 +8,21 @@ use edged_model::keeper::ChildExit;
 pub mod disk;
 /// The workload's output: bounded segments on disk, followers in memory.
 pub mod logs;
-/// Whether a workload answers.
-pub mod probes;
 /// Memory, CPU and I/O pressure of the machine.
 pub mod pressure;
+/// Whether a workload answers.
+pub mod probes;
 
 /// What the world may say.
 #[derive(Debug)]
 pub enum Event {
     /// A run ended; the keeper remembers it until it is told to forget.
     Exited(ChildExit),
-    Probed { workload: WorkloadName, pid: i32, outcome: ProbeOutcome },
+    Probed {
+        workload: WorkloadName,
+        pid: i32,
+        outcome: ProbeOutcome,
+    },
 }
 
 /// What one probe found.
@@ -26,5 +30,7 @@ pub enum Event {
 pub enum ProbeOutcome {
     Passed,
     /// In words: `connection refused`, `status 503`, `exit 1`, `no answer in 3s`.
-    Failed { why: String },
+    Failed {
+        why: String,
+    },
 }

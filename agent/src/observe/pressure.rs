@@ -50,9 +50,6 @@ mod tests {
         assert_eq!(some_avg10(psi), Some(153));
         assert_eq!(some_avg10("nonsense"), None);
         let meminfo = "MemTotal:        2048 kB\nMemFree:  1 kB\nMemAvailable:   1024 kB\n";
-        assert_eq!(
-            parse_meminfo(meminfo),
-            Some(Memory { total: Bytes(2048 << 10), available: Bytes(1024 << 10) })
-        );
+        assert_eq!(parse_meminfo(meminfo), Some(Memory { total: Bytes(2048 << 10), available: Bytes(1024 << 10) }));
     }
 }

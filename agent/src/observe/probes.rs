@@ -55,11 +55,10 @@ async fn connect(target: &Target, port: u16, timeout: Duration) -> Result<TcpStr
         Target::Host => TcpStream::connect(address).await.map_err(failed),
         Target::Namespace(path) => {
             let path = path.clone();
-            let stream =
-                tokio::task::spawn_blocking(move || network::netns::connect_in_netns(&path, address, timeout))
-                    .await
-                    .map_err(|error| error.to_string())?
-                    .map_err(|error| format!("port {port}: {error}"))?;
+            let stream = tokio::task::spawn_blocking(move || network::netns::connect_in_netns(&path, address, timeout))
+                .await
+                .map_err(|error| error.to_string())?
+                .map_err(|error| format!("port {port}: {error}"))?;
             stream.set_nonblocking(true).map_err(failed)?;
             TcpStream::from_std(stream).map_err(failed)
         }

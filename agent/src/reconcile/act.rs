@@ -93,7 +93,9 @@ impl Agent {
     }
 
     fn start(&mut self, workload: WorkloadName, generation: Sequence, why: &Reason, now: Now) {
-        let Some(manifest) = self.world.desired.generations.get(&generation).map(|g| g.manifest.clone()) else { return };
+        let Some(manifest) = self.world.desired.generations.get(&generation).map(|g| g.manifest.clone()) else {
+            return;
+        };
         let Some(spec) = manifest.workloads.get(&workload).cloned() else { return };
         let Some(image) = self.images.get(&spec.image).cloned() else { return };
         if !self.under_way.starts.insert(workload.clone()) {
@@ -105,9 +107,8 @@ impl Agent {
         tokio::spawn(async move {
             let name = workload.clone();
             let note = spec.digest().to_string();
-            let prepared = tokio::task::spawn_blocking(move || {
-                start::prepare(&context, &name, &spec, &manifest, &image, note)
-            });
+            let prepared =
+                tokio::task::spawn_blocking(move || start::prepare(&context, &name, &spec, &manifest, &image, note));
             let result = match prepared.await {
                 Ok(Ok(prepared)) => link.launch(prepared.spec, prepared.fds).await.map_err(StartFailure::Launch),
                 Ok(Err(reason)) => Err(StartFailure::Reason(reason)),
@@ -140,7 +141,12 @@ impl Agent {
                 }
                 self.watch(&name, launched.pid).await;
                 let text = format!("{name} runs (pid {})", launched.pid);
-                self.tell(Some(&name), self.world.desired.pointers.active, &Reason::new(Code::Started, text), "planner");
+                self.tell(
+                    Some(&name),
+                    self.world.desired.pointers.active,
+                    &Reason::new(Code::Started, text),
+                    "planner",
+                );
                 self.save_history(&name, Durability::Soon);
             }
             Err(failure) => {
@@ -368,7 +374,8 @@ impl Agent {
 
     pub(super) fn save_history(&mut self, name: &WorkloadName, durability: Durability) {
         let instance = self.world.instance(name);
-        let saved = SavedHistory { spec: instance.spec, history: instance.history.clone(), boot_id: self.boot_id.clone() };
+        let saved =
+            SavedHistory { spec: instance.spec, history: instance.history.clone(), boot_id: self.boot_id.clone() };
         let key = name.clone();
         let written = self.writes.submit(move |store| {
             if let Err(error) = store.save_history(&key, &saved, durability) {

@@ -58,8 +58,10 @@ impl Agent {
     }
 
     fn no_such(&self, name: &WorkloadName) -> Reason {
-        let known: Vec<_> =
-            self.active().map(|active| active.manifest.workloads.keys().map(WorkloadName::as_str).collect()).unwrap_or_default();
+        let known: Vec<_> = self
+            .active()
+            .map(|active| active.manifest.workloads.keys().map(WorkloadName::as_str).collect())
+            .unwrap_or_default();
         let text = format!("there is no workload {name}");
         match edged_model::validate::nearest(name.as_str(), known.iter().copied()) {
             Some(near) => Reason::new(Code::NoSuchWorkload, text).next(format!("did you mean {near}?")),
@@ -137,7 +139,11 @@ impl Agent {
                     Err(broadcast::error::RecvError::Lagged(missed)) => {
                         let at_unix_ms = super::clock::unix_ms();
                         let text = format!("[{missed} lines are not shown: this connection is too slow]");
-                        Answer::Log(edged_model::api::LogLine { at_unix_ms, stream: edged_model::api::Stream::Stderr, text })
+                        Answer::Log(edged_model::api::LogLine {
+                            at_unix_ms,
+                            stream: edged_model::api::Stream::Stderr,
+                            text,
+                        })
                     }
                     Err(broadcast::error::RecvError::Closed) => break,
                 };

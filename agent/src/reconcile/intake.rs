@@ -88,7 +88,10 @@ impl Agent {
             reason: None,
         };
         let signers = verified.signers.iter().map(edged_model::id::Digest::short).collect::<Vec<_>>().join(", ");
-        let why = Reason::new(Code::Verified, format!("generation {sequence} is signed by {signers} and meant for this device"));
+        let why = Reason::new(
+            Code::Verified,
+            format!("generation {sequence} is signed by {signers} and meant for this device"),
+        );
         self.tell(None, Some(sequence), &why, by);
         let change = transition::received(&self.world.desired, generation, now);
         self.write_change(change, Some((sequence, envelope)), None, false);
@@ -105,7 +108,8 @@ impl Agent {
             Some(why) => (why.code, format!("generation {sequence} was tried already: {}", why.text)),
             None => (Code::RolledBack, format!("generation {sequence} was tried already")),
         };
-        Err(Reason::new(code, text).next(format!("correct it and sign it with sequence {} or higher", sequence.0.saturating_add(1))))
+        Err(Reason::new(code, text)
+            .next(format!("correct it and sign it with sequence {} or higher", sequence.0.saturating_add(1))))
     }
 
     /// The time floor: no earlier than the newest verified document, nor than the clock once was.

@@ -60,14 +60,38 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// What comes back to the loop.
 enum Message {
-    Pulled { image: String, result: Box<Result<ReadyImage, PullFailure>> },
-    PullProgress { image: String, progress: Progress },
-    Started { workload: WorkloadName, result: Result<Launched, StartFailure> },
-    Changed { change: Box<Change>, failed: Option<String>, activated: bool },
-    Removed { workload: WorkloadName, failed: Option<String> },
-    Probed { workload: WorkloadName, pid: i32, outcome: ProbeOutcome },
+    Pulled {
+        image: String,
+        result: Box<Result<ReadyImage, PullFailure>>,
+    },
+    PullProgress {
+        image: String,
+        progress: Progress,
+    },
+    Started {
+        workload: WorkloadName,
+        result: Result<Launched, StartFailure>,
+    },
+    Changed {
+        change: Box<Change>,
+        failed: Option<String>,
+        activated: bool,
+    },
+    Removed {
+        workload: WorkloadName,
+        failed: Option<String>,
+    },
+    Probed {
+        workload: WorkloadName,
+        pid: i32,
+        outcome: ProbeOutcome,
+    },
     /// A signed manifest, from whoever.
-    Offer { envelope: Vec<u8>, by: String, reply: Option<oneshot::Sender<Result<Sequence, Reason>>> },
+    Offer {
+        envelope: Vec<u8>,
+        by: String,
+        reply: Option<oneshot::Sender<Result<Sequence, Reason>>>,
+    },
     Network(String),
 }
 
@@ -142,9 +166,10 @@ impl Agent {
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
         self.replan().await;
         loop {
-            let wake = self.plan.wake_at_boot_ms().map_or(HEARTBEAT, |at| {
-                Duration::from_millis(at.saturating_sub(clock::boot_ms())).min(HEARTBEAT)
-            });
+            let wake = self
+                .plan
+                .wake_at_boot_ms()
+                .map_or(HEARTBEAT, |at| Duration::from_millis(at.saturating_sub(clock::boot_ms())).min(HEARTBEAT));
             tokio::select! {
                 exit = exits.recv() => match exit {
                     Some(exit) => self.exited(exit).await,
@@ -193,7 +218,12 @@ impl Agent {
 
     /// Writes a line of the device's story: to the store, to whoever follows, to the log.
     fn tell(&self, workload: Option<&WorkloadName>, generation: Option<Sequence>, why: &Reason, by: &str) {
-        tracing::info!(workload = workload.map(WorkloadName::as_str), generation = generation.map(|s| s.0), by, "{why}");
+        tracing::info!(
+            workload = workload.map(WorkloadName::as_str),
+            generation = generation.map(|s| s.0),
+            by,
+            "{why}"
+        );
         let event = StoryEvent {
             number: 0,
             at: self.now().wall,

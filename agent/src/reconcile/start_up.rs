@@ -117,7 +117,9 @@ fn trust_root(places: &Places, config: &Config, store: &Store) -> anyhow::Result
     }
     let beside = places.config_file.with_file_name("trust.cose");
     let path = config.device.trust_root.clone().unwrap_or(beside);
-    let empty = |why: Reason| (TrustRoot { version: 0, expires: Timestamp(0), keys: BTreeMap::new(), roles: BTreeMap::new() }, Some(why));
+    let empty = |why: Reason| {
+        (TrustRoot { version: 0, expires: Timestamp(0), keys: BTreeMap::new(), roles: BTreeMap::new() }, Some(why))
+    };
     match std::fs::read(&path) {
         Ok(bytes) => match trust::factory(&bytes) {
             Ok(root) => match store.set_trust_root(root.version, &bytes) {
@@ -197,7 +199,10 @@ impl Agent {
         }
         let (code, text) = match adopted {
             0 => (Code::Boot, format!("the agent {} starts", crate::VERSION)),
-            n => (Code::AgentRestarted, format!("the agent {} starts and takes over {n} running workloads", crate::VERSION)),
+            n => (
+                Code::AgentRestarted,
+                format!("the agent {} starts and takes over {n} running workloads", crate::VERSION),
+            ),
         };
         self.tell(None, self.world.desired.pointers.active, &Reason::new(code, text), "agent");
         Ok(())
@@ -250,7 +255,8 @@ impl Agent {
         fn wall() -> Timestamp {
             clock::now(Timestamp(crate::BUILT_AT)).wall
         }
-        if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, self.newest_digest(), offers.clone(), wall) {
+        if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, self.newest_digest(), offers.clone(), wall)
+        {
             self.tell(None, None, &why, "agent");
         }
         if let Err(error) = push::listen(&self.config.api, &self.device, &places.keep(), offers).await {

@@ -29,7 +29,13 @@ pub fn received(desired: &Desired, mut generation: Generation, now: Timestamp) -
 }
 
 /// A step the planner ordered; `None` for a generation that is not there.
-pub fn step(desired: &Desired, sequence: Sequence, to: GenerationState, why: &Reason, now: Timestamp) -> Option<Change> {
+pub fn step(
+    desired: &Desired,
+    sequence: Sequence,
+    to: GenerationState,
+    why: &Reason,
+    now: Timestamp,
+) -> Option<Change> {
     let mut generation = desired.generations.get(&sequence)?.clone();
     generation.state = to;
     generation.since = now;
@@ -41,7 +47,9 @@ pub fn step(desired: &Desired, sequence: Sequence, to: GenerationState, why: &Re
             let before = change.pointers.active.replace(sequence);
             change.pointers.candidate = change.pointers.candidate.filter(|candidate| *candidate != sequence);
             // The last good one stays what it is: it is where a rollback goes.
-            if let Some(before) = before.filter(|before| change.pointers.last_good != Some(*before) && *before != sequence) {
+            if let Some(before) =
+                before.filter(|before| change.pointers.last_good != Some(*before) && *before != sequence)
+            {
                 supersede(desired, before, superseded(), now, &mut change);
             }
         }

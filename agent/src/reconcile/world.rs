@@ -128,7 +128,8 @@ impl World {
             ProbeOutcome::Passed => {
                 count.failed_in_a_row = 0;
                 instance.health = Health::Healthy;
-                (before != Health::Healthy).then(|| Reason::new(Code::BecameHealthy, format!("{name} answers its health check")))
+                (before != Health::Healthy)
+                    .then(|| Reason::new(Code::BecameHealthy, format!("{name} answers its health check")))
             }
             ProbeOutcome::Failed { why } => {
                 let in_start_period = now.boot_ms < since_boot_ms.saturating_add(check.start_period.ms);
@@ -226,7 +227,8 @@ mod tests {
         let mut world = World::default();
         world.began(&name(), &began(b"a"));
         world.stopping(&name(), &Reason::new(Code::OperatorStopped, "by hand"), Now::default());
-        let why = world.ended(&name(), exit(5, ExitCause::Signal { signal: 15, core_dumped: false }), &Restart::default());
+        let why =
+            world.ended(&name(), exit(5, ExitCause::Signal { signal: 15, core_dumped: false }), &Restart::default());
         assert_eq!((why.code, world.instance(&name()).history.in_a_row), (Code::OperatorStopped, 0));
     }
 

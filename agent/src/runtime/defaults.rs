@@ -32,8 +32,17 @@ pub struct ContainerInputs {
 }
 
 const MASKED: [&str; 12] = [
-    "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug",
-    "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/proc/interrupts", "/sys/devices/virtual/powercap",
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/interrupts",
+    "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];
 
@@ -84,7 +93,8 @@ fn capabilities(inputs: &ContainerInputs) -> Vec<String> {
     let plain = |name: &String| name.strip_prefix("CAP_").unwrap_or(name).to_owned();
     let dropped: Vec<_> = inputs.capabilities_drop.iter().map(plain).collect();
     let defaults = super::caps::DEFAULT.iter().map(|name| (*name).to_owned());
-    let mut kept: Vec<_> = defaults.filter(|name| !dropped.contains(name) && !dropped.iter().any(|d| d == "ALL")).collect();
+    let mut kept: Vec<_> =
+        defaults.filter(|name| !dropped.contains(name) && !dropped.iter().any(|d| d == "ALL")).collect();
     kept.extend(inputs.capabilities_add.iter().map(plain));
     kept
 }
@@ -108,8 +118,11 @@ pub fn spec(inputs: &ContainerInputs) -> Result<Spec, OciSpecError> {
         .gid(inputs.gid)
         .additional_gids(inputs.additional_gids.clone())
         .build()?;
-    let nofile =
-        PosixRlimitBuilder::default().typ(PosixRlimitType::RlimitNofile).soft(inputs.open_files_max.min(1024)).hard(inputs.open_files_max).build()?;
+    let nofile = PosixRlimitBuilder::default()
+        .typ(PosixRlimitType::RlimitNofile)
+        .soft(inputs.open_files_max.min(1024))
+        .hard(inputs.open_files_max)
+        .build()?;
     let process = ProcessBuilder::default()
         .terminal(false)
         .args(inputs.argv.clone())

@@ -80,11 +80,7 @@ impl KeeperLink {
         rustix::io::ioctl_fionbio(&socket, true)?;
         #[expect(deprecated, reason = "unsound only for types that lie about their descriptor; this one owns it")]
         let socket = AsyncFd::with_interest(socket, Interest::READABLE | Interest::WRITABLE)?;
-        let shared = Arc::new(Shared {
-            socket,
-            next_id: AtomicU64::new(1),
-            waiting: Mutex::new(HashMap::new()),
-        });
+        let shared = Arc::new(Shared { socket, next_id: AtomicU64::new(1), waiting: Mutex::new(HashMap::new()) });
         let (exits, receiver) = mpsc::channel(EXITS_DEPTH);
         let link = Self { shared };
         let reader = link.clone();
@@ -115,7 +111,11 @@ impl KeeperLink {
     }
 
     /// Sends a request; the receiver gets its answers. The guard takes the entry away again.
-    async fn ask(&self, body: RequestBody, fds: &[OwnedFd]) -> Result<(Asked<'_>, mpsc::UnboundedReceiver<Answer>), LinkError> {
+    async fn ask(
+        &self,
+        body: RequestBody,
+        fds: &[OwnedFd],
+    ) -> Result<(Asked<'_>, mpsc::UnboundedReceiver<Answer>), LinkError> {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let bytes = serde_cbor::to_vec(&Request { id, body }).map_err(|_| LinkError::WrongAnswer)?;
         if bytes.len() > MAX_MESSAGE_BYTES {

@@ -70,7 +70,8 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<u8>, SeccompError> {
 }
 
 fn condition(arg: &oci_spec::runtime::LinuxSeccompArg) -> Result<SeccompCondition, SeccompError> {
-    let index = u8::try_from(arg.index()).map_err(|_| SeccompError::Unsupported { what: "that argument".to_owned() })?;
+    let index =
+        u8::try_from(arg.index()).map_err(|_| SeccompError::Unsupported { what: "that argument".to_owned() })?;
     let (operator, value) = match arg.op() {
         LinuxSeccompOperator::ScmpCmpEq => (SeccompCmpOp::Eq, arg.value()),
         LinuxSeccompOperator::ScmpCmpNe => (SeccompCmpOp::Ne, arg.value()),
@@ -113,9 +114,30 @@ mod tests {
         let allowed: Vec<_> =
             profile.syscalls().iter().flatten().flat_map(|group| group.names().iter().map(String::as_str)).collect();
         for name in [
-            "mount", "umount2", "pivot_root", "unshare", "setns", "bpf", "ptrace", "kexec_load", "init_module",
-            "finit_module", "keyctl", "add_key", "request_key", "open_by_handle_at", "reboot", "swapon", "clone3",
-            "io_uring_setup", "userfaultfd", "perf_event_open", "move_mount", "fsopen", "open_tree", "mount_setattr",
+            "mount",
+            "umount2",
+            "pivot_root",
+            "unshare",
+            "setns",
+            "bpf",
+            "ptrace",
+            "kexec_load",
+            "init_module",
+            "finit_module",
+            "keyctl",
+            "add_key",
+            "request_key",
+            "open_by_handle_at",
+            "reboot",
+            "swapon",
+            "clone3",
+            "io_uring_setup",
+            "userfaultfd",
+            "perf_event_open",
+            "move_mount",
+            "fsopen",
+            "open_tree",
+            "mount_setattr",
         ] {
             assert!(!allowed.contains(&name), "{name}");
         }

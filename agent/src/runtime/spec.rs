@@ -64,14 +64,15 @@ pub fn launch_spec(spec: &Spec, place: LaunchPlace) -> Result<LaunchSpec, SpecEr
     }
     // The network namespace is made beforehand and entered by descriptor; without one the host's is kept.
     namespaces.remove(CloneFlags::CLONE_NEWNET);
-    let mut devices: Vec<_> = DEFAULT_DEVICES.iter().map(|(path, major, minor)| default_device(path, *major, *minor)).collect();
+    let mut devices: Vec<_> =
+        DEFAULT_DEVICES.iter().map(|(path, major, minor)| default_device(path, *major, *minor)).collect();
     devices.extend(linux.devices().iter().flatten().map(device).collect::<Result<Vec<_>, _>>()?);
     let user = process.user();
     Ok(LaunchSpec {
         key: place.key,
         note: place.note,
         join: None,
-        namespaces: u64::from(namespaces.bits().cast_unsigned()),
+        namespaces: u64::from(namespaces.bits() as u32),
         netns_fd: place.netns_fd,
         cgroup: place.cgroup,
         hostname: spec.hostname().clone(),
@@ -122,9 +123,8 @@ fn device(device: &LinuxDevice) -> Result<DeviceNode, SpecError> {
         LinuxDeviceType::B => 'b',
         other => return Err(SpecError::Unsupported { field: "linux.devices.type", value: format!("{other:?}") }),
     };
-    let number = |n: i64| {
-        u32::try_from(n).map_err(|_| SpecError::Unsupported { field: "linux.devices", value: n.to_string() })
-    };
+    let number =
+        |n: i64| u32::try_from(n).map_err(|_| SpecError::Unsupported { field: "linux.devices", value: n.to_string() });
     Ok(DeviceNode {
         path: device.path().to_string_lossy().into_owned(),
         kind,
@@ -215,8 +215,9 @@ fn mount_step(mount: &Mount) -> Result<MountStep, SpecError> {
         if let Some((_, flag, set)) = FLAG_WORDS.iter().find(|(word, ..)| *word == option) {
             flags.set(*flag, *set);
             recursive |= option == "rbind";
-        } else if let Some((_, kind)) =
-            PROPAGATION_WORDS.iter().find(|(word, _)| option.strip_prefix('r').unwrap_or(option) == *word || option == *word)
+        } else if let Some((_, kind)) = PROPAGATION_WORDS
+            .iter()
+            .find(|(word, _)| option.strip_prefix('r').unwrap_or(option) == *word || option == *word)
         {
             propagation |= *kind;
             recursive |= option.starts_with('r');
@@ -269,7 +270,12 @@ mod tests {
     }
 
     fn inputs() -> ContainerInputs {
-        ContainerInputs { argv: vec!["sh".to_owned()], cwd: "/".to_owned(), cgroup_v2: true, ..ContainerInputs::default() }
+        ContainerInputs {
+            argv: vec!["sh".to_owned()],
+            cwd: "/".to_owned(),
+            cgroup_v2: true,
+            ..ContainerInputs::default()
+        }
     }
 
     #[test]

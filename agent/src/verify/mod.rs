@@ -42,7 +42,9 @@ pub struct VerifiedManifest {
 pub enum Verdict {
     Accepted(Box<VerifiedManifest>),
     /// The very manifest the device already has.
-    Known { digest: Digest },
+    Known {
+        digest: Digest,
+    },
 }
 
 /// Checks a pushed or fetched envelope.
@@ -95,7 +97,8 @@ fn by_manifest_keys(opened: &Unverified, root: &TrustRoot) -> Result<Signed, Rea
     }
     let threshold = root.roles.get(&RoleName::Manifest).map_or(1, |role| role.threshold);
     if signed.signers.len() < threshold as usize {
-        let text = format!("manifest {name}: signed by {} of the {threshold} keys that are needed", signed.signers.len());
+        let text =
+            format!("manifest {name}: signed by {} of the {threshold} keys that are needed", signed.signers.len());
         return Err(Reason::new(Code::ThresholdNotMet, text).next("sign it with more keys (`--key` once for each)"));
     }
     Ok(signed)

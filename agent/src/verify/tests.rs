@@ -1,8 +1,8 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use edged_model::manifest::Workload;
 use edged_model::keys::SecretKey;
+use edged_model::manifest::Workload;
 use edged_model::trust::Role;
 use serde_cbor::Value;
 

@@ -215,7 +215,10 @@ mod tests {
     #[test]
     fn a_device_without_a_root_takes_none_over_the_wire() {
         let none = TrustRoot { version: 0, expires: Timestamp(0), keys: Default::default(), roles: Default::default() };
-        assert_eq!(rotate(&none, &signed(&root(1, &[1], 1), &[1]), Timestamp(0)).unwrap_err().code, Code::ThresholdNotMet);
+        assert_eq!(
+            rotate(&none, &signed(&root(1, &[1], 1), &[1]), Timestamp(0)).unwrap_err().code,
+            Code::ThresholdNotMet
+        );
     }
 
     proptest::proptest! {

@@ -13,9 +13,9 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
 use crate::mount::{self, Attributes};
+use crate::privilege;
 use crate::resolve::{self, Want};
 use crate::spawn::Failure;
-use crate::privilege;
 
 /// The steps, in their order. Their words appear in `edgectl`: "mounts: No such device".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,12 +108,7 @@ fn io_errno(error: &std::io::Error) -> Errno {
 }
 
 /// Runs the steps; does not come back.
-pub(crate) fn run(
-    spec: &LaunchSpec,
-    fds: &[OwnedFd],
-    join: Option<BorrowedFd<'_>>,
-    plumbing: Plumbing,
-) -> Infallible {
+pub(crate) fn run(spec: &LaunchSpec, fds: &[OwnedFd], join: Option<BorrowedFd<'_>>, plumbing: Plumbing) -> Infallible {
     let Plumbing { failure, stdio, terminal } = plumbing;
     let failed = match steps(spec, fds, join, &stdio, terminal) {
         Ok(never) => match never {},
@@ -191,7 +186,7 @@ fn join_container(target: BorrowedFd<'_>) -> Step {
 }
 
 fn make_container(spec: &LaunchSpec, fds: &[OwnedFd]) -> Step {
-    let wants = |flag: CloneFlags| spec.namespaces & u64::from(flag.bits().cast_unsigned()) != 0;
+    let wants = |flag: CloneFlags| spec.namespaces & u64::from(flag.bits() as u32) != 0;
     if wants(CloneFlags::CLONE_NEWCGROUP) {
         at(Stage::CgroupNamespace, unshare(CloneFlags::CLONE_NEWCGROUP).map_err(errno))?;
     }

@@ -65,6 +65,7 @@ pub fn boot_ms() -> u64 {
 }
 
 /// Sets the wall clock to `unix_seconds` if it is behind. Returns whether it was.
+#[allow(clippy::useless_conversion, reason = "time_t has 32 bits on armv7")]
 pub fn raise_clock(unix_seconds: i64) -> io::Result<bool> {
     let now = clock_gettime(ClockId::CLOCK_REALTIME)?;
     if i64::from(now.tv_sec()) >= unix_seconds {

@@ -23,10 +23,10 @@ pub mod privilege;
 /// Paths inside a root that is not trusted.
 pub mod resolve;
 
-/// Descriptors that an earlier self, or the keeper, left open for us.
-pub mod inherit;
 /// Messages with descriptors.
 pub mod fdpass;
+/// Descriptors that an earlier self, or the keeper, left open for us.
+pub mod inherit;
 
 /// Watchdog, modules, clock: the machine itself.
 pub mod device;

@@ -118,8 +118,7 @@ pub fn install_seccomp(program: &[u8]) -> Result<(), Errno> {
     let prog = libc::sock_fprog { len, filter: filter.as_ptr().cast_mut() };
     // SAFETY: `prog` points at `filter`, which lives to the end of this function and has `len` entries; the kernel
     // copies it and checks every instruction.
-    let result =
-        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0_usize, &raw const prog) };
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0_usize, &raw const prog) };
     if result == 0 { Ok(()) } else { Err(last_errno()) }
 }
 

@@ -121,7 +121,7 @@ pub fn launch(
 }
 
 fn to_flags(flags: CloneFlags) -> u64 {
-    u64::from(flags.bits().cast_unsigned())
+    u64::from(flags.bits() as u32)
 }
 
 /// Children from now on are born in the pid namespace of `target`; returns the way back.
@@ -137,9 +137,7 @@ fn pipe() -> Result<(OwnedFd, OwnedFd), SpawnError> {
 
 /// The child's ends and ours.
 fn plumbing(spec: &LaunchSpec, fds: &[OwnedFd], failure: OwnedFd) -> Result<(Plumbing, Vec<OwnedFd>), SpawnError> {
-    let copy = |index: u32| {
-        descriptor(fds, index)?.try_clone_to_owned().map_err(SpawnError::Pipes)
-    };
+    let copy = |index: u32| descriptor(fds, index)?.try_clone_to_owned().map_err(SpawnError::Pipes);
     let null = || {
         std::fs::File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from).map_err(SpawnError::Pipes)
     };
@@ -197,7 +195,7 @@ fn clone3(
     let mut cgroup_fd = 0;
     if let Some(fd) = cgroup {
         flags |= CLONE_INTO_CGROUP;
-        cgroup_fd = u64::from(fd.as_raw_fd().cast_unsigned());
+        cgroup_fd = u64::from(fd.as_raw_fd() as u32);
     }
     let args = CloneArgs {
         flags,

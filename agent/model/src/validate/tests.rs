@@ -178,11 +178,8 @@ fn one_wrong_value_is_one_problem_at_its_place() {
         ("workloads.web.user", |_, w| w.user = Some("1:2:3".to_owned())),
         ("workloads.web.capabilities.add", |_, w| w.capabilities.add = vec!["NET_ADMN".to_owned()]),
         ("workloads.web.devices[0].access", |_, w| {
-            w.devices = vec![crate::manifest::Device {
-                path: "/dev/ttyS1".to_owned(),
-                target: None,
-                access: "rx".to_owned(),
-            }];
+            w.devices =
+                vec![crate::manifest::Device { path: "/dev/ttyS1".to_owned(), target: None, access: "rx".to_owned() }];
         }),
         ("workloads.web.mounts[0].source.tmpfs.size", |_, w| {
             let source = MountSource::Tmpfs { size: Bytes::mebi(32) };

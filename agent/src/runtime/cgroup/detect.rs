@@ -7,9 +7,13 @@ use super::CgroupError;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Layout {
-    V2 { workloads: PathBuf },
+    V2 {
+        workloads: PathBuf,
+    },
     /// For memory, cpu and pids: the name of the controller and our directory in its hierarchy.
-    V1 { controllers: Vec<(&'static str, PathBuf)> },
+    V1 {
+        controllers: Vec<(&'static str, PathBuf)>,
+    },
 }
 
 const NEEDED: [&str; 3] = ["memory", "cpu", "pids"];
@@ -31,7 +35,12 @@ fn mounts(mountinfo: &str) -> impl Iterator<Item = Mount<'_>> {
         let mut fields = right.split(' ');
         let fstype = fields.next()?;
         let options = fields.nth(1)?;
-        (fstype == "cgroup" || fstype == "cgroup2").then_some(Mount { root, point, is_v2: fstype == "cgroup2", options })
+        (fstype == "cgroup" || fstype == "cgroup2").then_some(Mount {
+            root,
+            point,
+            is_v2: fstype == "cgroup2",
+            options,
+        })
     })
 }
 
@@ -74,7 +83,9 @@ pub fn layout(mountinfo: &str, cgroup: &str, instance: Option<&str>) -> Result<L
         return Err(CgroupError::NotMounted);
     }
     match NEEDED.iter().find(|controller| !found.iter().any(|(name, _)| name == *controller)) {
-        Some(controller) => Err(CgroupError::NoController { controller, hint: "it is in no mounted cgroup v1 hierarchy" }),
+        Some(controller) => {
+            Err(CgroupError::NoController { controller, hint: "it is in no mounted cgroup v1 hierarchy" })
+        }
         None => Ok(Layout::V1 { controllers: found }),
     }
 }

@@ -9,7 +9,8 @@ use rustix::fs::{Mode, OFlags};
 
 use super::{CPU_PERIOD_US, CgroupError, IoLimits, Limits, Usage, read_keyed, read_number};
 
-pub const LIMIT_FILES: [&str; 6] = ["memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max", "io.max"];
+pub const LIMIT_FILES: [&str; 6] =
+    ["memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max", "io.max"];
 
 pub fn write(dir: &Path, file: &str, text: &str) -> Result<(), CgroupError> {
     let path = dir.join(file);
