@@ -31,15 +31,17 @@ struct Cli {
 enum Verb {
     /// Serve devices and operators over HTTPS
     Serve(Serve),
-    /// Enrolment tokens
-    #[command(subcommand)]
-    Token(TokenVerb),
+    /// Make a one-time token for the enrolment of a device
+    Token(Token),
     /// All devices and how they are
     Devices {
         #[command(flatten)]
         from: From,
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
+        /// The same as `-o json`
+        #[arg(long, conflicts_with = "output")]
+        json: bool,
     },
     /// All that is known of one device, as JSON
     Device {
@@ -68,22 +70,28 @@ struct Serve {
     operator_token_file: Option<PathBuf>,
 }
 
-#[derive(Debug, Subcommand)]
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
 enum TokenVerb {
     /// Make a one-time token and print it: the only time that it can be read
-    Create {
-        #[arg(long)]
-        data: PathBuf,
-        /// Only this device may use it
-        #[arg(long)]
-        device: Option<DeviceId>,
-        /// Groups of the device that uses it, in place of those it names itself
-        #[arg(long = "group")]
-        groups: Vec<GroupName>,
-        /// How long it is good for
-        #[arg(long, default_value = "1day")]
-        valid: Span,
-    },
+    #[default]
+    Create,
+}
+
+#[derive(Debug, Args)]
+struct Token {
+    #[arg(value_enum, default_value_t)]
+    verb: TokenVerb,
+    #[arg(long)]
+    data: PathBuf,
+    /// Only this device may use it
+    #[arg(long)]
+    device: Option<DeviceId>,
+    /// Groups of the device that uses it, in place of those it names itself
+    #[arg(long = "group")]
+    groups: Vec<GroupName>,
+    /// How long it is good for
+    #[arg(long, default_value = "1day")]
+    valid: Span,
 }
 
 /// Where to read: the database itself, or a running server.
@@ -128,15 +136,15 @@ fn run(verb: Verb) -> Result<()> {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             runtime.block_on(serve.run())
         }
-        Verb::Token(TokenVerb::Create { data, device, groups, valid }) => {
+        Verb::Token(Token { verb: TokenVerb::Create, data, device, groups, valid }) => {
             let groups = (!groups.is_empty()).then_some(groups);
             let request = TokenRequest { device, groups, valid_secs: Some(valid.ms / 1000) };
             println!("{}", http::add_token(&Sqlite::open(&data)?, new_token()?, request, system_clock())?.token);
             Ok(())
         }
-        Verb::Devices { from, output } => {
+        Verb::Devices { from, output, json } => {
             let all = from.devices()?;
-            match output {
+            match if json { Output::Json } else { output } {
                 Output::Table => print!("{}", table::devices(&all, system_clock())),
                 Output::Json => println!("{}", serde_json::to_string_pretty(&all)?),
             }

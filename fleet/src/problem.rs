@@ -11,14 +11,14 @@ use crate::db::DbError;
 /// A request that was not done, and how to say so.
 #[derive(Debug)]
 pub struct Failure {
-    problem: Problem,
+    problem: Box<Problem>,
     header: Option<(header::HeaderName, HeaderValue)>,
 }
 
 impl Failure {
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         let title = status.canonical_reason().unwrap_or("Error");
-        Self { problem: Problem::new(status.as_u16(), title, detail), header: None }
+        Self { problem: Box::new(Problem::new(status.as_u16(), title, detail)), header: None }
     }
 
     #[must_use]
@@ -48,7 +48,7 @@ impl Failure {
 
 impl From<Reason> for Failure {
     fn from(reason: Reason) -> Self {
-        Self { problem: Problem::refused(&reason), header: None }
+        Self { problem: Box::new(Problem::refused(&reason)), header: None }
     }
 }
 
@@ -72,7 +72,7 @@ impl From<tokio::task::JoinError> for Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let body = serde_json::to_vec(&self.problem).unwrap_or_default();
+        let body = serde_json::to_vec(&*self.problem).unwrap_or_default();
         let mut response = (status, [(header::CONTENT_TYPE, "application/problem+json")], body).into_response();
         if let Some((name, value)) = self.header {
             response.headers_mut().insert(name, value);

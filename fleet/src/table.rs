@@ -113,7 +113,7 @@ mod tests {
         let full = device(serde_json::json!({
             "device": "pump-1", "groups": [], "keyId": digest, "lastSeen": "1970-01-01T00:01:00Z",
             "manifest": {"scope": "device", "sequence": 8, "digest": digest, "storedAt": "1970-01-01T00:00:00Z"},
-            "report": {"receivedAt": "1970-01-01T00:01:00Z", "sizeBytes": 9, "report": {
+            "report": {"receivedAt": "1970-01-01T00:01:00Z", "sizeBytes": 9,
                 "device": "pump-1", "bootId": "b", "number": 1, "at": "1970-01-01T00:01:00Z", "agentVersion": "1",
                 "arch": "x86_64", "uptimeSecs": 60, "clockSource": "ntp",
                 "generation": {"sequence": 7, "digest": digest, "state": "good"},
@@ -121,7 +121,7 @@ mod tests {
                     "web": {"phase": "running"},
                     "db": {"phase": "waiting", "why": {"code": "backOff", "text": "exit 1; again in 4s"}},
                 },
-            }},
+            },
         }));
         let new = device(serde_json::json!({"device": "pump-2", "groups": []}));
         let text = devices(&[full, new], Timestamp(65));

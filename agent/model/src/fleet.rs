@@ -186,5 +186,6 @@ pub struct ReceivedReport {
     pub received_at: Timestamp,
     /// Length of the signed envelope.
     pub size_bytes: u64,
+    #[serde(flatten)]
     pub report: Report,
 }

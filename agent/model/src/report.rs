@@ -37,7 +37,7 @@ pub struct Report {
     /// What was refused last, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
-    /// Reports dropped from a full outbox since the last one that arrived.
+    /// Reports dropped from a full outbox, counted over the device's whole life: a difference between two is a gap.
     #[serde(default)]
     pub dropped: u64,
 }
@@ -66,15 +66,40 @@ pub struct WorkloadReport {
     pub last_exit: Option<ExitCause>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<Reason>,
+    /// `memory.current` in whole kibibytes, and `memory.max`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub memory: Option<Bytes>,
+    pub memory: Option<Usage<Bytes>>,
+    /// Thousandths of a core over the time since the last report, and `cpu.max`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub memory_max: Option<Bytes>,
-    /// Thousandths of a core over the time since the last report.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_milli: Option<u64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cpu_max_milli: Option<u64>,
+    pub cpu_milli: Option<Usage<u64>>,
+}
+
+/// What is used and where the wall is: on the wire `[used, max]`, because twenty workloads have to fit into 2 KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(Option<T>, Option<T>)", into = "(Option<T>, Option<T>)")]
+#[serde(bound(serialize = "T: Serialize + Clone", deserialize = "T: Deserialize<'de>"))]
+pub struct Usage<T> {
+    pub used: Option<T>,
+    pub max: Option<T>,
+}
+
+impl<T> Usage<T> {
+    /// `None` when nothing is known of either.
+    pub fn known(used: Option<T>, max: Option<T>) -> Option<Self> {
+        if used.is_none() && max.is_none() { None } else { Some(Self { used, max }) }
+    }
+}
+
+impl<T> From<(Option<T>, Option<T>)> for Usage<T> {
+    fn from((used, max): (Option<T>, Option<T>)) -> Self {
+        Self { used, max }
+    }
+}
+
+impl<T> From<Usage<T>> for (Option<T>, Option<T>) {
+    fn from(usage: Usage<T>) -> Self {
+        (usage.used, usage.max)
+    }
 }
 
 fn is_unchecked(health: &Health) -> bool {

@@ -1,7 +1,8 @@
 //! Status to report: pure.
 
 use edged_model::api::Status;
-use edged_model::report::{GenerationReport, Report, WorkloadReport};
+use edged_model::quantity::Bytes;
+use edged_model::report::{GenerationReport, Report, Usage, WorkloadReport};
 
 pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report {
     let workload = |workload: &edged_model::api::WorkloadStatus| {
@@ -12,10 +13,8 @@ pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report 
             oom_kills: workload.oom_kills,
             last_exit: workload.last_exit.clone(),
             why: workload.why.clone(),
-            memory: workload.memory,
-            memory_max: workload.memory_max,
-            cpu_milli: workload.cpu_milli,
-            cpu_max_milli: workload.cpu_max_milli,
+            memory: Usage::known(workload.memory.map(whole_kibibytes), workload.memory_max),
+            cpu_milli: Usage::known(workload.cpu_milli, workload.cpu_max_milli),
         };
         (workload.name.clone(), report)
     };
@@ -40,4 +39,9 @@ pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report 
         refused: status.refused.clone(),
         dropped,
     }
+}
+
+/// The kernel counts in pages anyway, and `19Mi` is shorter on the wire than the same in bytes.
+fn whole_kibibytes(bytes: Bytes) -> Bytes {
+    Bytes(bytes.0 >> 10 << 10)
 }

@@ -10,8 +10,8 @@ use edged_model::fleet::{Accepted, MANIFEST_MAX_BYTES, Problem};
 use edged_model::generation::GenerationState;
 use edged_model::id::{DeviceId, Digest};
 use edged_model::reason::Code;
-use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
-use hyper::body::{Body as _, Bytes, Incoming};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Bytes, Incoming};
 use hyper::header::{self, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -35,6 +35,8 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(20);
 const VERDICT_TIMEOUT: Duration = Duration::from_secs(20);
 /// After `accept` failed (no descriptors): long enough not to spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// Read from a body that is too large, before the answer.
+const DROPPED_MAX_BYTES: usize = 4 << 20;
 const PATH: &str = "/v1/manifest";
 
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +114,7 @@ async fn answer(request: Request<Incoming>, peer: SocketAddr, offers: &mpsc::Sen
         Ok(accepted) => json(StatusCode::ACCEPTED, "application/json", &accepted),
         Err(problem) => {
             let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            let mut response = json(status, "application/problem+json", &problem);
+            let mut response = json(status, "application/problem+json", &*problem);
             if status == StatusCode::SERVICE_UNAVAILABLE {
                 response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("2"));
             }
@@ -129,16 +131,20 @@ fn json(status: StatusCode, content_type: &'static str, value: &impl serde::Seri
     response
 }
 
-async fn take(request: Request<Incoming>, peer: SocketAddr, offers: &mpsc::Sender<Offer>) -> Result<Accepted, Problem> {
+async fn take(
+    request: Request<Incoming>,
+    peer: SocketAddr,
+    offers: &mpsc::Sender<Offer>,
+) -> Result<Accepted, Box<Problem>> {
     if request.uri().path() != PATH {
-        return Err(Problem::new(404, "Not Found", format!("there is only {PATH}")));
+        return Err(Box::new(Problem::new(404, "Not Found", format!("there is only {PATH}"))));
     }
     if request.method() != Method::PUT {
-        return Err(Problem::new(405, "Method Not Allowed", "a manifest is pushed with PUT"));
+        return Err(Box::new(Problem::new(405, "Method Not Allowed", "a manifest is pushed with PUT")));
     }
     let envelope = read(request.into_body()).await?;
     let digest = Digest::of(&envelope);
-    let busy = |detail: &str| Problem::new(503, "Service Unavailable", detail);
+    let busy = |detail: &str| Box::new(Problem::new(503, "Service Unavailable", detail));
     let (reply, verdict) = oneshot::channel();
     let offer = Offer { envelope, by: format!("push from {}", peer.ip()), reply };
     offers.try_send(offer).map_err(|_| busy("other manifests are being looked at; push it again"))?;
@@ -147,22 +153,37 @@ async fn take(request: Request<Incoming>, peer: SocketAddr, offers: &mpsc::Sende
             Ok(Accepted { sequence, digest, state: Some(GenerationState::Received), warnings: Vec::new() })
         }
         Ok(Ok(Err(reason))) if reason.code == Code::Busy => Err(busy(&reason.to_string())),
-        Ok(Ok(Err(reason))) => Err(Problem::refused(&reason)),
+        Ok(Ok(Err(reason))) => Err(Box::new(Problem::refused(&reason))),
         Ok(Err(_)) | Err(_) => Err(busy("the agent gave no verdict; look at `edgectl status`")),
     }
 }
 
-async fn read(body: Incoming) -> Result<Vec<u8>, Problem> {
-    let too_large =
-        || Problem::new(413, "Content Too Large", format!("the manifest is larger than {MANIFEST_MAX_BYTES} bytes"));
-    if body.size_hint().lower() > MANIFEST_MAX_BYTES as u64 {
-        return Err(too_large());
+async fn read(body: Incoming) -> Result<Vec<u8>, Box<Problem>> {
+    let problem = match tokio::time::timeout(BODY_TIMEOUT, read_whole(body)).await {
+        Ok(Ok(Some(bytes))) => return Ok(bytes),
+        Ok(Ok(None)) => {
+            let detail = format!("the manifest is larger than {MANIFEST_MAX_BYTES} bytes");
+            Problem { code: Some("tooLarge".to_owned()), ..Problem::new(413, "Content Too Large", detail) }
+        }
+        Ok(Err(error)) => Problem::new(400, "Bad Request", format!("the manifest did not come whole: {error}")),
+        Err(_) => Problem::new(408, "Request Timeout", "the manifest did not come in time"),
+    };
+    Err(Box::new(problem))
+}
+
+/// The body, or `None` if it is too large: then a part of the rest is still read and dropped, because a peer that is in
+/// the middle of sending would only see a broken pipe, and not why.
+async fn read_whole(mut body: Incoming) -> Result<Option<Vec<u8>>, hyper::Error> {
+    let mut bytes = Vec::new();
+    let mut seen = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else { continue };
+        seen += data.len();
+        if seen <= MANIFEST_MAX_BYTES {
+            bytes.extend_from_slice(&data);
+        } else if seen > MANIFEST_MAX_BYTES + DROPPED_MAX_BYTES {
+            break;
+        }
     }
-    let whole = Limited::new(body, MANIFEST_MAX_BYTES).collect();
-    match tokio::time::timeout(BODY_TIMEOUT, whole).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes().to_vec()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(error)) => Err(Problem::new(400, "Bad Request", format!("the manifest did not come whole: {error}"))),
-        Err(_) => Err(Problem::new(408, "Request Timeout", "the manifest did not come in time")),
-    }
+    Ok((seen <= MANIFEST_MAX_BYTES).then_some(bytes))
 }

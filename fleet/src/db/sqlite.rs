@@ -1,6 +1,7 @@
 //! The fleet's memory in one SQLite file: write-ahead log, `synchronous=FULL`, so that what was acknowledged survives a
 //! power cut (sqlite.org/pragma.html). One connection behind a lock: writes are short, and SQLite has one writer anyway.
 
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -39,7 +40,11 @@ impl<T> Doing<T> for Result<T, rusqlite::Error> {
 impl Sqlite {
     /// Opens or makes `fleet.db` in `directory`.
     pub fn open(directory: &Path) -> Result<Self, DbError> {
-        std::fs::create_dir_all(directory)
+        // Manifests may carry secrets: a directory made here is for its owner alone.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
             .map_err(|source| DbError::Directory { path: directory.to_owned(), source })?;
         let path = directory.join("fleet.db");
         let mut connection = Connection::open(&path).doing("open")?;
