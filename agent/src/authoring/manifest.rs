@@ -72,7 +72,10 @@ impl ManifestCommand {
                 in_time(&manifest, now()).with_context(|| file.display().to_string())?;
                 let output = output.clone().unwrap_or_else(|| file.with_extension("cose"));
                 if output == *file {
-                    bail!("{}: the signed file would take the place of its source; name another with -o", file.display());
+                    bail!(
+                        "{}: the signed file would take the place of its source; name another with -o",
+                        file.display()
+                    );
                 }
                 let digest = sign(&manifest, key, &output)?;
                 let (sequence, until) = (manifest.sequence, manifest.expires);

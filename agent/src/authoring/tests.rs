@@ -144,12 +144,16 @@ fn a_trust_root_goes_from_hand_to_hand() {
     assert_eq!(desk.ok("trust verify ./one.cose"), "trust root version 1 is sound\n");
     assert!(desk.refused(&format!("trust init --root-key ./r1.key {roles} -o ./one.cose")).contains("there already"));
 
-    desk.ok(&format!("trust rotate --from ./one.cose --old-root-key ./r1.key --root-key ./r2.key {roles} -o ./two.cose"));
+    desk.ok(&format!(
+        "trust rotate --from ./one.cose --old-root-key ./r1.key --root-key ./r2.key {roles} -o ./two.cose"
+    ));
     assert_eq!(desk.ok("trust verify ./two.cose --from ./one.cose"), "a device with version 1 takes version 2\n");
     assert!(desk.refused("trust verify ./one.cose --from ./two.cose").contains("version 1 is not above 2"));
 
     // Without the old root's key no device takes it; its holder can still add the signature.
-    desk.ok(&format!("trust rotate --from ./one.cose --old-root-key ./r2.key --root-key ./r2.key {roles} -o ./bare.cose"));
+    desk.ok(&format!(
+        "trust rotate --from ./one.cose --old-root-key ./r2.key --root-key ./r2.key {roles} -o ./bare.cose"
+    ));
     let told = desk.refused("trust verify ./bare.cose --from ./one.cose");
     assert!(told.contains("signed by 0 of the 1 keys of version 1's root role"), "{told}");
     desk.ok("trust sign ./bare.cose --key ./r1.key -o ./bare.cose");
@@ -171,7 +175,8 @@ fn an_ecdsa_key_may_sign_images_and_nothing_else() {
     desk.ok("trust init --root-key ./root.key --manifest-key ./ops.pub --image-key ./ec.pub -o ./trust.cose");
     let root = check::factory(&read(&desk.path("trust.cose")).unwrap()).unwrap();
     assert_eq!(check::role_spki(&root, RoleName::Image).len(), 1);
-    let told = desk.refused("trust init --root-key ./root.key --manifest-key ./ec.pub --image-key ./ec.pub -o ./t.cose");
+    let told =
+        desk.refused("trust init --root-key ./root.key --manifest-key ./ec.pub --image-key ./ec.pub -o ./t.cose");
     assert!(told.contains("role Manifest has a key that is not Ed25519"), "{told}");
 }
 
@@ -224,7 +229,12 @@ fn a_key_that_is_there_twice_is_refused_in_every_notation() {
     desk.write("deep.yaml", &WEB.replace("    image: registry.example:5000/web:1\n", "    image: a\n    image: b\n"));
     desk.write("m.json", r#"{"device": "pump-1", "device": "pump-2"}"#);
     desk.write("m.toml", "device = \"pump-1\"\ndevice = \"pump-2\"\n");
-    for (name, words) in [("m.yaml", "`device` is there twice"), ("deep.yaml", "workloads.web: `image` is there twice at line"), ("m.json", "`device` is there twice at line 1"), ("m.toml", "duplicate key")] {
+    for (name, words) in [
+        ("m.yaml", "`device` is there twice"),
+        ("deep.yaml", "workloads.web: `image` is there twice at line"),
+        ("m.json", "`device` is there twice at line 1"),
+        ("m.toml", "duplicate key"),
+    ] {
         let told = desk.refused(&format!("manifest validate ./{name}"));
         assert!(told.contains(words), "{told}");
     }
@@ -295,10 +305,10 @@ fn the_shipped_configuration_names_every_key() {
     let text = std::fs::read_to_string(shipped("agent.toml")).unwrap();
     assert_eq!(Config::parse(&text).unwrap(), Config::default());
 
-    let uncommented: String = text.lines().map(|line| line.strip_prefix('#').filter(|l| !l.starts_with(' ')).unwrap_or(line)).fold(
-        String::new(),
-        |all, line| all + line + "\n",
-    );
+    let uncommented: String = text
+        .lines()
+        .map(|line| line.strip_prefix('#').filter(|l| !l.starts_with(' ')).unwrap_or(line))
+        .fold(String::new(), |all, line| all + line + "\n");
     Config::parse(&uncommented).unwrap_or_else(|error| panic!("{error}\n{uncommented}"));
     let told: toml::Table = toml::from_str(&uncommented).unwrap();
     let keys = |at: &str| {
