@@ -1,5 +1,6 @@
 //! A small HTTP server for probes: one request per connection, one connection at a time. It is well until it has had
 //! its number of requests, or until `/fail` is asked for; `/recover` makes it well again.
+//! `/exit` ends it with code 3, `/hog` takes memory until it is stopped.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -46,12 +47,16 @@ fn answer(stream: TcpStream, is_well: &mut bool) -> std::io::Result<Option<u8>> 
         _ => {}
     }
     let (status, body) = match path {
-        "/fail" | "/recover" | "/exit" => ("200 OK", "done\n".to_owned()),
+        "/fail" | "/recover" | "/exit" | "/hog" => ("200 OK", "done\n".to_owned()),
         "/limits" => ("200 OK", see::limits()),
         _ if !*is_well => ("503 Service Unavailable", "not well\n".to_owned()),
         _ => ("200 OK", "hello\n".to_owned()),
     };
     let mut stream = reader.into_inner();
     write!(stream, "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())?;
+    drop(stream);
+    if path == "/hog" {
+        crate::hog(usize::MAX);
+    }
     Ok((path == "/exit").then_some(3))
 }

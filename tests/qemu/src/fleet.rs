@@ -46,6 +46,11 @@ impl Fleet {
         Ok(self.tool(&["token", "create"])?.trim().to_owned())
     }
 
+    /// The token with which operators push.
+    pub fn operator_token(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.data.join("operator.token"))?.trim().to_owned())
+    }
+
     pub fn url_seen_from_guest(&self) -> String {
         format!("https://{HOST_SEEN_FROM_GUEST}:{}", self.port)
     }

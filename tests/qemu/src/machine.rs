@@ -145,6 +145,11 @@ impl Machine {
         &self.dir
     }
 
+    /// Where the technician's line can be connected to, once [`Line::hang_up`] has let go of it.
+    pub fn console_socket(&self) -> PathBuf {
+        self.sockets.join("console.sock")
+    }
+
     /// Pulls the network cable out, or puts it back.
     pub fn cable(&mut self, is_in: bool) -> Result<()> {
         self.qmp.execute("set_link", json!({ "name": "nic0", "up": is_in })).map(drop)

@@ -83,6 +83,11 @@ impl Line {
         Ok(lines.skip_while(|l| l.trim_start_matches(prompt).trim() == line).collect::<Vec<_>>().join("\n"))
     }
 
+    /// Lets go of the line: somebody else may connect to the socket.
+    pub fn hang_up(&self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
     /// Forgets what has come so far: the next wait is for something new.
     pub fn skip(&mut self) {
         self.cursor = self.heard.0.lock().unwrap_or_else(PoisonError::into_inner).text.len();

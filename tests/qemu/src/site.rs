@@ -2,11 +2,13 @@
 //! and the files that a factory puts on the device for them.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::arch::Arch;
 use crate::artifacts::Artifacts;
@@ -108,6 +110,15 @@ impl Site {
         process::read(self.push_command(port).arg(signed))
     }
 
+    /// Leaves a signed manifest at the fleet for the device.
+    pub fn leave_at_fleet(&self, signed: &Path) -> Result<String> {
+        let fleet = self.fleet.as_ref().context("this site has no fleet")?;
+        let mut command = self.keys.edgectl();
+        command.args(["push", "--to", &fleet.url_seen_from_host(), "--device", DEVICE, "--ca"]);
+        command.arg(self.authority.cert()).env("EDGED_TOKEN", fleet.operator_token()?).arg(signed);
+        process::read(&mut command)
+    }
+
     /// The same for a manifest that must be refused; gives back what the operator reads.
     pub fn push_refused(&self, device: &Machine, signed: &Path) -> Result<String> {
         let port = device.port(PUSH_PORT)?;
@@ -132,6 +143,16 @@ impl Site {
             .output()?;
         Ok(output.status.success().then_some(()))
     }
+}
+
+/// `GET path` on a port of this machine: the whole answer, headers and all.
+pub fn get(port: u16, path: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(wait::LONG))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }
 
 /// Asks on the device's console until the answer has `text` in it.
