@@ -63,9 +63,4 @@ impl Fleet {
     pub fn ca(&self) -> &Path {
         &self.ca
     }
-
-    /// The operator's token, made by the server at its first start.
-    pub fn operator_token(&self) -> Result<String> {
-        Ok(fs::read_to_string(self.data.join("operator.token"))?.trim().to_owned())
-    }
 }
