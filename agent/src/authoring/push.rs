@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use edged_model::cbor;
 use edged_model::envelope::{self, Kind};
+use edged_model::fleet::{Accepted, Problem};
 use edged_model::id::{DeviceId, GroupName};
 use edged_model::manifest::Manifest;
 
@@ -79,22 +80,23 @@ impl PushCommand {
         let mut text = String::new();
         response.into_body().into_reader().take(64 << 10).read_to_string(&mut text)?;
         if status.is_success() {
-            let mut told = format!("{url}: taken ({})\n", status.as_u16());
-            let accepted: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-            for warning in accepted["warnings"].as_array().into_iter().flatten().filter_map(|warning| warning.as_str())
-            {
-                told.push_str(&format!("  warning: {warning}\n"));
-            }
-            return Ok(told);
+            return Ok(taken(&url, &text));
         }
-        let problem: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-        match (
-            problem["detail"].as_str().or(problem["title"].as_str()),
-            problem["next"].as_str().filter(|next| !next.is_empty()),
-        ) {
-            (Some(title), Some(next)) => bail!("{url}: refused: {title}\n  {next}"),
-            (Some(title), None) => bail!("{url}: refused: {title}"),
-            _ => bail!("{url}: refused with {}: {}", status.as_u16(), text.trim()),
+        // The other side's own words; an endpoint that only stores bytes has none of ours.
+        match serde_json::from_str::<Problem>(&text) {
+            Ok(Problem { detail, next: Some(next), .. }) => bail!("{url}: refused: {detail}\n  {next}"),
+            Ok(Problem { detail, next: None, .. }) => bail!("{url}: refused: {detail}"),
+            Err(_) => bail!("{url}: refused with {status}: {}", text.trim()),
         }
     }
+}
+
+/// What became of it: an endpoint that only stores bytes says nothing more than that it took them.
+fn taken(url: &str, text: &str) -> String {
+    let Ok(accepted) = serde_json::from_str::<Accepted>(text) else { return format!("{url}: taken\n") };
+    let mut said = format!("{url}: generation {} taken ({})\n", accepted.sequence, accepted.digest.short());
+    for warning in &accepted.warnings {
+        said.push_str(&format!("  {warning}\n"));
+    }
+    said
 }

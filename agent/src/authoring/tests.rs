@@ -336,3 +336,72 @@ fn the_checked_names_of_capabilities_are_those_of_the_runtime() {
         assert!(crate::runtime::caps::bit(name).is_some(), "{name}");
     }
 }
+
+/// A device's own HTTPS port with what it decides, and nothing else of an agent.
+fn device_port(desk: &Desk) -> String {
+    use crate::report::{Offer, push};
+    use crate::verify::{self, DeviceFacts, Verdict};
+    use edged_model::id::Sequence;
+
+    let root = check::factory(&read(&desk.path("trust.cose")).unwrap()).unwrap();
+    let keep = desk.dir.path().to_owned();
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let config = crate::config::Api { listen: Some("127.0.0.1:0".to_owned()), ..Default::default() };
+            let mut facts = DeviceFacts {
+                id: "pump-1".parse().unwrap(),
+                groups: Vec::new(),
+                highest_sequence: Sequence(0),
+                newest_digest: None,
+                now: now(),
+            };
+            let (pushes, mut pushed) = tokio::sync::mpsc::channel::<Offer>(1);
+            let address = push::listen(&config, &facts.id, &keep, pushes).await.unwrap().unwrap();
+            ready.send(address.port()).unwrap();
+            while let Some(Offer { envelope, reply, .. }) = pushed.recv().await {
+                let verdict = verify::manifest(&envelope, &root, &facts).map(|verdict| {
+                    if let Verdict::Accepted(verified) = verdict {
+                        facts.highest_sequence = verified.manifest.sequence;
+                        facts.newest_digest = Some(verified.digest);
+                    }
+                    facts.highest_sequence
+                });
+                reply.send(verdict).unwrap();
+            }
+        });
+    });
+    format!("https://localhost:{}", is_ready.recv().unwrap())
+}
+
+#[test]
+fn what_a_device_answers_to_a_push_is_told_in_its_own_words() {
+    let desk = Desk::new();
+    desk.keys(&["root", "ops", "stranger"]);
+    desk.ok("trust init --root-key ./root.key --manifest-key ./ops.pub --image-key ./ops.pub -o ./trust.cose");
+    let url = device_port(&desk);
+    let push = format!("push ./m.cose --to {url} --ca ./push.crt");
+    desk.write("m.yaml", WEB);
+
+    desk.ok("manifest sign ./m.yaml --key ./stranger.key");
+    let told = desk.refused(&push);
+    assert!(
+        told.contains("refused: manifest ") && told.contains("is no manifest key of trust root version 1"),
+        "{told}"
+    );
+    assert!(told.contains("\n  sign it with a key of the trust root's `manifest` role"), "{told}");
+
+    desk.ok("manifest sign ./m.yaml --key ./ops.key");
+    let told = desk.ok(&push);
+    assert!(told.starts_with(&format!("{url}/v1/manifest: generation 7 taken (")), "{told}");
+    assert_eq!(desk.ok(&push), told, "the same again is no replay");
+
+    desk.ok("manifest sign ./m.yaml --key ./ops.key --sequence 6");
+    let told = desk.refused(&push);
+    assert!(told.contains("manifest sequence 6 is not above 7, the highest seen"), "{told}");
+
+    // Without the device's certificate nothing is sent.
+    let told = desk.refused(&format!("push ./m.cose --to {url}"));
+    assert!(!told.contains("refused:"), "{told}");
+}
