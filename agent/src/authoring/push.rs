@@ -96,7 +96,7 @@ fn taken(url: &str, text: &str) -> String {
     let Ok(accepted) = serde_json::from_str::<Accepted>(text) else { return format!("{url}: taken\n") };
     let mut said = format!("{url}: generation {} taken ({})\n", accepted.sequence, accepted.digest.short());
     for warning in &accepted.warnings {
-        said.push_str(&format!("  {warning}\n"));
+        said.push_str(&format!("  warning: {warning}\n"));
     }
     said
 }
