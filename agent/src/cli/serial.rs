@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use edged_model::api::{FRAMES_READY, FRAMES_WANTED};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::termios::{BaudRate, ControlFlags, SetArg, cfmakeraw, cfsetspeed, tcgetattr, tcsetattr};
+use rustix::termios::{ControlModes, OptionalActions, tcgetattr, tcsetattr};
 
 /// How long one try to reach framed mode waits for the console's word.
 const HANDSHAKE: Duration = Duration::from_secs(2);
@@ -29,12 +29,12 @@ pub fn connect(tty: &Path, baud: Option<u32>) -> io::Result<Line> {
     let flags = OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags.bits()).open(tty)?;
     let mut settings = tcgetattr(&file)?;
-    cfmakeraw(&mut settings);
-    settings.control_flags |= ControlFlags::CLOCAL | ControlFlags::CREAD;
+    settings.make_raw();
+    settings.control_modes |= ControlModes::CLOCAL | ControlModes::CREAD;
     if let Some(baud) = baud {
-        cfsetspeed(&mut settings, speed(baud)?)?;
+        settings.set_speed(known(baud)?)?;
     }
-    tcsetattr(&file, SetArg::TCSANOW, &settings)?;
+    tcsetattr(&file, OptionalActions::Now, &settings)?;
     let mut line = Line { file };
     for _ in 0..TRIES {
         // Ctrl-C ends what runs there, the return ends what was typed there.
@@ -58,18 +58,11 @@ pub fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-fn speed(baud: u32) -> io::Result<BaudRate> {
-    Ok(match baud {
-        9_600 => BaudRate::B9600,
-        19_200 => BaudRate::B19200,
-        38_400 => BaudRate::B38400,
-        57_600 => BaudRate::B57600,
-        115_200 => BaudRate::B115200,
-        230_400 => BaudRate::B230400,
-        460_800 => BaudRate::B460800,
-        921_600 => BaudRate::B921600,
-        _ => return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("a speed of {baud}"))),
-    })
+fn known(baud: u32) -> io::Result<u32> {
+    match baud {
+        9_600 | 19_200 | 38_400 | 57_600 | 115_200 | 230_400 | 460_800 | 921_600 => Ok(baud),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("a speed of {baud}"))),
+    }
 }
 
 impl Line {

@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use nix::fcntl::OFlag;
-use nix::sys::termios::{ControlFlags, SetArg, cfmakeraw, tcgetattr, tcsetattr};
+use rustix::termios::{ControlModes, OptionalActions, tcgetattr, tcsetattr};
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Duration, timeout};
 
@@ -24,9 +24,9 @@ impl Tty {
         let flags = OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags.bits()).open(path)?;
         let mut settings = tcgetattr(&file)?;
-        cfmakeraw(&mut settings);
-        settings.control_flags |= ControlFlags::CLOCAL | ControlFlags::CREAD;
-        tcsetattr(&file, SetArg::TCSANOW, &settings)?;
+        settings.make_raw();
+        settings.control_modes |= ControlModes::CLOCAL | ControlModes::CREAD;
+        tcsetattr(&file, OptionalActions::Now, &settings)?;
         #[expect(deprecated, reason = "its successor is unsafe to call; a File owns its descriptor as that one asks")]
         let file = AsyncFd::new(file)?;
         Ok(Self { file })
