@@ -1,14 +1,13 @@
-//! The agent's life as the keeper sees it: start it, hear its heartbeat, start it again. The decisions are pure.
+//! The agent's process: how it is started, and how long until it is started again.
 
-use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::process::{Child, Command};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 
-use edged_model::keeper::HEARTBEAT_TIMEOUT_MS;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-use crate::{KeeperConfig, SOCKET_ENV};
+use crate::{KeeperConfig, SOCKET_ENV, resume};
 
 /// A run this long forgets the failures before it.
 const STABLE_MS: u64 = 60_000;
@@ -28,72 +27,27 @@ pub fn count_failure(before: u32, ran_ms: u64) -> u32 {
     if ran_ms >= STABLE_MS { 1 } else { before.saturating_add(1) }
 }
 
-#[derive(Debug)]
-pub struct Agent {
-    pub life: Life,
-    pub failures_in_a_row: u32,
-    pub restarts: u64,
-}
+/// Room for the largest message and its fellows in the socket.
+const SOCKET_BUFFER_BYTES: usize = 1 << 20;
 
-#[derive(Debug)]
-pub enum Life {
-    Running(Running),
-    Waiting {
-        until_boot_ms: u64,
-    },
-    /// On the way down it is not started again.
-    Retired,
-}
-
-#[derive(Debug)]
-pub struct Running {
-    pub pid: i32,
-    pub socket: OwnedFd,
-    pub started_boot_ms: u64,
-    pub heard_boot_ms: u64,
-    /// Messages that the agent has not taken yet.
-    pub outgoing: VecDeque<Outgoing>,
-    pub killed: bool,
-}
-
-#[derive(Debug)]
-pub struct Outgoing {
-    pub bytes: Vec<u8>,
-    pub fds: Vec<OwnedFd>,
-}
-
-/// An agent that leaves this many messages unread is as good as hung.
-pub const MAX_OUTGOING: usize = 8192;
-
-impl Running {
-    pub fn is_silent(&self, now_boot_ms: u64) -> bool {
-        now_boot_ms.saturating_sub(self.heard_boot_ms) > HEARTBEAT_TIMEOUT_MS
-    }
-}
-
-/// Starts the agent as a process of its own, with one end of a socket pair.
-pub fn start(config: &KeeperConfig, now_boot_ms: u64) -> io::Result<(Running, Child)> {
+/// Starts the agent as a process of its own, from the keeper's own sealed binary, with one end of a socket pair. Its
+/// end is seen like any child's.
+pub fn start(config: &KeeperConfig) -> io::Result<(i32, OwnedFd)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
-    rustix::net::sockopt::set_socket_send_buffer_size(&ours, 1 << 20)?;
-    rustix::net::sockopt::set_socket_send_buffer_size(&theirs, 1 << 20)?;
+    rustix::net::sockopt::set_socket_send_buffer_size(&ours, SOCKET_BUFFER_BYTES)?;
+    rustix::net::sockopt::set_socket_send_buffer_size(&theirs, SOCKET_BUFFER_BYTES)?;
     edged_sys::inherit::leave(&theirs)?;
-    let child = Command::new("/proc/self/exe")
-        .arg("agent")
-        .args(&config.agent_args)
-        .env(SOCKET_ENV, theirs.as_raw_fd().to_string())
-        .stdin(std::process::Stdio::null())
-        .spawn()?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(std::env::args_os().next().unwrap_or_else(|| "edged".into()));
+    command.arg("agent").args(&config.agent_args);
+    for name in resume::OWN_ENV {
+        command.env_remove(name);
+    }
+    command.env(SOCKET_ENV, theirs.as_raw_fd().to_string()).stdin(Stdio::null());
+    let child = command.spawn()?;
     let pid = i32::try_from(child.id()).map_err(io::Error::other)?;
-    let running = Running {
-        pid,
-        socket: ours,
-        started_boot_ms: now_boot_ms,
-        heard_boot_ms: now_boot_ms,
-        outgoing: VecDeque::new(),
-        killed: false,
-    };
-    Ok((running, child))
+    Ok((pid, ours))
 }
 
 #[cfg(test)]

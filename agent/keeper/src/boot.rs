@@ -1,12 +1,17 @@
-//! A device's first steps, as a list that is run in order. A step that fails is told and the next one runs: a device
-//! that comes up with one thing missing can be asked what is missing.
+//! A device's first steps, as two lists that are run in order: what is needed to reach one's own binary, and, once
+//! that is sealed ([`crate::resume`]), the rest. A step that fails is told and the next one runs: a device that comes up
+//! with one thing missing can be asked what is missing.
 //!
-//! Kernel command line: `edged.data=/dev/vda` names the data disk (an empty disk is formatted, anything else than ext4
-//! is left alone), `edged.watchdog=60` the watchdog's timeout in seconds (0: off; default 60).
+//! | kernel command line | |
+//! |---|---|
+//! | `edged.data=/dev/vda` | the data disk: an empty one is formatted, anything else than ext4 is left alone |
+//! | `edged.watchdog=60` | the watchdog's timeout in seconds; 0: off; 60 when nothing is said |
+//! | `edged.hostname=name` | the host name; else `/etc/hostname` |
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileTypeExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -16,9 +21,6 @@ use nix::mount::{MsFlags, mount};
 
 use crate::{KeeperConfig, log};
 
-/// How often the watchdog is petted; well under any timeout it may have.
-pub const WATCHDOG_PET_MS: u64 = 5_000;
-
 /// The data disk's driver may need this long to find it.
 const DISK_WAIT: Duration = Duration::from_secs(10);
 
@@ -26,9 +28,11 @@ const CGROUP: &str = "/sys/fs/cgroup";
 
 type Step = (&'static str, fn(&KeeperConfig) -> io::Result<()>);
 
-const STEPS: [Step; 9] = [
-    ("a root that can be pivoted", |_| leave_rootfs()),
-    ("kernel file systems", |_| kernel_filesystems()),
+const FIRST: [Step; 2] =
+    [("a root that can be pivoted", |_| leave_rootfs()), ("kernel file systems", |_| kernel_filesystems())];
+
+const REST: [Step; 8] = [
+    ("ctrl-alt-del", |_| nix::sys::reboot::set_cad_enabled(false).map_err(Into::into)),
     ("modules", |_| modules()),
     ("cgroups", |_| cgroups()),
     ("loopback", |_| loopback()),
@@ -38,22 +42,24 @@ const STEPS: [Step; 9] = [
     ("run directories", |_| run_directories()),
 ];
 
-pub fn run(config: &KeeperConfig) {
+pub fn run_first(config: &KeeperConfig) {
+    run(&FIRST, config);
+}
+
+pub fn run_rest(config: &KeeperConfig) {
     let begin = boot_ms();
-    for (name, step) in STEPS {
-        if let Err(error) = step(config) {
-            log::line(&format!("boot: {name}: {error}"));
-        }
-    }
+    run(&REST, config);
     log::line(&format!("edged {} is up after {} ms", env!("CARGO_PKG_VERSION"), boot_ms() - begin));
 }
 
-/// What the very first lines of the keeper need: `/proc/self/exe` to seal the binary, `/dev/kmsg` to say so.
-/// [`kernel_filesystems`] mounts them again over the root that stays.
-pub fn early() {
-    for (fstype, target) in [("proc", "/proc"), ("devtmpfs", "/dev")] {
-        let _ = fs::create_dir_all(target);
-        let _ = mount(Some(fstype), target, Some(fstype), MsFlags::MS_NOSUID, None::<&str>);
+fn run(steps: &[Step], config: &KeeperConfig) {
+    for (name, step) in steps {
+        match catch_unwind(AssertUnwindSafe(|| step(config))) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::line(&format!("boot: {name}: {error}")),
+            // The hook has told what it was.
+            Err(_) => log::line(&format!("boot: {name}: a fault")),
+        }
     }
 }
 
@@ -141,20 +147,28 @@ fn load_order(dependencies: &str, name: &str) -> Vec<String> {
 fn cgroups() -> io::Result<()> {
     let root = Path::new(CGROUP);
     let all = fs::read_to_string(root.join("cgroup.controllers"))?;
-    let enable: String = all.split_whitespace().map(|name| format!("+{name} ")).collect();
-    fs::write(root.join("cgroup.subtree_control"), &enable)?;
     let edged = root.join("edged");
-    fs::create_dir_all(&edged)?;
-    fs::write(edged.join("cgroup.subtree_control"), &enable)?;
     for name in ["keeper", "agent", "workloads"] {
         fs::create_dir_all(edged.join(name))?;
     }
-    fs::write(edged.join("workloads/cgroup.subtree_control"), &enable)?;
-    fs::write(edged.join("keeper/cgroup.procs"), "1")?;
+    let mut failed = Vec::new();
+    let mut put = |path: &str, value: &str| {
+        if let Err(error) = fs::write(root.join(path), value) {
+            failed.push(format!("{path} = {value}: {error}"));
+        }
+    };
+    for controller in all.split_whitespace() {
+        // One by one: a controller that the kernel will not give shall not cost the others.
+        for group in ["", "edged/", "edged/workloads/"] {
+            put(&format!("{group}cgroup.subtree_control"), &format!("+{controller}"));
+        }
+    }
+    put("edged/keeper/cgroup.procs", "1");
     // What the kernel will not take from us under pressure. memory.min needs the same promise all the way down.
-    fs::write(edged.join("memory.min"), "32M")?;
-    fs::write(edged.join("keeper/memory.min"), "8M")?;
-    fs::write(edged.join("agent/memory.min"), "24M")
+    for (group, min) in [("edged", "32M"), ("edged/keeper", "8M"), ("edged/agent", "24M")] {
+        put(&format!("{group}/memory.min"), min);
+    }
+    if failed.is_empty() { Ok(()) } else { Err(io::Error::other(failed.join("; "))) }
 }
 
 /// Puts the agent into its own group with its own wall. Where there is no such group (a host), nothing happens.
@@ -178,7 +192,10 @@ fn loopback() -> io::Result<()> {
 }
 
 fn hostname() -> io::Result<()> {
-    let name = fs::read_to_string("/etc/hostname")?;
+    let name = match parameter("edged.hostname") {
+        Some(name) => name,
+        None => fs::read_to_string("/etc/hostname")?,
+    };
     rustix::system::sethostname(name.trim().as_bytes()).map_err(Into::into)
 }
 
@@ -242,14 +259,28 @@ fn mount_disk(device: &Path, data: &Path) -> io::Result<()> {
             log::line(&format!("{} is empty: formatting it", device.display()));
             tool("/sbin/mkfs.ext4", &["-q", "-L", "edged-data", "-E", "lazy_itable_init=1"], device, &[0])?;
         }
-        // e2fsck(8): 0 clean, 1 mended, 2 mended and wants a reboot (only for a mounted root).
-        Content::Ext4 => tool("/sbin/e2fsck", &["-p"], device, &[0, 1, 2])?,
+        Content::Ext4 => check_disk(device)?,
         Content::Foreign => {
             return Err(io::Error::other(format!("{} holds something that is not ours", device.display())));
         }
     }
     let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV;
     mount(Some(device), data, Some("ext4"), flags, Some("errors=remount-ro")).map_err(Into::into)
+}
+
+/// e2fsck(8), where the image has it: 0 clean, 1 mended, 2 mended and wants a reboot (only of a mounted root). What it
+/// will not mend by itself is mended all the same: nobody is here to be asked, and every file that matters has a digest
+/// or a signature of its own.
+fn check_disk(device: &Path) -> io::Result<()> {
+    const E2FSCK: &str = "/sbin/e2fsck";
+    if !Path::new(E2FSCK).exists() {
+        log::line(&format!("there is no {E2FSCK}: {} is mounted unchecked", device.display()));
+        return Ok(());
+    }
+    tool(E2FSCK, &["-p"], device, &[0, 1, 2]).or_else(|error| {
+        log::line(&format!("{error}: mending {} by force", device.display()));
+        tool(E2FSCK, &["-f", "-y"], device, &[0, 1, 2])
+    })
 }
 
 /// The driver announces the disk when it has found it: looked for again until then, with a deadline.
@@ -294,6 +325,10 @@ fn clock(config: &KeeperConfig) -> io::Result<()> {
     Ok(())
 }
 
+pub fn now_unix_seconds() -> i64 {
+    edged_sys::device::wall_seconds()
+}
+
 /// Remembers the time for the next boot and lifts the clock to it.
 pub fn keep_time_floor(data: &Path, unix_seconds: i64) {
     let file = floor_file(data);
@@ -317,10 +352,11 @@ fn run_directories() -> io::Result<()> {
     }
 }
 
-/// The watchdog and when to pet it first. A hardware one is preferred to the kernel's own timer.
+/// The watchdog and how often to pet it. A hardware one is preferred to the kernel's own timer: with both loaded,
+/// `/dev/watchdog` is whichever came first.
 pub fn open_watchdog() -> Option<(Watchdog, u64)> {
     let timeout: i32 = parameter("edged.watchdog").and_then(|text| text.parse().ok()).unwrap_or(60);
-    if timeout == 0 {
+    if timeout <= 0 {
         return None;
     }
     let mut found: Vec<(bool, PathBuf, String)> = fs::read_dir("/sys/class/watchdog")
@@ -336,14 +372,21 @@ pub fn open_watchdog() -> Option<(Watchdog, u64)> {
     let (_, path, identity) = found.into_iter().next()?;
     match Watchdog::open(&path, timeout) {
         Ok(watchdog) => {
-            log::line(&format!("watchdog: {identity}, {timeout} s"));
-            Some((watchdog, 0))
+            // A driver rounds, or has a timeout that cannot be changed.
+            let seconds = watchdog.timeout_secs();
+            log::line(&format!("watchdog: {identity}, {seconds} s"));
+            Some((watchdog, petting_ms(seconds)))
         }
         Err(error) => {
             log::line(&format!("watchdog {}: {error}", path.display()));
             None
         }
     }
+}
+
+/// Three times within the timeout, and no less than every five seconds.
+fn petting_ms(timeout_secs: i32) -> u64 {
+    (u64::from(timeout_secs.max(1).unsigned_abs()) * 1000 / 3).min(5_000)
 }
 
 #[cfg(test)]
@@ -359,6 +402,32 @@ mod tests {
         head[1080] = 0;
         head[PROBE_BYTES - 1] = 1;
         assert_eq!(content(&head), Content::Foreign);
+    }
+
+    #[test]
+    fn the_steps_are_in_an_order_in_which_each_finds_what_it_needs() {
+        let names: Vec<_> = FIRST.iter().chain(&REST).map(|(name, _)| *name).collect();
+        let before = |first: &str, second: &str| {
+            let place = |wanted| names.iter().position(|name| *name == wanted).expect(wanted);
+            assert!(place(first) < place(second), "{first} must come before {second}");
+        };
+        // /newroot is bound before anything is mounted below the old one.
+        before("a root that can be pivoted", "kernel file systems");
+        // /proc/sys/kernel, uname's directory, /sys/fs/cgroup, /dev.
+        before("kernel file systems", "modules");
+        before("kernel file systems", "cgroups");
+        // The disk's driver and ext4 may be modules; the floor lies on the disk.
+        before("modules", "data disk");
+        before("data disk", "clock");
+        // mkfs and e2fsck run in the keeper's group, not in the root's.
+        before("cgroups", "data disk");
+    }
+
+    #[test]
+    fn a_watchdog_is_petted_well_within_its_time() {
+        assert_eq!(petting_ms(60), 5_000);
+        assert_eq!(petting_ms(3), 1_000);
+        assert_eq!(petting_ms(0), 333);
     }
 
     #[test]

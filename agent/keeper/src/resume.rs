@@ -2,95 +2,149 @@
 //!
 //! *Sealed*: a container that runs `/proc/self/exe` runs edged, and could then open that file for writing
 //! (CVE-2019-5736). At its start the keeper executes itself once more from a detached read-only mount of its own file:
-//! every `/proc/<pid>/exe` of it then leads through a mount on which no write is possible. It costs one exec at boot
-//! and nothing per start.
+//! every `/proc/<pid>/exe` of it then leads through a mount on which no write is possible. It costs one exec at boot and
+//! nothing per start; a memfd copy would cost the binary's size in memory, and its pages could not be shared or dropped.
 //!
-//! *Resumed*: on a panic, or on SIGUSR2 (an upgrade), the keeper writes its table into a memfd, lets the descriptors
-//! live through the exec, and runs itself again. Children do not notice; zombies wait for the new image.
+//! *Resumed*: after a fault, or on SIGUSR2 (an upgrade), the keeper writes its table into a memfd, lets the descriptors
+//! live through the exec, and runs itself again. Children do not notice; zombies wait for the new image. Signals stay
+//! blocked through it (execve(2)), so that none is lost and none kills. After a fault the same image runs; on SIGUSR2
+//! the file that now lies where the program came from.
 
+use std::collections::VecDeque;
+use std::ffi::{CString, OsString};
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::os::unix::ffi::OsStringExt;
+use std::path::PathBuf;
 
-use edged_model::keeper::ChildExit;
+use edged_sys::inherit::{leave, take};
 use edged_sys::mount::{Attributes, clone_tree, set_attributes};
+use edged_sys::pidfd;
 use serde::{Deserialize, Serialize};
 
-use crate::table::{Child, Life, Table};
+use crate::log;
+use crate::serve::{AllDoors, Doors, Outgoing};
+use crate::table::Table;
 
 const SEALED_ENV: &str = "EDGED_SEALED";
 const RESUME_ENV: &str = "EDGED_RESUME_FD";
+/// Where the program was started from: `/proc/self/exe` of a sealed one no longer tells.
+const PROGRAM_ENV: &str = "EDGED_PROGRAM";
 
-/// Executes this program again from a read-only mount of its file; comes back only if that was done already or failed.
-pub fn seal_binary() -> io::Result<()> {
-    if std::env::var_os(SEALED_ENV).is_some() {
-        return Ok(());
-    }
-    let tree = clone_tree(File::open("/proc/self/exe")?.as_fd(), false)?;
-    // MOUNT_ATTR_RDONLY (mount_setattr(2)).
-    set_attributes(tree.as_fd(), Attributes { set: 1, ..Attributes::default() })?;
-    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
-    Err(Command::new(path).args(std::env::args_os().skip(1)).env(SEALED_ENV, "1").exec())
+/// What the keeper tells itself through an exec; nobody else's business.
+pub const OWN_ENV: [&str; 3] = [SEALED_ENV, RESUME_ENV, PROGRAM_ENV];
+
+/// The descriptors, and what waits to be sent.
+#[derive(Debug, Default)]
+pub struct Kept {
+    pub doors: AllDoors,
+    pub agent: Option<OwnedFd>,
+    pub outgoing: VecDeque<Outgoing>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// The image that runs.
+    Same,
+    /// What lies at its place now.
+    Newest,
+}
+
+pub fn is_sealed() -> bool {
+    std::env::var_os(SEALED_ENV).is_some()
 }
 
 pub fn is_resuming() -> bool {
     std::env::var_os(RESUME_ENV).is_some()
 }
 
+/// Executes this program again from a read-only mount of its file; comes back only if that was done already or failed.
+pub fn seal_binary() -> io::Result<()> {
+    if is_sealed() {
+        return Ok(());
+    }
+    let place = std::fs::read_link("/proc/self/exe")?;
+    let tree = clone_tree(File::open("/proc/self/exe")?.as_fd(), false)?;
+    // MOUNT_ATTR_RDONLY (mount_setattr(2)).
+    set_attributes(tree.as_fd(), Attributes { set: 1, ..Attributes::default() })?;
+    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
+    Err(exec(path.into(), &[], vec![(SEALED_ENV, "1".into()), (PROGRAM_ENV, place.into_os_string())]))
+}
+
+/// execve(2) of `program` with our own arguments and the environment changed. Not `Command::exec`: that unblocks
+/// signals first, and one that waits would end us.
+fn exec(program: OsString, without: &[&str], with: Vec<(&str, OsString)>) -> io::Error {
+    let text = |text: OsString| CString::new(text.into_vec());
+    let changed =
+        |name: &OsString| without.iter().any(|gone| name == *gone) || with.iter().any(|(changed, _)| name == *changed);
+    let kept = std::env::vars_os().filter(|(name, _)| !changed(name));
+    let new = with.iter().map(|(name, value)| (OsString::from(name), value.clone()));
+    let env = kept.chain(new).map(|(mut name, value)| {
+        name.push("=");
+        name.push(value);
+        text(name)
+    });
+    let prepared = text(program).and_then(|program| {
+        let args = std::env::args_os().map(text).collect::<Result<Vec<_>, _>>()?;
+        Ok((program, args, env.collect::<Result<Vec<_>, _>>()?))
+    });
+    match prepared {
+        Ok((program, args, env)) => {
+            let Err(errno) = nix::unistd::execve(&program, &args, &env);
+            errno.into()
+        }
+        Err(error) => error.into(),
+    }
+}
+
 /// What goes through the exec. Descriptors by number.
 #[derive(Debug, Serialize, Deserialize)]
 struct Saved {
-    children: Vec<SavedChild>,
-    agent: Option<SavedAgent>,
+    table: Table,
+    doors: Vec<SavedDoors>,
+    agent: Option<i32>,
+    outgoing: VecDeque<Outgoing>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct SavedChild {
+struct SavedDoors {
     key: String,
-    pid: i32,
-    started_boot_ms: u64,
-    note: String,
+    talk: Option<i32>,
     outputs: Vec<i32>,
-    exit: Option<ChildExit>,
 }
 
-/// The agent lives on: its socket goes along.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SavedAgent {
-    pub pid: i32,
-    pub socket: i32,
-}
-
-/// Runs this program anew with the table. Comes back only when that failed.
-pub fn exec_self(table: &Table, agent: Option<SavedAgent>) -> io::Error {
-    match save(table, agent) {
-        Ok(memfd) => Command::new("/proc/self/exe")
-            .args(std::env::args_os().skip(1))
-            .env(RESUME_ENV, memfd.as_raw_fd().to_string())
-            .exec(),
-        Err(error) => error,
+/// Runs the program anew with the table. Comes back only when that failed.
+pub fn exec_self(table: &Table, kept: &Kept, program: Program) -> io::Error {
+    let memfd = match save(table, kept) {
+        Ok(memfd) => memfd,
+        Err(error) => return error,
+    };
+    let number = OsString::from(memfd.as_raw_fd().to_string());
+    let place = std::env::var_os(PROGRAM_ENV).map(PathBuf::from).filter(|place| place.is_file());
+    if let (Program::Newest, Some(place)) = (program, place) {
+        // Unsealed, so that it seals its own file.
+        let error = exec(place.clone().into_os_string(), &[SEALED_ENV], vec![(RESUME_ENV, number.clone())]);
+        log::line(&format!("{}: {error}; the program that runs starts itself again", place.display()));
     }
+    exec("/proc/self/exe".into(), &[], vec![(RESUME_ENV, number)])
 }
 
-fn save(table: &Table, agent: Option<SavedAgent>) -> io::Result<File> {
-    let mut children = Vec::new();
-    for (key, child) in &table.children {
-        for output in &child.outputs {
-            edged_sys::inherit::leave(output)?;
+fn save(table: &Table, kept: &Kept) -> io::Result<File> {
+    let mut doors = Vec::new();
+    for (key, child) in &kept.doors {
+        for fd in child.outputs.iter().chain(&child.talk) {
+            leave(fd)?;
         }
-        let state = child.state(key);
-        children.push(SavedChild {
-            key: state.key,
-            pid: state.pid,
-            started_boot_ms: state.started_boot_ms,
-            note: state.note,
-            outputs: child.outputs.iter().map(AsRawFd::as_raw_fd).collect(),
-            exit: state.exit,
-        });
+        let outputs = child.outputs.iter().map(AsRawFd::as_raw_fd).collect();
+        doors.push(SavedDoors { key: key.clone(), talk: child.talk.as_ref().map(AsRawFd::as_raw_fd), outputs });
     }
-    let bytes = serde_cbor::to_vec(&Saved { children, agent }).map_err(io::Error::other)?;
+    if let Some(socket) = &kept.agent {
+        leave(socket)?;
+    }
+    let agent = kept.agent.as_ref().map(AsRawFd::as_raw_fd);
+    let saved = Saved { table: table.clone(), doors, agent, outgoing: kept.outgoing.clone() };
+    let bytes = serde_cbor::to_vec(&saved).map_err(io::Error::other)?;
     let mut memfd = File::from(rustix::fs::memfd_create("edged-table", rustix::fs::MemfdFlags::empty())?);
     memfd.write_all(&bytes)?;
     memfd.rewind()?;
@@ -98,30 +152,21 @@ fn save(table: &Table, agent: Option<SavedAgent>) -> io::Result<File> {
 }
 
 /// The table that an earlier image of this process left, if one did.
-pub fn restore() -> io::Result<Option<(Table, Option<SavedAgent>)>> {
+pub fn restore() -> io::Result<Option<(Table, Kept)>> {
     let Some(number) = std::env::var(RESUME_ENV).ok().and_then(|text| text.parse().ok()) else { return Ok(None) };
     let mut bytes = Vec::new();
-    File::from(edged_sys::inherit::take(number)?).read_to_end(&mut bytes)?;
+    File::from(take(number)?).read_to_end(&mut bytes)?;
     let saved: Saved = serde_cbor::from_slice(&bytes).map_err(io::Error::other)?;
-    let mut table = Table::default();
-    for child in saved.children {
-        let outputs = child.outputs.iter().map(|fd| edged_sys::inherit::take(*fd)).collect::<io::Result<_>>()?;
-        let life = child.exit.map_or(Life::Running, Life::Ended);
-        let entry = Child {
-            pid: child.pid,
-            // Nobody but us reaps it, so the number is still the same process.
-            pidfd: pidfd_of(child.pid),
-            started_boot_ms: child.started_boot_ms,
-            note: child.note,
-            outputs,
-            life,
+    let mut kept = Kept { outgoing: saved.outgoing, ..Kept::default() };
+    for doors in saved.doors {
+        let living = saved.table.children.get(&doors.key).filter(|child| child.is_living());
+        let entry = Doors {
+            pidfd: living.and_then(|child| pidfd::open_child(child.pid).ok()),
+            talk: doors.talk.map(take).transpose()?,
+            outputs: doors.outputs.into_iter().map(take).collect::<io::Result<_>>()?,
         };
-        table.children.insert(child.key, entry);
+        kept.doors.insert(doors.key, entry);
     }
-    Ok(Some((table, saved.agent)))
-}
-
-fn pidfd_of(pid: i32) -> Option<OwnedFd> {
-    let pid = rustix::process::Pid::from_raw(pid)?;
-    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+    kept.agent = saved.agent.map(take).transpose()?;
+    Ok(Some((saved.table, kept)))
 }

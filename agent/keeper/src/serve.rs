@@ -1,31 +1,58 @@
-//! The loop: wait, handle, send. All state of the keeper is here; each handler is short and none waits.
+//! The loop: wait, tell [`crate::decide`] what came about, perform the acts it orders. Nothing is decided here, and
+//! nothing here waits for anybody: the socket is non-blocking, each queue is bounded, each descriptor has one owner.
+//!
+//! The protocol: the agent speaks first (`Version`, `List`); it needs no greeting. Every request but `Heartbeat` gets
+//! one answer with its `id`, `List` one `Table` and then as many `Child`; `Exited` comes unasked with `id` 0, never
+//! before that child's `Launched`. What cannot be read is answered by `Refused` with `id` 0. Descriptors that come with
+//! a request are closed when it has been handled; those that go with an answer are copies, the keeper keeps its own.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
-use edged_model::keeper::{
-    ChildExit, LaunchSpec, MAX_MESSAGE_BYTES, Reply, ReplyBody, Request, RequestBody, ShutdownHow,
-};
+use edged_model::keeper::{MAX_MESSAGE_BYTES, Reply, ReplyBody, Request, ShutdownHow};
 use edged_sys::device::{Watchdog, boot_ms};
-use edged_sys::fdpass;
-use edged_sys::spawn::{self, Failure, SingleThread};
+use edged_sys::spawn::{self, Heard, SingleThread};
+use edged_sys::{fdpass, pidfd};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::epoll;
 use rustix::io::Errno;
-use rustix::process::{WaitOptions, kill_process, pidfd_send_signal};
+use rustix::process::WaitOptions;
 
-use crate::agent::{self, Agent, Outgoing};
-use crate::resume::{self, SavedAgent};
-use crate::shutdown::{self, FORCED_MS, Next, Phase, Shutdown};
-use crate::table::{Child, Life, MAX_CHILDREN, Table};
-use crate::{KeeperConfig, boot, log};
+use crate::decide::{Act, End, Event, Wish, decide};
+use crate::resume::{self, Kept, Program};
+use crate::table::{Table, Way};
+use crate::{KeeperConfig, agent, boot, log, shutdown};
 
-/// What an epoll event is about. The numbers above are the launches' descriptors.
+/// What an epoll event is about: one of these, or `LAUNCHES` and the pid of a child on its way to exec.
 const SIGNALS: u64 = 0;
 const AGENT: u64 = 1;
 const LAUNCHES: u64 = 1 << 32;
+
+/// Requests taken in one turn: an agent that floods us delays no signal and no watchdog.
+const REQUESTS_A_TURN: usize = 64;
+
+/// An agent that leaves this many messages unread is as good as hung: three answers for each child there may be.
+const MAX_OUTGOING: usize = 8192;
+
+/// The descriptors of one child.
+#[derive(Debug, Default)]
+pub struct Doors {
+    pub pidfd: Option<OwnedFd>,
+    /// While it is on its way to exec.
+    pub talk: Option<OwnedFd>,
+    /// Read ends of its output, or its terminal's master: kept while the agent is away.
+    pub outputs: Vec<OwnedFd>,
+}
+
+/// A message that the agent has not taken yet.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Outgoing {
+    pub bytes: Vec<u8>,
+    pub outputs_of: Option<String>,
+}
 
 pub struct Keeper {
     config: KeeperConfig,
@@ -33,98 +60,128 @@ pub struct Keeper {
     poll: OwnedFd,
     signals: SignalFd,
     table: Table,
-    agent: Agent,
-    watchdog: Option<(Watchdog, u64)>,
-    shutdown: Option<Shutdown>,
+    kept: Kept,
+    watchdog: Option<Watchdog>,
+    /// The agent's socket is also watched for room to write.
+    wants_room: bool,
     buffer: Vec<u8>,
+    left: Option<Way>,
 }
 
 impl Keeper {
     pub fn new(config: KeeperConfig) -> io::Result<Self> {
         let mut mask = SigSet::empty();
-        for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGUSR2] {
+        for signal in [
+            Signal::SIGCHLD,
+            Signal::SIGTERM,
+            Signal::SIGINT,
+            Signal::SIGPWR,
+            Signal::SIGUSR1,
+            Signal::SIGUSR2,
+            Signal::SIGHUP,
+        ] {
             mask.add(signal);
         }
         mask.thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        // Its children are born so too: nobody in a container can trace or open what is still edged's (CVE-2016-9962).
+        edged_sys::privilege::set_not_dumpable()?;
         if !config.device {
             edged_sys::privilege::become_subreaper()?;
         }
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&poll, &signals, epoll::EventData::new_u64(SIGNALS), epoll::EventFlags::IN)?;
-        let waiting = agent::Life::Waiting { until_boot_ms: 0 };
+        let (table, kept) = match resume::restore() {
+            Ok(Some((table, kept))) => {
+                log::line(&format!("runs again with {} children", table.children.len()));
+                (table, kept)
+            }
+            Ok(None) => (Table::new(config.device, config.stop_timeout_ms), Kept::default()),
+            Err(error) => {
+                log::line(&format!("the table of the former image is lost: {error}"));
+                (Table::new(config.device, config.stop_timeout_ms), Kept::default())
+            }
+        };
         let mut keeper = Self {
-            watchdog: if config.device { boot::open_watchdog() } else { None },
             config,
             proof: SingleThread::prove()?,
             poll,
             signals,
-            table: Table::default(),
-            agent: Agent { life: waiting, failures_in_a_row: 0, restarts: 0 },
-            shutdown: None,
+            table,
+            kept,
+            watchdog: None,
+            wants_room: false,
             buffer: vec![0; MAX_MESSAGE_BYTES + 1],
+            left: None,
         };
-        if let Some((table, agent)) = resume::restore()? {
-            log::line(&format!("runs again with {} children", table.children.len()));
-            keeper.table = table;
-            if let Some(saved) = agent {
-                keeper.adopt_agent(saved)?;
-            }
-        }
+        keeper.open_watchdog();
+        keeper.take_up()?;
         Ok(keeper)
     }
 
-    fn adopt_agent(&mut self, saved: SavedAgent) -> io::Result<()> {
-        let socket = edged_sys::inherit::take(saved.socket)?;
-        let now = boot_ms();
-        self.watch_agent(&socket)?;
-        self.agent.life = agent::Life::Running(agent::Running {
-            pid: saved.pid,
-            socket,
-            started_boot_ms: now,
-            heard_boot_ms: now,
-            outgoing: std::collections::VecDeque::new(),
-            killed: false,
-        });
-        Ok(())
+    fn open_watchdog(&mut self) {
+        if !self.config.device {
+            return;
+        }
+        if let Some((watchdog, every_ms)) = boot::open_watchdog() {
+            self.watchdog = Some(watchdog);
+            self.table.watchdog = Some(crate::table::Petting { every_ms, next_boot_ms: 0 });
+        }
     }
 
-    fn watch_agent(&self, socket: &OwnedFd) -> io::Result<()> {
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
-        epoll::add(&self.poll, socket, epoll::EventData::new_u64(AGENT), flags).map_err(Into::into)
+    /// Watches what was kept through an exec, and finds out what ended meanwhile.
+    fn take_up(&mut self) -> io::Result<()> {
+        if let Some(socket) = &self.kept.agent {
+            epoll::add(&self.poll, socket, epoll::EventData::new_u64(AGENT), epoll::EventFlags::IN)?;
+        }
+        for (key, doors) in &self.kept.doors {
+            if let (Some(talk), Some(child)) = (&doors.talk, self.table.children.get(key)) {
+                epoll::add(&self.poll, talk, launch_token(child.pid), epoll::EventFlags::IN)?;
+            }
+        }
+        self.reap();
+        // A fault between wait(2) and the table: the child is gone and nobody knows how it ended.
+        let lost = End { code: None, signal: None, core_dumped: false };
+        let pids: Vec<_> = self.table.living().map(|(_, child)| child.pid).chain(self.table.agent.life.pid()).collect();
+        for pid in pids {
+            if pidfd::open_child(pid).is_err() {
+                self.feed(Event::Reaped { pid, end: lost }, &[]);
+            }
+        }
+        Ok(())
     }
 
     /// Never comes back on a device.
     pub fn run(mut self) -> ExitCode {
         loop {
             let round = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.round()));
-            match round {
-                Ok(None) => {}
-                Ok(Some(code)) => return code,
-                Err(_) => {
-                    log::line("a fault in the keeper: it starts itself again with its table");
-                    self.exec_self();
+            if round.is_err() {
+                log::line("a fault in the keeper: it starts itself again with its table");
+                // Should the same fault wait for the new image too, this keeps the machine usable.
+                #[expect(clippy::disallowed_methods, reason = "nothing can be handled while the state is in doubt")]
+                std::thread::sleep(std::time::Duration::from_millis(100));
+                self.exec(Program::Same);
+            }
+            if let Some(way) = self.left {
+                if let Way::Machine(how) = way {
+                    self.end_machine(how);
                 }
+                return ExitCode::SUCCESS;
             }
         }
     }
 
-    fn exec_self(&mut self) {
-        let agent = match &self.agent.life {
-            agent::Life::Running(running) if edged_sys::inherit::leave(&running.socket).is_ok() => {
-                Some(SavedAgent { pid: running.pid, socket: running.socket.as_raw_fd() })
-            }
-            _ => None,
-        };
-        let error = resume::exec_self(&self.table, agent);
+    fn exec(&mut self, program: Program) {
+        self.flush();
+        let error = resume::exec_self(&self.table, &self.kept, program);
         log::line(&format!("cannot start itself again: {error}"));
     }
 
     /// One turn: wait, handle what came, do what is due.
-    fn round(&mut self) -> Option<ExitCode> {
-        let wait_ms = self.next_wake_ms().saturating_sub(boot_ms());
+    fn round(&mut self) {
+        let wait_ms = self.table.wake_at_boot_ms().saturating_sub(boot_ms()).min(60_000);
         let timeout = rustix::event::Timespec {
-            tv_sec: i64::try_from(wait_ms / 1000).unwrap_or(i64::MAX),
+            tv_sec: i64::try_from(wait_ms / 1000).unwrap_or(0),
             tv_nsec: i64::try_from(wait_ms % 1000 * 1_000_000).unwrap_or(0) as _,
         };
         let mut events = Vec::with_capacity(64);
@@ -136,40 +193,33 @@ impl Keeper {
             match event.data.u64() {
                 SIGNALS => self.read_signals(),
                 AGENT => self.read_agent(),
-                launch => self.finish_launch_of(launch - LAUNCHES),
+                launch => self.hear_of(launch.wrapping_sub(LAUNCHES)),
             }
         }
-        self.pet_watchdog();
-        self.look_after_agent();
+        self.feed(Event::Tick, &[]);
         self.flush();
-        self.go_down()
-    }
-
-    /// The next time that something is due without an event.
-    fn next_wake_ms(&self) -> u64 {
-        let now = boot_ms();
-        let agent = match &self.agent.life {
-            agent::Life::Waiting { until_boot_ms } => *until_boot_ms,
-            agent::Life::Running(running) => running.heard_boot_ms + edged_model::keeper::HEARTBEAT_TIMEOUT_MS + 1,
-            agent::Life::Retired => u64::MAX,
-        };
-        let watchdog = self.watchdog.as_ref().map_or(u64::MAX, |(_, next)| *next);
-        let shutdown = self.shutdown.as_ref().map_or(u64::MAX, Shutdown::wake_at_boot_ms);
-        agent.min(watchdog).min(shutdown).min(now + 60_000)
+        if self.kept.outgoing.len() > MAX_OUTGOING {
+            self.feed(Event::AgentDeaf { why: "reads no answer any more" }, &[]);
+        }
     }
 
     fn read_signals(&mut self) {
         while let Ok(Some(info)) = self.signals.read_signal() {
-            match i32::try_from(info.ssi_signo).ok().and_then(|n| Signal::try_from(n).ok()) {
-                Some(Signal::SIGCHLD) => self.reap(),
-                // The signals of reboot(8) and poweroff(8) as busybox and systemd know them.
-                Some(Signal::SIGTERM) if self.config.device => self.begin_shutdown(ShutdownHow::Reboot),
-                Some(Signal::SIGINT) if self.config.device => self.begin_shutdown(ShutdownHow::Reboot),
-                Some(Signal::SIGTERM | Signal::SIGINT) => self.begin_shutdown(ShutdownHow::Exit),
-                Some(Signal::SIGUSR1) if self.config.device => self.begin_shutdown(ShutdownHow::PowerOff),
-                Some(Signal::SIGUSR2) => self.exec_self(),
-                _ => {}
-            }
+            let signal = i32::try_from(info.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok());
+            // As busybox's and systemd's own halt, reboot and poweroff send them.
+            let wish = match signal {
+                Some(Signal::SIGCHLD) => {
+                    self.reap();
+                    continue;
+                }
+                Some(Signal::SIGTERM) => Wish::Stop,
+                Some(Signal::SIGINT) => Wish::Reboot,
+                Some(Signal::SIGPWR) => Wish::PowerOff,
+                Some(Signal::SIGUSR1) if self.config.device => Wish::PowerOff,
+                Some(Signal::SIGUSR2) => Wish::Again,
+                _ => continue,
+            };
+            self.feed(Event::Asked(wish), &[]);
         }
     }
 
@@ -177,348 +227,250 @@ impl Keeper {
     fn reap(&mut self) {
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
             let pid = pid.as_raw_nonzero().get();
-            if matches!(&self.agent.life, agent::Life::Running(running) if running.pid == pid) {
-                self.agent_ended(&format!("{status:?}"));
-                continue;
+            // Its last word comes before its end.
+            if let Some(key) = self.table.key_of_pid(pid).map(str::to_owned) {
+                while self.hear(&key) {}
             }
-            let Some(key) = self.table.key_of_pid(pid) else { continue };
-            self.finish_launch(&key);
-            let Some(child) = self.table.children.get_mut(&key) else { continue };
-            let exit = ChildExit {
-                key: key.clone(),
-                pid,
+            let end = End {
                 code: status.exit_status(),
                 signal: status.terminating_signal(),
-                core_dumped: status.as_raw() & 0x80 != 0 && status.signaled(),
-                boot_ms: boot_ms(),
+                core_dumped: status.signaled() && status.as_raw() & 0x80 != 0,
             };
-            child.life = Life::Ended(exit.clone());
-            child.pidfd = None;
-            self.send(0, ReplyBody::Exited(exit), Vec::new());
+            if self.table.agent.life.pid() == Some(pid) {
+                self.drop_agent();
+            }
+            self.feed(Event::Reaped { pid, end }, &[]);
         }
     }
 
-    fn agent_ended(&mut self, how: &str) {
-        let now = boot_ms();
-        let agent::Life::Running(running) = &self.agent.life else { return };
-        let ran_ms = now.saturating_sub(running.started_boot_ms);
-        self.agent.failures_in_a_row = agent::count_failure(self.agent.failures_in_a_row, ran_ms);
-        self.agent.restarts += 1;
-        let delay = agent::restart_delay_ms(self.agent.failures_in_a_row);
-        log::line(&format!("the agent ended ({how}) after {ran_ms} ms; again in {delay} ms"));
-        self.agent.life = match self.shutdown {
-            Some(_) => agent::Life::Retired,
-            None => agent::Life::Waiting { until_boot_ms: now + delay },
-        };
-    }
-
-    fn look_after_agent(&mut self) {
-        let now = boot_ms();
-        match &mut self.agent.life {
-            agent::Life::Waiting { until_boot_ms } if *until_boot_ms <= now && self.shutdown.is_none() => {
-                self.start_agent(now);
-            }
-            agent::Life::Running(running) if !running.killed => {
-                let hung = running.is_silent(now) || running.outgoing.len() > agent::MAX_OUTGOING;
-                if hung {
-                    log::line("the agent gives no sign of life: it is killed");
-                    running.killed = true;
-                    kill(running.pid, rustix::process::Signal::KILL);
-                }
-            }
-            _ => {}
+    fn hear_of(&mut self, pid: u64) {
+        let key = i32::try_from(pid).ok().and_then(|pid| self.table.key_of_pid(pid)).map(str::to_owned);
+        if let Some(key) = key {
+            self.hear(&key);
         }
     }
 
-    fn start_agent(&mut self, now: u64) {
-        let started = agent::start(&self.config, now).and_then(|(running, child)| {
-            boot::place_agent(&self.config, running.pid);
-            self.watch_agent(&running.socket)?;
-            // The end is seen by `reap`; the handle has nothing more to do.
-            drop(child);
-            Ok(running)
-        });
-        match started {
-            Ok(running) => self.agent.life = agent::Life::Running(running),
+    /// Takes one word of a child on its way to exec; says whether there may be more.
+    fn hear(&mut self, key: &str) -> bool {
+        let Some(doors) = self.kept.doors.get_mut(key) else { return false };
+        let Some(talk) = &doors.talk else { return false };
+        let key = key.to_owned();
+        let event = match spawn::hear(talk.as_fd()) {
+            Ok(Heard::Master(master)) => {
+                doors.outputs.push(master);
+                return true;
+            }
+            Ok(Heard::Silence) => Event::ExecReached { key },
+            Ok(Heard::Failed(failure)) => {
+                Event::StepFailed { key, stage: failure.stage.text().to_owned(), errno: failure.errno }
+            }
             Err(error) => {
-                self.agent.failures_in_a_row = self.agent.failures_in_a_row.saturating_add(1);
-                let delay = agent::restart_delay_ms(self.agent.failures_in_a_row).max(100);
-                log::line(&format!("the agent cannot be started: {error}; again in {delay} ms"));
-                self.agent.life = agent::Life::Waiting { until_boot_ms: now + delay };
+                let errno = error.raw_os_error().unwrap_or(0);
+                Event::StepFailed { key, stage: "hearing of the child".to_owned(), errno }
             }
-        }
-    }
-
-    fn pet_watchdog(&mut self) {
-        let alive = matches!(&self.agent.life, agent::Life::Running(running) if !running.is_silent(boot_ms()));
-        if let Some((watchdog, next)) = &mut self.watchdog {
-            let now = boot_ms();
-            // While the agent is being replaced the machine is not hung; only a machine that cannot even do that is.
-            if *next <= now && (alive || self.agent.failures_in_a_row < 50 || self.shutdown.is_some()) {
-                if let Err(error) = watchdog.pet() {
-                    log::line(&format!("watchdog: {error}"));
-                }
-                *next = now + boot::WATCHDOG_PET_MS;
-            } else if *next <= now {
-                *next = now + boot::WATCHDOG_PET_MS;
-            }
-        }
+        };
+        // Taken off by hand: a child that was cloned meanwhile may hold a copy for a moment.
+        let _ = epoll::delete(&self.poll, talk);
+        doors.talk = None;
+        self.feed(event, &[]);
+        false
     }
 
     fn read_agent(&mut self) {
-        loop {
-            let agent::Life::Running(running) = &mut self.agent.life else { return };
-            match fdpass::recv(running.socket.as_fd(), &mut self.buffer) {
-                // Closed: the SIGCHLD that follows tells the rest.
-                Ok((0, _)) => return,
-                Ok((count, fds)) => {
-                    running.heard_boot_ms = boot_ms();
-                    match serde_cbor::from_slice::<Request>(&self.buffer[..count]) {
-                        Ok(request) => self.handle(request, fds),
-                        Err(error) => self.refuse(0, format!("not a request: {error}")),
-                    }
+        for _ in 0..REQUESTS_A_TURN {
+            let Some(socket) = &self.kept.agent else { return };
+            match fdpass::recv(socket.as_fd(), &mut self.buffer) {
+                Ok((0, _)) => {
+                    self.drop_agent();
+                    return self.feed(Event::AgentClosed, &[]);
                 }
+                Ok((count, _)) if count > MAX_MESSAGE_BYTES => self.too_large(),
+                Ok((count, fds)) => match serde_cbor::from_slice::<Request>(&self.buffer[..count]) {
+                    Ok(request) => self.feed(Event::Request(request), &fds),
+                    Err(error) => self.feed(Event::Unreadable { why: format!("not a request: {error}") }, &[]),
+                },
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                    self.refuse(0, format!("a message may have {MAX_MESSAGE_BYTES} bytes"));
-                }
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => self.too_large(),
                 Err(error) => {
                     log::line(&format!("the agent's socket: {error}"));
-                    return;
+                    self.drop_agent();
+                    return self.feed(Event::AgentDeaf { why: "cannot be heard" }, &[]);
                 }
             }
         }
     }
 
-    fn refuse(&mut self, id: u64, why: String) {
-        self.send(id, ReplyBody::Refused { why }, Vec::new());
+    fn too_large(&mut self) {
+        let fds = edged_model::keeper::MAX_MESSAGE_FDS;
+        let why = format!("a message may have {MAX_MESSAGE_BYTES} bytes and {fds} descriptors");
+        self.feed(Event::Unreadable { why }, &[]);
     }
 
-    fn handle(&mut self, request: Request, fds: Vec<OwnedFd>) {
-        let id = request.id;
-        match request.body {
-            RequestBody::Heartbeat => {}
-            RequestBody::Launch(spec) => self.launch(id, &spec, &fds),
-            RequestBody::Signal { key, signal } => match self.signal(&key, signal) {
-                Ok(()) => self.send(id, ReplyBody::Done, Vec::new()),
-                Err(why) => self.refuse(id, why),
+    /// The agent's socket goes, and what it has not taken; the next one asks for the list.
+    fn drop_agent(&mut self) {
+        if let Some(socket) = self.kept.agent.take() {
+            let _ = epoll::delete(&self.poll, &socket);
+        }
+        self.kept.outgoing.clear();
+        self.wants_room = false;
+    }
+
+    /// Decides on `event` and performs what comes of it, and of that, until nothing does.
+    fn feed(&mut self, event: Event, fds: &[OwnedFd]) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            for act in decide(&mut self.table, event, boot_ms()) {
+                events.extend(self.perform(act, fds));
+            }
+        }
+    }
+
+    fn perform(&mut self, act: Act, fds: &[OwnedFd]) -> Option<Event> {
+        match act {
+            Act::Say(text) => log::line(&text),
+            Act::Send { id, body, outputs_of } => self.send(id, body, outputs_of),
+            Act::Launch { request, spec } => return Some(self.launch(request, &spec, fds)),
+            Act::Signal { id, key, signal } => match self.signal(&key, signal) {
+                // It has ended; the exit is on its way.
+                Ok(()) | Err(Errno::SRCH) => self.send(id, ReplyBody::Done, None),
+                Err(errno) => self.send(id, ReplyBody::Refused { why: format!("`{key}`: {errno}") }, None),
             },
-            RequestBody::List => self.list(id),
-            RequestBody::Forget { key } => {
-                if self.table.children.get(&key).is_some_and(|child| !child.is_living()) {
-                    self.table.children.remove(&key);
+            Act::SignalChildren { signal } => self.signal_children(signal),
+            Act::KillAll => shutdown::kill_all(),
+            Act::ClosePidfd { key } => {
+                if let Some(doors) = self.kept.doors.get_mut(&key) {
+                    doors.pidfd = None;
                 }
-                self.send(id, ReplyBody::Done, Vec::new());
             }
-            RequestBody::Shutdown { how } => {
-                self.send(id, ReplyBody::Done, Vec::new());
-                self.begin_shutdown(how);
-            }
-            RequestBody::TimeFloor { unix_seconds } => {
-                if self.config.device {
-                    boot::keep_time_floor(&self.config.data, unix_seconds);
+            Act::Close { key } => {
+                if let Some(Doors { talk: Some(talk), .. }) = self.kept.doors.remove(&key) {
+                    let _ = epoll::delete(&self.poll, talk);
                 }
-                self.send(id, ReplyBody::Done, Vec::new());
             }
-            RequestBody::Version => {
-                let version = env!("CARGO_PKG_VERSION").to_owned();
-                self.send(id, ReplyBody::Version { version }, Vec::new());
+            Act::StartAgent => return Some(self.start_agent()),
+            Act::KillAgent { pid } => {
+                if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                }
             }
+            Act::KeepTimeFloor { unix_seconds } => boot::keep_time_floor(&self.config.data, unix_seconds),
+            Act::PetWatchdog => {
+                if let Some(Err(error)) = self.watchdog.as_ref().map(Watchdog::pet) {
+                    log::line(&format!("watchdog: {error}"));
+                }
+            }
+            Act::ExecAgain => self.exec(Program::Newest),
+            Act::Leave { way } => self.left = Some(way),
         }
+        None
     }
 
-    fn launch(&mut self, id: u64, spec: &LaunchSpec, fds: &[OwnedFd]) {
-        if self.shutdown.is_some() {
-            return self.refuse(id, "the machine is going down".to_owned());
-        }
-        if self.table.children.contains_key(&spec.key) {
-            return self.refuse(id, format!("`{}` is there already", spec.key));
-        }
-        if self.table.children.len() >= MAX_CHILDREN {
-            return self.refuse(id, format!("there are {MAX_CHILDREN} children already"));
-        }
-        let join = match &spec.join {
-            None => None,
-            Some(key) => match self.table.children.get(key).and_then(|child| child.pidfd.as_ref()) {
-                Some(pidfd) => Some(pidfd.as_fd()),
-                None => return self.refuse(id, format!("`{key}` does not run")),
-            },
-        };
-        let started_boot_ms = boot_ms();
-        match spawn::launch(&self.proof, spec, fds, join) {
-            Ok(launching) => {
-                let token = LAUNCHES + u64::from(launching.pid as u32);
-                let watched =
-                    epoll::add(&self.poll, &launching.failure, epoll::EventData::new_u64(token), epoll::EventFlags::IN);
-                if let Err(errno) = watched {
-                    log::line(&format!("epoll: {errno}"));
-                }
-                let child = Child {
-                    pid: launching.pid,
-                    pidfd: Some(launching.pidfd),
-                    started_boot_ms,
-                    note: spec.note.clone(),
-                    outputs: launching.outputs,
-                    life: Life::Launching { request: id, failure: launching.failure },
-                };
-                self.table.children.insert(spec.key.clone(), child);
-            }
-            Err(error) => {
-                let (key, stage, errno) = (spec.key.clone(), error.to_string(), error.errno());
-                self.send(id, ReplyBody::LaunchFailed { key, stage, errno }, Vec::new());
-            }
-        }
-    }
-
-    fn finish_launch_of(&mut self, pid: u64) {
-        let pid = i32::try_from(pid).unwrap_or(-1);
-        if let Some(key) = self.table.key_of_pid(pid) {
-            self.finish_launch(&key);
-        }
-    }
-
-    /// Reads what the child said on its way to exec, and answers.
-    fn finish_launch(&mut self, key: &str) {
-        let Some(child) = self.table.children.get_mut(key) else { return };
-        let Life::Launching { request, failure } = &child.life else { return };
-        let mut bytes = [0; Failure::BYTES];
-        let count = match rustix::io::read(failure, &mut bytes[..]) {
-            Ok(count) => count,
-            Err(errno) => {
-                log::line(&format!("{key}: launch pipe: {errno}"));
-                0
-            }
-        };
-        let (request, pid) = (*request, child.pid);
-        if count == 0 {
-            child.life = Life::Running;
-            let fds = child.outputs.iter().filter_map(|fd| fd.try_clone().ok()).collect();
-            let body = ReplyBody::Launched { key: key.to_owned(), pid, boot_ms: child.started_boot_ms };
-            self.send(request, body, fds);
-        } else {
-            let (stage, errno) = match Failure::parse(&bytes[..count]) {
-                Some(failure) => (failure.stage.text().to_owned(), failure.errno),
-                None => ("start".to_owned(), 0),
+    fn launch(&mut self, request: u64, spec: &edged_model::keeper::LaunchSpec, fds: &[OwnedFd]) -> Event {
+        let pidfd_of = |key: &String| self.kept.doors.get(key).and_then(|doors| doors.pidfd.as_ref()).map(AsFd::as_fd);
+        let join = spec.join.as_ref().and_then(pidfd_of);
+        let key = spec.key.clone();
+        if spec.join.is_some() && join.is_none() {
+            return Event::NotCloned {
+                request,
+                key,
+                stage: "entering the container".to_owned(),
+                errno: Errno::SRCH.raw_os_error(),
             };
-            // It ends by itself; whoever reaps it later finds no entry, as for any orphan.
-            self.table.children.remove(key);
-            let key = key.to_owned();
-            self.send(request, ReplyBody::LaunchFailed { key, stage, errno }, Vec::new());
+        }
+        let launching = match spawn::launch(&self.proof, spec, fds, join) {
+            Ok(launching) => launching,
+            Err(error) => return Event::NotCloned { request, key, stage: error.to_string(), errno: error.errno() },
+        };
+        let pid = launching.pid;
+        // Unwatched, its end would still tell (`reap`): only the answer would be later.
+        if let Err(errno) = epoll::add(&self.poll, &launching.talk, launch_token(pid), epoll::EventFlags::IN) {
+            log::line(&format!("epoll: {errno}"));
+        }
+        let doors = Doors { pidfd: Some(launching.pidfd), talk: Some(launching.talk), outputs: launching.outputs };
+        self.kept.doors.insert(key.clone(), doors);
+        Event::Cloned { request, key, note: spec.note.clone(), pid }
+    }
+
+    fn signal(&self, key: &str, signal: i32) -> Result<(), Errno> {
+        let pidfd = self.kept.doors.get(key).and_then(|doors| doors.pidfd.as_ref()).ok_or(Errno::SRCH)?;
+        pidfd::send_signal(pidfd.as_fd(), signal)
+    }
+
+    fn signal_children(&self, signal: i32) {
+        for (key, _) in self.table.living() {
+            match self.signal(key, signal) {
+                Ok(()) | Err(Errno::SRCH) => {}
+                Err(errno) => log::line(&format!("{key}: {errno}")),
+            }
         }
     }
 
-    fn signal(&self, key: &str, signal: i32) -> Result<(), String> {
-        let child = self.table.children.get(key).ok_or_else(|| format!("`{key}` is not there"))?;
-        let Some(pidfd) = &child.pidfd else { return Ok(()) };
-        let signal = rustix::process::Signal::from_named_raw(signal).ok_or_else(|| format!("no signal {signal}"))?;
-        match pidfd_send_signal(pidfd, signal) {
-            // It has ended; the exit is on its way.
-            Ok(()) | Err(Errno::SRCH) => Ok(()),
-            Err(errno) => Err(format!("`{key}`: {errno}")),
-        }
-    }
-
-    fn list(&mut self, id: u64) {
-        let entries: Vec<_> = self
-            .table
-            .children
-            .iter()
-            .filter(|(_, child)| !matches!(child.life, Life::Launching { .. }))
-            .map(|(key, child)| {
-                let fds: Vec<OwnedFd> = child.outputs.iter().filter_map(|fd| fd.try_clone().ok()).collect();
-                (child.state(key), fds)
-            })
-            .collect();
-        let children = u32::try_from(entries.len()).unwrap_or(u32::MAX);
-        let keeper_version = env!("CARGO_PKG_VERSION").to_owned();
-        self.send(id, ReplyBody::Table { children, keeper_version }, Vec::new());
-        for (state, fds) in entries {
-            self.send(id, ReplyBody::Child(state), fds);
+    fn start_agent(&mut self) -> Event {
+        let started = agent::start(&self.config).and_then(|(pid, socket)| {
+            boot::place_agent(&self.config, pid);
+            epoll::add(&self.poll, &socket, epoll::EventData::new_u64(AGENT), epoll::EventFlags::IN)?;
+            Ok((pid, socket))
+        });
+        match started {
+            Ok((pid, socket)) => {
+                self.kept.agent = Some(socket);
+                Event::AgentStarted { pid }
+            }
+            Err(error) => Event::AgentNotStarted { why: error.to_string() },
         }
     }
 
     /// Puts a message into the agent's queue; with no agent there is nobody to tell, and `List` will.
-    fn send(&mut self, id: u64, body: ReplyBody, fds: Vec<OwnedFd>) {
-        let agent::Life::Running(running) = &mut self.agent.life else { return };
+    fn send(&mut self, id: u64, body: ReplyBody, outputs_of: Option<String>) {
+        if self.kept.agent.is_none() {
+            return;
+        }
         match serde_cbor::to_vec(&Reply { id, body }) {
-            Ok(bytes) => running.outgoing.push_back(Outgoing { bytes, fds }),
+            Ok(bytes) => self.kept.outgoing.push_back(Outgoing { bytes, outputs_of }),
             Err(error) => log::line(&format!("a reply cannot be written: {error}")),
         }
     }
 
     fn flush(&mut self) {
-        let agent::Life::Running(running) = &mut self.agent.life else { return };
-        while let Some(message) = running.outgoing.front() {
-            let fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();
-            match fdpass::send(running.socket.as_fd(), &message.bytes, &fds) {
+        while let (Some(socket), Some(message)) = (&self.kept.agent, self.kept.outgoing.front()) {
+            let doors = message.outputs_of.as_ref().and_then(|key| self.kept.doors.get(key));
+            let fds: Vec<_> = doors.iter().flat_map(|doors| &doors.outputs).map(AsFd::as_fd).collect();
+            match fdpass::send(socket.as_fd(), &message.bytes, &fds) {
                 Ok(()) => {
-                    running.outgoing.pop_front();
+                    self.kept.outgoing.pop_front();
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // The agent is gone; the next one asks for the list.
-                Err(_) => {
-                    running.outgoing.clear();
-                    return;
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // It is gone; its end is on its way, and the next one asks for the list.
+                Err(_) => self.kept.outgoing.clear(),
+            }
+        }
+        self.watch_for_room();
+    }
+
+    fn watch_for_room(&mut self) {
+        let wants_room = !self.kept.outgoing.is_empty();
+        let Some(socket) = &self.kept.agent else { return };
+        if wants_room != self.wants_room {
+            let room = if wants_room { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
+            match epoll::modify(&self.poll, socket, epoll::EventData::new_u64(AGENT), epoll::EventFlags::IN | room) {
+                Ok(()) => self.wants_room = wants_room,
+                Err(errno) => log::line(&format!("epoll: {errno}")),
             }
         }
     }
 
-    fn begin_shutdown(&mut self, how: ShutdownHow) {
-        if self.shutdown.is_some() {
-            return;
+    fn end_machine(&mut self, how: ShutdownHow) {
+        // A reboot may hang: then the watchdog shall have the last word.
+        if let Some(watchdog) = self.watchdog.take_if(|_| how != ShutdownHow::Reboot) {
+            let _ = watchdog.disarm();
         }
-        log::line(&format!("shutting down: {how:?}"));
-        let kill_at_boot_ms = boot_ms() + self.config.stop_timeout_ms;
-        self.shutdown = Some(Shutdown { how, phase: Phase::Asked { kill_at_boot_ms } });
-        // First the agent, or it would start again what we stop. It is crash-only: nothing is lost.
-        if let agent::Life::Running(running) = &self.agent.life {
-            kill(running.pid, rustix::process::Signal::KILL);
-        }
-        self.signal_all(rustix::process::Signal::TERM);
-    }
-
-    fn signal_all(&self, signal: rustix::process::Signal) {
-        for (key, child) in self.table.living() {
-            if let Some(pidfd) = &child.pidfd {
-                match pidfd_send_signal(pidfd, signal) {
-                    Ok(()) | Err(Errno::SRCH) => {}
-                    Err(errno) => log::line(&format!("{key}: {errno}")),
-                }
-            }
-        }
-    }
-
-    fn go_down(&mut self) -> Option<ExitCode> {
-        let shutdown = self.shutdown?;
-        let agent_lives = matches!(self.agent.life, agent::Life::Running(_));
-        let any_living = agent_lives || self.table.living().next().is_some();
-        match shutdown.next(boot_ms(), any_living) {
-            Next::Wait => None,
-            Next::Kill => {
-                self.signal_all(rustix::process::Signal::KILL);
-                let phase = Phase::Forced { leave_at_boot_ms: boot_ms() + FORCED_MS };
-                self.shutdown = Some(Shutdown { phase, ..shutdown });
-                None
-            }
-            Next::Leave => {
-                if self.config.device {
-                    if let Some((watchdog, _)) = self.watchdog.take() {
-                        // A reboot may hang: then the watchdog shall have the last word.
-                        if shutdown.how != ShutdownHow::Reboot {
-                            let _ = watchdog.disarm();
-                        }
-                    }
-                    shutdown::machine(&self.config.data, shutdown.how);
-                }
-                Some(ExitCode::SUCCESS)
-            }
-        }
+        shutdown::machine(&self.config.data, how);
     }
 }
 
-fn kill(pid: i32, signal: rustix::process::Signal) {
-    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-        let _ = kill_process(pid, signal);
-    }
+fn launch_token(pid: i32) -> epoll::EventData {
+    epoll::EventData::new_u64(LAUNCHES + u64::from(pid.unsigned_abs()))
 }
+
+/// Doors by key.
+pub type AllDoors = BTreeMap<String, Doors>;

@@ -1,66 +1,73 @@
-//! The way down, as a list of phases: stop the agent, ask the children, force them, then the machine.
+//! The last steps of a device, in order: nothing runs any more, the disk is clean, the machine goes.
 
 use std::path::Path;
 
 use edged_model::keeper::ShutdownHow;
+use edged_sys::device::boot_ms;
 use nix::mount::{MntFlags, MsFlags};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rustix::process::WaitOptions;
 
-use crate::log;
+use crate::{boot, log};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// SIGTERM was sent; SIGKILL follows.
-    Asked { kill_at_boot_ms: u64 },
-    /// SIGKILL was sent; the machine goes down at this time even if something will not die (a process in disk sleep).
-    Forced { leave_at_boot_ms: u64 },
-}
-
-/// Grace for the kernel to take away what was killed.
-pub const FORCED_MS: u64 = 2_000;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shutdown {
-    pub how: ShutdownHow,
-    pub phase: Phase,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Next {
-    Wait,
-    Kill,
-    Leave,
-}
-
-impl Shutdown {
-    /// What the clock and the children still alive ask for.
-    pub fn next(&self, now_boot_ms: u64, any_living: bool) -> Next {
-        match self.phase {
-            _ if !any_living => Next::Leave,
-            Phase::Asked { kill_at_boot_ms } if now_boot_ms >= kill_at_boot_ms => Next::Kill,
-            Phase::Forced { leave_at_boot_ms } if now_boot_ms >= leave_at_boot_ms => Next::Leave,
-            Phase::Asked { .. } | Phase::Forced { .. } => Next::Wait,
-        }
+/// Kills every process but PID 1 itself: orphans, and what a workload left behind.
+pub fn kill_all() {
+    if let Err(error) = std::fs::write("/sys/fs/cgroup/edged/workloads/cgroup.kill", "1") {
+        log::line(&format!("cgroup.kill: {error}"));
     }
-
-    pub fn wake_at_boot_ms(&self) -> u64 {
-        match self.phase {
-            Phase::Asked { kill_at_boot_ms } => kill_at_boot_ms,
-            Phase::Forced { leave_at_boot_ms } => leave_at_boot_ms,
+    match kill(Pid::from_raw(-1), Signal::SIGKILL) {
+        Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+        Err(errno) => log::line(&format!("kill everything: {errno}")),
+    }
+    // What died is ours to reap, and holds the disk until it is gone. One in disk sleep is not waited for.
+    let deadline = boot_ms() + REAP_MS;
+    while boot_ms() < deadline {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some(_)) => {}
+            #[expect(clippy::disallowed_methods, reason = "nothing else is left to be done")]
+            Ok(None) => std::thread::sleep(std::time::Duration::from_millis(5)),
+            Err(_) => return,
         }
     }
 }
 
-/// Writes everything out and turns the machine off or around. Comes back only if the kernel refuses.
-pub fn machine(data: &Path, how: ShutdownHow) {
-    rustix::fs::sync();
-    if let Err(errno) = nix::mount::umount2(data, MntFlags::empty()) {
+const REAP_MS: u64 = 1_000;
+
+type Step = (&'static str, fn(&Path) -> nix::Result<()>);
+
+const STEPS: [Step; 4] = [
+    ("time floor", |data| {
+        boot::keep_time_floor(data, boot::now_unix_seconds());
+        Ok(())
+    }),
+    ("sync", |_| {
+        nix::unistd::sync();
+        Ok(())
+    }),
+    ("data disk", leave_disk),
+    ("sync", |_| {
+        nix::unistd::sync();
+        Ok(())
+    }),
+];
+
+/// What is open keeps a disk mounted; read-only it is as clean.
+fn leave_disk(data: &Path) -> nix::Result<()> {
+    nix::mount::umount2(data, MntFlags::empty()).or_else(|errno| {
         log::line(&format!("{} stays mounted ({errno}): made read-only", data.display()));
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        if let Err(errno) = nix::mount::mount(None::<&str>, data, None::<&str>, flags, None::<&str>) {
-            log::line(&format!("{} cannot be made read-only: {errno}", data.display()));
+        nix::mount::mount(None::<&str>, data, None::<&str>, flags, None::<&str>)
+    })
+}
+
+/// Takes the machine down; comes back only when the kernel refuses.
+pub fn machine(data: &Path, how: ShutdownHow) {
+    for (name, step) in STEPS {
+        if let Err(errno) = step(data) {
+            log::line(&format!("shutdown: {name}: {errno}"));
         }
     }
-    rustix::fs::sync();
     let mode = match how {
         ShutdownHow::Reboot => nix::sys::reboot::RebootMode::RB_AUTOBOOT,
         ShutdownHow::PowerOff | ShutdownHow::Exit => nix::sys::reboot::RebootMode::RB_POWER_OFF,
@@ -75,13 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn children_are_asked_then_forced_then_left() {
-        let asked = Shutdown { how: ShutdownHow::PowerOff, phase: Phase::Asked { kill_at_boot_ms: 10 } };
-        assert_eq!(asked.next(9, true), Next::Wait);
-        assert_eq!(asked.next(10, true), Next::Kill);
-        assert_eq!(asked.next(0, false), Next::Leave);
-        let forced = Shutdown { phase: Phase::Forced { leave_at_boot_ms: 20 }, ..asked };
-        assert_eq!(forced.next(19, true), Next::Wait);
-        assert_eq!(forced.next(20, true), Next::Leave);
+    fn the_disk_is_left_between_two_syncs() {
+        assert_eq!(STEPS.map(|(name, _)| name), ["time floor", "sync", "data disk", "sync"]);
     }
 }

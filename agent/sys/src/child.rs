@@ -1,76 +1,65 @@
-//! Everything the child does between clone and exec: one straight line of named steps. On failure it writes
-//! (stage, errno) into a close-on-exec pipe and leaves with `_exit`. No log, no lock, no panic, no `exit`. It may
+//! Everything the child does between clone and exec: one straight line of named steps. On failure it sends
+//! (stage, errno) through a close-on-exec socket and leaves with `_exit`. No log, no lock, no panic, no `exit`. It may
 //! allocate, because the keeper that cloned it has one thread ([`crate::spawn::SingleThread`]).
+//!
+//! ```text
+//! signals, cgroup, oom score, session ─┬─> new: namespaces, host name, root, mounts, pivot ─┬─> limits, terminal, stdio,
+//!                                      └─> join: setns into a living one ──────────────────┘   cwd, user, capabilities,
+//!                                                                                              seccomp, exec
+//! ```
 
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use edged_model::keeper::{CgroupEntry, DeviceNode, LaunchSpec, MountStep, Rootfs};
+use edged_model::keeper::{CgroupEntry, LaunchSpec};
 use nix::sched::{CloneFlags, setns, unshare};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::mount::{self, Attributes};
-use crate::privilege;
 use crate::resolve::{self, Want};
 use crate::spawn::Failure;
+use crate::{fdpass, mount, privilege, rootfs};
 
-/// The steps, in their order. Their words appear in `edgectl`: "mounts: No such device".
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Stage {
-    Signals,
-    Cgroup,
-    Session,
-    Join,
-    CgroupNamespace,
-    NetworkNamespace,
-    Hostname,
-    MountNamespace,
-    Root,
-    Mounts,
-    Devices,
-    Links,
-    Pivot,
-    Sysctls,
-    MaskedPaths,
-    ReadonlyPaths,
-    Limits,
-    Stdio,
-    WorkingDirectory,
-    User,
-    Capabilities,
-    Seccomp,
-    Exec,
+macro_rules! stages {
+    ($($stage:ident $text:literal,)*) => {
+        /// The steps, in their order. Their words appear in `edgectl`: "mounts: No such device".
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(u32)]
+        pub enum Stage { $($stage,)* }
+
+        const STAGES: &[(Stage, &str)] = &[$((Stage::$stage, $text),)*];
+    };
 }
 
-const STAGES: [(Stage, &str); 23] = [
-    (Stage::Signals, "signals"),
-    (Stage::Cgroup, "entering the cgroup"),
-    (Stage::Session, "session"),
-    (Stage::Join, "entering the container"),
-    (Stage::CgroupNamespace, "cgroup namespace"),
-    (Stage::NetworkNamespace, "network namespace"),
-    (Stage::Hostname, "hostname"),
-    (Stage::MountNamespace, "mount namespace"),
-    (Stage::Root, "root file system"),
-    (Stage::Mounts, "mounts"),
-    (Stage::Devices, "device nodes"),
-    (Stage::Links, "links"),
-    (Stage::Pivot, "pivot_root"),
-    (Stage::Sysctls, "sysctls"),
-    (Stage::MaskedPaths, "masked paths"),
-    (Stage::ReadonlyPaths, "read-only paths"),
-    (Stage::Limits, "resource limits"),
-    (Stage::Stdio, "standard streams"),
-    (Stage::WorkingDirectory, "working directory"),
-    (Stage::User, "user"),
-    (Stage::Capabilities, "capabilities"),
-    (Stage::Seccomp, "seccomp"),
-    (Stage::Exec, "exec"),
-];
+stages! {
+    Signals "signals",
+    Cgroup "entering the cgroup",
+    OomScore "oom score",
+    Session "session",
+    Join "entering the container",
+    CgroupNamespace "cgroup namespace",
+    NetworkNamespace "network namespace",
+    Hostname "hostname",
+    MountNamespace "mount namespace",
+    Root "root file system",
+    Mounts "mounts",
+    Devices "device nodes",
+    Links "links",
+    Pivot "pivot_root",
+    Sysctls "sysctls",
+    MaskedPaths "masked paths",
+    ReadonlyPaths "read-only paths",
+    Limits "resource limits",
+    Terminal "terminal",
+    Stdio "standard streams",
+    WorkingDirectory "working directory",
+    User "user",
+    Capabilities "capabilities",
+    Seccomp "seccomp",
+    Exec "exec",
+}
 
 impl Stage {
     pub(crate) fn from_number(number: u32) -> Option<Self> {
@@ -85,16 +74,25 @@ impl Stage {
 /// The child's own descriptors.
 #[derive(Debug)]
 pub(crate) struct Plumbing {
-    pub failure: OwnedFd,
-    pub stdio: [OwnedFd; 3],
-    /// stdin is a terminal that becomes the session's own.
-    pub terminal: bool,
+    /// Where a failure, and before it a terminal's master, is told.
+    pub talk: OwnedFd,
+    pub stdio: Streams,
 }
 
-type Step<T = ()> = Result<T, (Stage, Errno)>;
+#[derive(Debug)]
+pub(crate) enum Streams {
+    Ready([OwnedFd; 3]),
+    /// A pty of the container's own devpts, so that ttyname(3) works inside.
+    Terminal {
+        rows: u16,
+        columns: u16,
+    },
+}
+
+pub(crate) type Step<T = ()> = Result<T, (Stage, Errno)>;
 
 /// Tags a result with its stage.
-fn at<T, E: Into<Errno>>(stage: Stage, result: Result<T, E>) -> Step<T> {
+pub(crate) fn at<T, E: Into<Errno>>(stage: Stage, result: Result<T, E>) -> Step<T> {
     result.map_err(|error| (stage, error.into()))
 }
 
@@ -109,13 +107,13 @@ fn io_errno(error: &std::io::Error) -> Errno {
 
 /// Runs the steps; does not come back.
 pub(crate) fn run(spec: &LaunchSpec, fds: &[OwnedFd], join: Option<BorrowedFd<'_>>, plumbing: Plumbing) -> Infallible {
-    let Plumbing { failure, stdio, terminal } = plumbing;
-    let failed = match steps(spec, fds, join, &stdio, terminal) {
+    let Plumbing { talk, stdio } = plumbing;
+    let failed = match steps(spec, fds, join, &talk, stdio) {
         Ok(never) => match never {},
         Err((stage, errno)) => Failure { stage, errno: errno.raw_os_error() },
     };
     // Nobody can be told that telling failed.
-    let _ = rustix::io::write(&failure, &failed.to_bytes());
+    let _ = fdpass::send(talk.as_fd(), &failed.to_bytes(), &[]);
     // SAFETY: `_exit` runs no destructor and no handler of the parent whose memory this is a copy of.
     unsafe { libc::_exit(127) }
 }
@@ -124,43 +122,67 @@ fn steps(
     spec: &LaunchSpec,
     fds: &[OwnedFd],
     join: Option<BorrowedFd<'_>>,
-    stdio: &[OwnedFd; 3],
-    terminal: bool,
+    talk: &OwnedFd,
+    stdio: Streams,
 ) -> Step<Infallible> {
     at(Stage::Signals, reset_signals())?;
     at(Stage::Cgroup, enter_v1_cgroups(spec, fds))?;
+    // Now, while /proc is the host's: a container's may be missing, or something else.
+    at(Stage::OomScore, oom_score(spec))?;
     at(Stage::Session, nix::unistd::setsid().map_err(errno))?;
-    if let Some(target) = join {
-        join_container(target)?;
-    } else {
-        make_container(spec, fds)?;
+    match join {
+        Some(target) => join_container(target)?,
+        None => make_container(spec, fds)?,
     }
     at(Stage::Limits, limits(spec))?;
-    at(Stage::Stdio, wire_stdio(stdio, terminal))?;
+    let (stdio, terminal) = match stdio {
+        Streams::Ready(stdio) => (stdio, false),
+        Streams::Terminal { rows, columns } => {
+            (at(Stage::Terminal, terminal(spec, join.is_none(), talk, rows, columns))?, true)
+        }
+    };
+    if let (None, Some(rootfs)) = (join, &spec.rootfs) {
+        at(Stage::Root, rootfs::seal_root(rootfs))?;
+    }
+    at(Stage::Stdio, wire_stdio(&stdio, terminal))?;
     at(Stage::WorkingDirectory, working_directory(&spec.cwd))?;
     if let Some(mask) = spec.umask {
         rustix::process::umask(Mode::from_raw_mode(mask));
     }
+    let program = at(Stage::Exec, Program::prepare(spec))?;
+    if !spec.no_new_privs {
+        // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is gone a few lines below (seccomp(2)).
+        at(Stage::Seccomp, seccomp(spec))?;
+    }
     at(Stage::Capabilities, privilege::drop_bounding(spec.capabilities.bounding))?;
     at(Stage::User, privilege::set_ids(spec.uid, spec.gid, &spec.additional_gids))?;
     at(Stage::Capabilities, privilege::set_capabilities(&spec.capabilities))?;
+    at(Stage::Exec, privilege::cloexec_from(3))?;
     if spec.no_new_privs {
         at(Stage::Seccomp, privilege::set_no_new_privs())?;
-    }
-    let program = at(Stage::Exec, Program::prepare(spec))?;
-    at(Stage::Exec, privilege::cloexec_from(3))?;
-    if !spec.seccomp.is_empty() {
-        at(Stage::Seccomp, privilege::install_seccomp(&spec.seccomp))?;
+        at(Stage::Seccomp, seccomp(spec))?;
     }
     at(Stage::Exec, program.exec())
 }
 
-/// The keeper blocks signals for its signalfd and ignores SIGPIPE; a program expects neither.
+/// The keeper blocks signals for its signalfd and ignores SIGPIPE, and whoever started it may have had it ignore more
+/// (nohup(1)); a program expects none of it.
 fn reset_signals() -> Result<(), Errno> {
-    use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, sigprocmask};
-    // SAFETY: SIG_DFL is no function of ours.
-    unsafe { nix::sys::signal::signal(Signal::SIGPIPE, SigHandler::SigDfl) }.map_err(errno)?;
+    use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+    for number in 1..=privilege::LAST_SIGNAL {
+        // SAFETY: SIG_DFL is no function of ours. SIGKILL, SIGSTOP and libc's own two say EINVAL: nothing to reset.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(errno)
+}
+
+fn seccomp(spec: &LaunchSpec) -> Result<(), Errno> {
+    if spec.seccomp.is_empty() { Ok(()) } else { privilege::install_seccomp(&spec.seccomp) }
+}
+
+fn oom_score(spec: &LaunchSpec) -> Result<(), Errno> {
+    let Some(adjust) = spec.oom_score_adj else { return Ok(()) };
+    std::fs::write("/proc/self/oom_score_adj", adjust.to_string()).map_err(|error| io_errno(&error))
 }
 
 fn enter_v1_cgroups(spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<(), Errno> {
@@ -175,8 +197,8 @@ fn enter_v1_cgroups(spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<(), Errno> {
 
 /// Into a living container. The pid namespace was entered by being born there.
 fn join_container(target: BorrowedFd<'_>) -> Step {
-    // Until exec this process is edged's binary inside a foreign container (CVE-2016-9962).
-    at(Stage::Join, privilege::set_not_dumpable())?;
+    // Until exec this process is edged inside a foreign container (CVE-2016-9962). Nobody there can trace it or open
+    // its files: the keeper is not dumpable (`Keeper::new`), so its children are born so.
     let namespaces = CloneFlags::CLONE_NEWIPC
         | CloneFlags::CLONE_NEWUTS
         | CloneFlags::CLONE_NEWNET
@@ -197,183 +219,52 @@ fn make_container(spec: &LaunchSpec, fds: &[OwnedFd]) -> Step {
     if let Some(hostname) = &spec.hostname {
         at(Stage::Hostname, rustix::system::sethostname(hostname.as_bytes()))?;
     }
-    let Some(rootfs) = &spec.rootfs else { return Ok(()) };
-    at(Stage::MountNamespace, rustix::mount::mount_change("/", private_recursive()))?;
-    let root = at(Stage::Root, open_root(rootfs))?;
-    for step in &spec.mounts {
-        match mount_step(root.as_fd(), step) {
-            Err(_) if step.optional => {}
-            result => at(Stage::Mounts, result)?,
-        }
+    match &spec.rootfs {
+        Some(rootfs) => rootfs::make(spec, rootfs),
+        None => Ok(()),
     }
-    for node in &spec.device_nodes {
-        at(Stage::Devices, device_node(root.as_fd(), node))?;
-    }
-    for (link, target) in &spec.symlinks {
-        at(Stage::Links, symlink(root.as_fd(), link, target))?;
-    }
-    at(Stage::Pivot, pivot(root.as_fd()))?;
-    let root = at(Stage::Pivot, rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()))?;
-    for (name, value) in &spec.sysctls {
-        at(Stage::Sysctls, sysctl(root.as_fd(), name, value))?;
-    }
-    for path in &spec.masked_paths {
-        at(Stage::MaskedPaths, mask(root.as_fd(), path))?;
-    }
-    for path in &spec.readonly_paths {
-        at(Stage::ReadonlyPaths, make_read_only(root.as_fd(), path))?;
-    }
-    let read_only = match rootfs {
-        Rootfs::Overlay { read_only, .. } | Rootfs::Directory { read_only, .. } => *read_only,
-    };
-    if read_only {
-        let attributes = Attributes { set: libc::MOUNT_ATTR_RDONLY, ..Attributes::default() };
-        at(Stage::Root, mount::set_attributes(root.as_fd(), attributes))?;
-    }
-    Ok(())
-}
-
-fn private_recursive() -> rustix::mount::MountPropagationFlags {
-    rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC
-}
-
-/// Mounts the root file system in this mount namespace and opens it.
-fn open_root(rootfs: &Rootfs) -> Result<OwnedFd, Errno> {
-    use rustix::mount::MountFlags;
-    let at = match rootfs {
-        Rootfs::Overlay { lower, upper, work, mount_at, volatile, read_only } => {
-            let mut data = format!("lowerdir={}", lower.join(":"));
-            // A read-only root with several layers needs no upper; with one, overlayfs insists on it.
-            if !*read_only || lower.len() < 2 {
-                data.push_str(&format!(",upperdir={upper},workdir={work}"));
-            }
-            if *volatile {
-                data.push_str(",volatile");
-            }
-            let data = CString::new(data).map_err(|_| Errno::INVAL)?;
-            rustix::mount::mount("overlay", mount_at.as_str(), "overlay", MountFlags::empty(), Some(data.as_c_str()))?;
-            mount_at
-        }
-        Rootfs::Directory { path, .. } => {
-            rustix::mount::mount_bind_recursive(path.as_str(), path.as_str())?;
-            path
-        }
-    };
-    rustix::fs::open(at.as_str(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-}
-
-fn mount_step(root: BorrowedFd<'_>, step: &MountStep) -> Result<(), Errno> {
-    let attributes = mount::attributes_of(step.flags);
-    let (tree, want) = if step.bind {
-        let source = rustix::fs::open(step.source.as_str(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        let is_directory = FileType::from_raw_mode(rustix::fs::fstat(&source)?.st_mode) == FileType::Directory;
-        let tree = mount::clone_tree(source.as_fd(), step.recursive)?;
-        (tree, if is_directory { Want::Directory } else { Want::File })
-    } else {
-        (mount::new_filesystem(&step.fstype, &step.source, &step.data, attributes)?, Want::Directory)
-    };
-    let set = Attributes {
-        set: if step.bind { attributes } else { 0 },
-        clear: 0,
-        propagation: step.propagation,
-        recursive: step.recursive,
-    };
-    mount::set_attributes(tree.as_fd(), set)?;
-    let target = resolve::ensure(root, Path::new(&step.target), want)?;
-    mount::attach(tree.as_fd(), target.as_fd())
-}
-
-fn device_node(root: BorrowedFd<'_>, node: &DeviceNode) -> Result<(), Errno> {
-    let (parent, name) = resolve::ensure_parent(root, Path::new(&node.path))?;
-    let kind = if node.kind == 'b' { FileType::BlockDevice } else { FileType::CharacterDevice };
-    let mode = Mode::from_raw_mode(node.mode);
-    match rustix::fs::mknodat(&parent, name, kind, mode, rustix::fs::makedev(node.major, node.minor)) {
-        Ok(()) => {
-            // The umask took bits away at mknod.
-            rustix::fs::chmodat(&parent, name, mode, AtFlags::empty())?;
-            let (uid, gid) = (Some(Uid::from_raw(node.uid)), Some(Gid::from_raw(node.gid)));
-            rustix::fs::chownat(&parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
-        }
-        Err(Errno::EXIST) => Ok(()),
-        Err(errno) => Err(errno),
-    }
-}
-
-fn symlink(root: BorrowedFd<'_>, link: &str, target: &str) -> Result<(), Errno> {
-    let (parent, name) = resolve::ensure_parent(root, Path::new(link))?;
-    match rustix::fs::symlinkat(target, &parent, name) {
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
-        Err(errno) => Err(errno),
-    }
-}
-
-/// The old root is stacked under the new one and taken off: no directory for it is needed (pivot_root(2), NOTES).
-fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
-    rustix::process::fchdir(root)?;
-    rustix::process::pivot_root(".", ".")?;
-    rustix::mount::unmount(".", rustix::mount::UnmountFlags::DETACH)?;
-    rustix::process::chdir("/")
-}
-
-/// `net.core.somaxconn` in /proc/sys, which must really be procfs: an image could bring its own.
-fn sysctl(root: BorrowedFd<'_>, name: &str, value: &str) -> Result<(), Errno> {
-    let path = format!("/proc/sys/{}", name.replace('.', "/"));
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let inside = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
-    let file = rustix::fs::openat2(root, path, flags, Mode::empty(), inside)?;
-    if rustix::fs::fstatfs(&file)?.f_type != rustix::fs::PROC_SUPER_MAGIC {
-        return Err(Errno::XDEV);
-    }
-    rustix::io::write(&file, value.as_bytes()).map(drop)
-}
-
-/// Hides a path: a directory behind an empty read-only tmpfs, a file behind /dev/null. What is not there needs no mask.
-fn mask(root: BorrowedFd<'_>, path: &str) -> Result<(), Errno> {
-    let target = match resolve::open_path_no_follow(root, Path::new(path)) {
-        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
-        found => found?,
-    };
-    let tree = if FileType::from_raw_mode(rustix::fs::fstat(&target)?.st_mode) == FileType::Directory {
-        mount::new_filesystem("tmpfs", "tmpfs", "size=0,nr_inodes=1,mode=755", libc::MOUNT_ATTR_RDONLY)?
-    } else {
-        let null = resolve::open_path_no_follow(root, Path::new("/dev/null"))?;
-        // CVE-2025-31133: a /dev/null that is something else would be mounted writable over the masked path.
-        let stat = rustix::fs::fstat(&null)?;
-        let is_null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
-            && stat.st_rdev == rustix::fs::makedev(1, 3);
-        if !is_null {
-            return Err(Errno::NXIO);
-        }
-        mount::clone_tree(null.as_fd(), false)?
-    };
-    mount::attach(tree.as_fd(), target.as_fd())
-}
-
-fn make_read_only(root: BorrowedFd<'_>, path: &str) -> Result<(), Errno> {
-    let target = match resolve::open_path_no_follow(root, Path::new(path)) {
-        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
-        found => found?,
-    };
-    let tree = mount::clone_tree(target.as_fd(), true)?;
-    let set = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-    mount::set_attributes(tree.as_fd(), Attributes { set, recursive: true, ..Attributes::default() })?;
-    mount::attach(tree.as_fd(), target.as_fd())
 }
 
 fn limits(spec: &LaunchSpec) -> Result<(), Errno> {
+    privilege::restore_open_files()?;
     for (resource, soft, hard) in &spec.rlimits {
-        let limit = libc::rlimit64 { rlim_cur: *soft, rlim_max: *hard };
-        // SAFETY: the kernel reads `limit` during the call only; an unknown resource number is EINVAL.
-        let result = unsafe { libc::setrlimit64(*resource as _, &raw const limit) };
-        if result != 0 {
-            return Err(mount::last_errno());
-        }
-    }
-    if let Some(adjust) = spec.oom_score_adj {
-        std::fs::write("/proc/self/oom_score_adj", adjust.to_string()).map_err(|error| io_errno(&error))?;
+        privilege::set_limit(*resource, *soft, *hard)?;
     }
     Ok(())
 }
+
+/// Makes a pty in the container's devpts, gives its master to the keeper, and puts the other side onto `/dev/console`
+/// of a new container (runtime-spec, config.md, "terminal").
+fn terminal(spec: &LaunchSpec, new: bool, talk: &OwnedFd, rows: u16, columns: u16) -> Result<[OwnedFd; 3], Errno> {
+    let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let inside = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
+    let master = rustix::fs::openat2(&root, "/dev/pts/ptmx", flags, Mode::empty(), inside)?;
+    // An image could bring its own /dev/pts.
+    if rustix::fs::fstatfs(&master)?.f_type as u64 != DEVPTS_SUPER_MAGIC {
+        return Err(Errno::NOTTY);
+    }
+    rustix::pty::unlockpt(&master)?;
+    let peer = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY | rustix::pty::OpenptFlags::CLOEXEC;
+    let slave = rustix::pty::ioctl_tiocgptpeer(&master, peer)?;
+    let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    rustix::termios::tcsetwinsize(&master, size)?;
+    rustix::fs::fchown(&slave, Some(rustix::fs::Uid::from_raw(spec.uid)), None)?;
+    if new && spec.rootfs.is_some() {
+        let tree = mount::clone_tree(slave.as_fd(), false)?;
+        let console = resolve::ensure(root.as_fd(), Path::new("/dev/console"), Want::File)?;
+        mount::attach(tree.as_fd(), console.as_fd())?;
+    }
+    fdpass::send(talk.as_fd(), MASTER_FOLLOWS, &[master.as_fd()]).map_err(|error| io_errno(&error))?;
+    let copy = || slave.try_clone().map_err(|error| io_errno(&error));
+    Ok([copy()?, copy()?, slave])
+}
+
+/// linux/magic.h.
+const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
+
+/// The message beside which a terminal's master travels.
+pub(crate) const MASTER_FOLLOWS: &[u8] = b"T";
 
 fn wire_stdio(stdio: &[OwnedFd; 3], terminal: bool) -> Result<(), Errno> {
     rustix::stdio::dup2_stdin(&stdio[0])?;

@@ -8,12 +8,14 @@ use std::path::Path;
 use nix::time::{ClockId, clock_gettime, clock_settime};
 
 nix::ioctl_readwrite!(watchdog_settimeout, b'W', 6, libc::c_int);
+nix::ioctl_read!(watchdog_gettimeout, b'W', 7, libc::c_int);
 
 /// A hardware or software watchdog (Documentation/watchdog/watchdog-api.rst). Dropping it leaves it running: a machine
 /// whose PID 1 is gone shall reset.
 #[derive(Debug)]
 pub struct Watchdog {
     device: File,
+    timeout_secs: i32,
 }
 
 impl Watchdog {
@@ -24,11 +26,19 @@ impl Watchdog {
         // SAFETY: WDIOC_SETTIMEOUT reads and writes one int, which lives across the call.
         let result = unsafe { watchdog_settimeout(device.as_raw_fd(), &raw mut seconds) };
         match result {
-            Ok(_) | Err(nix::errno::Errno::ENOTTY | nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::EINVAL) => {
-                Ok(Self { device })
+            Ok(_) => Ok(Self { device, timeout_secs: seconds }),
+            Err(nix::errno::Errno::ENOTTY | nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::EINVAL) => {
+                // SAFETY: WDIOC_GETTIMEOUT writes one int, which lives across the call.
+                let asked = unsafe { watchdog_gettimeout(device.as_raw_fd(), &raw mut seconds) };
+                Ok(Self { device, timeout_secs: if asked.is_ok() { seconds } else { timeout_secs } })
             }
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// What the driver really does, which may not be what was asked for.
+    pub fn timeout_secs(&self) -> i32 {
+        self.timeout_secs
     }
 
     /// "All is well."
@@ -64,8 +74,14 @@ pub fn boot_ms() -> u64 {
     })
 }
 
+/// CLOCK_REALTIME in seconds.
+#[expect(clippy::useless_conversion, reason = "time_t may have 32 bits on armv7")]
+pub fn wall_seconds() -> i64 {
+    clock_gettime(ClockId::CLOCK_REALTIME).map_or(0, |time| time.tv_sec().into())
+}
+
 /// Sets the wall clock to `unix_seconds` if it is behind. Returns whether it was.
-#[allow(clippy::useless_conversion, reason = "time_t has 32 bits on armv7")]
+#[expect(clippy::useless_conversion, reason = "time_t may have 32 bits on armv7")]
 pub fn raise_clock(unix_seconds: i64) -> io::Result<bool> {
     let now = clock_gettime(ClockId::CLOCK_REALTIME)?;
     if i64::from(now.tv_sec()) >= unix_seconds {

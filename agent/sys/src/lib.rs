@@ -4,11 +4,12 @@
 //! | door | man page |
 //! |---|---|
 //! | [`spawn`] | clone(2) (clone3), pidfd_open(2) |
-//! | [`child`] | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
+//! | [`child`], `rootfs` | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
 //! | [`mount`] | open_tree(2), fsopen(2), move_mount(2), mount_setattr(2) |
 //! | [`resolve`] | openat2(2) |
 //! | [`privilege`] | prctl(2), capset(2), seccomp(2) |
 //! | [`fdpass`] | unix(7), SCM_RIGHTS |
+//! | [`pidfd`] | pidfd_send_signal(2), waitid(2) |
 //! | [`device`] | watchdog-api, finit_module(2), clock_settime(2) |
 
 /// Starting a child: clone3 with a pidfd, into its cgroup.
@@ -22,11 +23,16 @@ pub mod mount;
 pub mod privilege;
 /// Paths inside a root that is not trusted.
 pub mod resolve;
+/// The container's file system, as the child makes it.
+mod rootfs;
 
 /// Messages with descriptors.
 pub mod fdpass;
 /// Descriptors that an earlier self, or the keeper, left open for us.
 pub mod inherit;
+
+/// Signals by pidfd.
+pub mod pidfd;
 
 /// Watchdog, modules, clock: the machine itself.
 pub mod device;

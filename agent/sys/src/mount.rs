@@ -57,14 +57,32 @@ pub fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd, Er
 
 /// A new, detached mount of a file system. `data` is the option list of mount(8): `size=64k,mode=755`.
 pub fn new_filesystem(fstype: &str, source: &str, data: &str, attributes: u64) -> Result<OwnedFd, Errno> {
+    let options: Vec<_> = data
+        .split(',')
+        .filter(|option| !option.is_empty())
+        .map(|option| match option.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (option, None),
+        })
+        .collect();
+    new_filesystem_of(fstype, source, &options, attributes)
+}
+
+/// As [`new_filesystem`], with the options apart: a key with its value, or a flag. A value may have 255 bytes.
+pub fn new_filesystem_of(
+    fstype: &str,
+    source: &str,
+    options: &[(&str, Option<&str>)],
+    attributes: u64,
+) -> Result<OwnedFd, Errno> {
     let context = fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC)?;
     if !source.is_empty() {
         fsconfig_set_string(context.as_fd(), "source", source)?;
     }
-    for option in data.split(',').filter(|option| !option.is_empty()) {
-        match option.split_once('=') {
-            Some((key, value)) => fsconfig_set_string(context.as_fd(), key, value)?,
-            None => fsconfig_set_flag(context.as_fd(), option)?,
+    for (key, value) in options {
+        match value {
+            Some(value) => fsconfig_set_string(context.as_fd(), *key, *value)?,
+            None => fsconfig_set_flag(context.as_fd(), *key)?,
         }
     }
     fsconfig_create(context.as_fd())?;

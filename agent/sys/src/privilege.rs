@@ -1,5 +1,7 @@
 //! Giving up power: capabilities(7), credentials(7), no_new_privs and seccomp(2). Called by the child alone, on itself.
 
+use std::sync::OnceLock;
+
 use edged_model::keeper::CapabilitySets;
 use rustix::io::Errno;
 
@@ -7,6 +9,41 @@ use crate::mount::last_errno;
 
 /// The highest capability this code knows (CAP_CHECKPOINT_RESTORE); the kernel may know fewer.
 const LAST_CAPABILITY: u32 = 40;
+
+/// SIGRTMAX.
+pub(crate) const LAST_SIGNAL: i32 = 64;
+
+/// The limit on open files that this process was started with; its children get it back.
+static OPEN_FILES: OnceLock<libc::rlimit64> = OnceLock::new();
+
+/// Takes as many descriptors as may be had, up to `wanted`: each child costs the keeper three. Returns how many.
+pub fn raise_open_files(wanted: u64) -> Result<u64, Errno> {
+    let mut before = libc::rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes one `rlimit64`, which lives across the call.
+    check(unsafe { libc::getrlimit64(libc::RLIMIT_NOFILE, &raw mut before) })?;
+    let before = *OPEN_FILES.get_or_init(|| before);
+    let more = |hard: u64| set_limit(libc::RLIMIT_NOFILE, wanted.min(hard), hard);
+    if before.rlim_max < wanted && more(wanted).is_ok() {
+        return Ok(wanted);
+    }
+    more(before.rlim_max)?;
+    Ok(wanted.min(before.rlim_max))
+}
+
+/// What [`raise_open_files`] changed, changed back. In a child.
+pub(crate) fn restore_open_files() -> Result<(), Errno> {
+    match OPEN_FILES.get() {
+        Some(before) => set_limit(libc::RLIMIT_NOFILE, before.rlim_cur, before.rlim_max),
+        None => Ok(()),
+    }
+}
+
+/// setrlimit(2), by number.
+pub(crate) fn set_limit(resource: u32, soft: u64, hard: u64) -> Result<(), Errno> {
+    let limit = libc::rlimit64 { rlim_cur: soft, rlim_max: hard };
+    // SAFETY: the kernel reads `limit` during the call only; an unknown resource number is EINVAL.
+    check(unsafe { libc::setrlimit64(resource as _, &raw const limit) })
+}
 
 fn check(result: libc::c_int) -> Result<(), Errno> {
     if result == 0 { Ok(()) } else { Err(last_errno()) }
@@ -89,7 +126,7 @@ pub fn set_no_new_privs() -> Result<(), Errno> {
     prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0).map(drop)
 }
 
-/// Nobody inside a container may look into or trace the caller until it has exec'd (proc(5), `/proc/pid/exe`).
+/// Nobody without CAP_SYS_PTRACE may look into or trace the caller, nor its children until they have exec'd (proc(5)).
 pub fn set_not_dumpable() -> Result<(), Errno> {
     prctl(libc::PR_SET_DUMPABLE, 0, 0).map(drop)
 }

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use edged_model::keeper::{CgroupEntry, LaunchSpec, Stdio};
 use nix::sched::CloneFlags;
 
-use crate::child::{self, Plumbing, Stage};
+use crate::child::{self, Plumbing, Stage, Streams};
 
 /// Proof that this process has one thread. Only then may the child between clone and exec allocate and use the whole
 /// standard library: no other thread can have held a lock at the moment of the clone.
@@ -28,10 +28,33 @@ impl SingleThread {
 pub struct Launching {
     pub pid: i32,
     pub pidfd: OwnedFd,
-    /// Closed without a byte: exec was reached. Eight bytes: [`Failure::parse`].
-    pub failure: OwnedFd,
-    /// The read ends of stdout and stderr, or the pty's master, or nothing.
+    /// What the child says on its way: [`hear`].
+    pub talk: OwnedFd,
+    /// The read ends of stdout and stderr. A pty's master comes later, by [`hear`].
     pub outputs: Vec<OwnedFd>,
+}
+
+/// One word of a child on its way to exec.
+#[derive(Debug)]
+pub enum Heard {
+    /// The master of its terminal.
+    Master(OwnedFd),
+    /// Exec was reached, or the child is dead without a word: its end tells which.
+    Silence,
+    Failed(Failure),
+}
+
+/// Reads one word from [`Launching::talk`]; never waits once epoll has reported it or the child is dead.
+pub fn hear(talk: BorrowedFd<'_>) -> io::Result<Heard> {
+    let mut buffer = [0; Failure::BYTES];
+    let (count, mut fds) = crate::fdpass::recv(talk, &mut buffer)?;
+    match (&buffer[..count], fds.pop()) {
+        ([], _) => Ok(Heard::Silence),
+        (child::MASTER_FOLLOWS, Some(master)) => Ok(Heard::Master(master)),
+        (bytes, _) => Failure::parse(bytes)
+            .map(Heard::Failed)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no word of a child")),
+    }
 }
 
 /// Which step failed, and how.
@@ -99,8 +122,8 @@ pub fn launch(
         CgroupEntry::V2 { dir_fd } => Some(descriptor(fds, *dir_fd)?),
         CgroupEntry::V1 { .. } | CgroupEntry::Inherit => None,
     };
-    let (failure_read, failure_write) = pipe()?;
-    let (plumbing, outputs) = plumbing(spec, fds, failure_write)?;
+    let (talk, childs_talk) = talk()?;
+    let (plumbing, outputs) = plumbing(spec, fds, childs_talk)?;
     let new_cgroup_namespace = to_flags(CloneFlags::CLONE_NEWCGROUP);
     // The cgroup namespace's root is the cgroup one is in when it is made: the child unshares it once it is inside.
     let mut flags = spec.namespaces & !new_cgroup_namespace;
@@ -113,11 +136,12 @@ pub fn launch(
     };
     let cloned = clone3(proof, flags, cgroup, || match child::run(spec, fds, join, plumbing) {});
     if let Some(own) = restore {
-        // Without this, all later children would be born in the container: it cannot fail for one's own namespace.
+        // Without this, all later children would be born in the container. For one's own namespace it needs nothing
+        // but CAP_SYS_ADMIN, which the keeper has: it does not fail.
         nix::sched::setns(&own, CloneFlags::CLONE_NEWPID).map_err(|errno| SpawnError::JoinPid(errno.into()))?;
     }
     let (pid, pidfd) = cloned.map_err(SpawnError::Clone)?;
-    Ok(Launching { pid, pidfd, failure: failure_read, outputs })
+    Ok(Launching { pid, pidfd, talk, outputs })
 }
 
 fn to_flags(flags: CloneFlags) -> u64 {
@@ -135,31 +159,30 @@ fn pipe() -> Result<(OwnedFd, OwnedFd), SpawnError> {
     nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|errno| SpawnError::Pipes(errno.into()))
 }
 
+/// Where a child tells how far it came: whole messages, with a descriptor beside them if need be.
+fn talk() -> Result<(OwnedFd, OwnedFd), SpawnError> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .map_err(|errno| SpawnError::Pipes(errno.into()))
+}
+
 /// The child's ends and ours.
-fn plumbing(spec: &LaunchSpec, fds: &[OwnedFd], failure: OwnedFd) -> Result<(Plumbing, Vec<OwnedFd>), SpawnError> {
+fn plumbing(spec: &LaunchSpec, fds: &[OwnedFd], talk: OwnedFd) -> Result<(Plumbing, Vec<OwnedFd>), SpawnError> {
     let copy = |index: u32| descriptor(fds, index)?.try_clone_to_owned().map_err(SpawnError::Pipes);
-    let null = || {
-        std::fs::File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from).map_err(SpawnError::Pipes)
-    };
+    let null = || std::fs::File::open("/dev/null").map(OwnedFd::from).map_err(SpawnError::Pipes);
     match &spec.stdio {
         Stdio::Pipes => {
             let (out_read, out_write) = pipe()?;
             let (err_read, err_write) = pipe()?;
-            let plumbing = Plumbing { failure, stdio: [null()?, out_write, err_write], terminal: false };
-            Ok((plumbing, vec![out_read, err_read]))
+            let stdio = Streams::Ready([null()?, out_write, err_write]);
+            Ok((Plumbing { talk, stdio }, vec![out_read, err_read]))
         }
         Stdio::Given { stdin_fd, stdout_fd, stderr_fd } => {
-            let stdio = [copy(*stdin_fd)?, copy(*stdout_fd)?, copy(*stderr_fd)?];
-            Ok((Plumbing { failure, stdio, terminal: false }, Vec::new()))
+            let stdio = Streams::Ready([copy(*stdin_fd)?, copy(*stdout_fd)?, copy(*stderr_fd)?]);
+            Ok((Plumbing { talk, stdio }, Vec::new()))
         }
         Stdio::Terminal { rows, columns } => {
-            let size = nix::pty::Winsize { ws_row: *rows, ws_col: *columns, ws_xpixel: 0, ws_ypixel: 0 };
-            let pty = nix::pty::openpty(&size, None).map_err(|errno| SpawnError::Pipes(errno.into()))?;
-            rustix::io::fcntl_setfd(&pty.master, rustix::io::FdFlags::CLOEXEC)
-                .map_err(|errno| SpawnError::Pipes(errno.into()))?;
-            let slave = || pty.slave.try_clone().map_err(SpawnError::Pipes);
-            let stdio = [slave()?, slave()?, slave()?];
-            Ok((Plumbing { failure, stdio, terminal: true }, vec![pty.master]))
+            Ok((Plumbing { talk, stdio: Streams::Terminal { rows: *rows, columns: *columns } }, Vec::new()))
         }
     }
 }
@@ -195,7 +218,7 @@ fn clone3(
     let mut cgroup_fd = 0;
     if let Some(fd) = cgroup {
         flags |= CLONE_INTO_CGROUP;
-        cgroup_fd = u64::from(fd.as_raw_fd() as u32);
+        cgroup_fd = u64::from(fd.as_raw_fd().unsigned_abs());
     }
     let args = CloneArgs {
         flags,
