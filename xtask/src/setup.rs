@@ -81,6 +81,8 @@ fn items(need: Need) -> Vec<Item> {
             ("runc", "runc"),
             ("nft", "nftables"),
             ("/bin/busybox", "busybox-static"),
+            ("curl", "curl"),
+            ("setpriv", "util-linux"),
             ("/sbin/mkfs.ext4", "e2fsprogs"),
             ("cpio", "cpio"),
         ]),

@@ -40,6 +40,8 @@ pub enum EnvelopeError {
     Cbor(#[from] CborError),
     #[error("not a signed document (COSE): {why}")]
     NotCose { why: String },
+    #[error("it is text, not a signed document")]
+    Text,
     #[error("the content type is `{found}`, not `{}`", .wanted.content_type())]
     WrongKind { wanted: Kind, found: String },
     #[error("a critical header that this version does not know")]
@@ -58,6 +60,7 @@ impl EnvelopeError {
     pub fn reason(&self, what: &str) -> Reason {
         let (code, next) = match self {
             Self::Cbor(error) => return error.reason(what),
+            Self::Text => (Code::NotSigned, "sign it: `edgectl manifest sign FILE --key KEY -o SIGNED`"),
             Self::NotCose { .. } | Self::Unsigned => (Code::NotSigned, "send what a `sign` verb of `edgectl` wrote"),
             Self::WrongKind { .. } => (Code::Malformed, "send the right file: this one is a document of another kind"),
             Self::Critical | Self::UnprotectedHeader => (Code::Malformed, "sign it with `edgectl`"),
@@ -119,7 +122,8 @@ pub struct Signed {
 
 /// Reads an envelope strictly.
 pub fn open(bytes: &[u8], kind: Kind) -> Result<Unverified, EnvelopeError> {
-    cbor::check(bytes, Keys::TextOrInteger)?;
+    cbor::check(bytes, Keys::TextOrInteger)
+        .map_err(|error| if is_text(bytes) { EnvelopeError::Text } else { error.into() })?;
     let sign = CoseSign::from_slice(bytes).map_err(not_cose)?;
     if sign.signatures.len() > MAX_SIGNATURES {
         return Err(EnvelopeError::TooManySignatures { found: sign.signatures.len() });
@@ -133,6 +137,13 @@ pub fn open(bytes: &[u8], kind: Kind) -> Result<Unverified, EnvelopeError> {
         return Err(EnvelopeError::Unsigned);
     }
     Ok(Unverified { sign, digest: Digest::of(bytes) })
+}
+
+/// The manifest as it was written: the usual slip, and worth better words than those of a CBOR decoder.
+fn is_text(bytes: &[u8]) -> bool {
+    const ENOUGH: usize = 256;
+    let is_printed = |byte: &u8| matches!(byte, b' '..=b'~' | b'\n' | b'\r' | b'\t' | 0x80..);
+    !bytes.is_empty() && bytes.iter().take(ENOUGH).all(is_printed) && bytes.contains(&b'\n')
 }
 
 /// What is signed is read as strictly as the envelope itself, and what is not signed must not be there: else one

@@ -2,6 +2,8 @@
 
 use edged_model::generation::{Generation, GenerationState};
 use edged_model::id::Sequence;
+use edged_model::manifest::Manifest;
+use edged_model::observed::ImageStatus;
 use edged_model::reason::{Code, Reason};
 use edged_model::report::Refusal;
 use tokio::sync::oneshot;
@@ -15,7 +17,6 @@ impl Agent {
         match message {
             Message::Pulled { image, result } => self.pulled(image, *result),
             Message::PullProgress { image, progress } => {
-                use edged_model::observed::ImageStatus;
                 if let Some(ImageStatus::Pulling { done, total }) = self.world.observed.images.get_mut(&image) {
                     (*done, *total) = (progress.done, progress.total);
                 }
@@ -93,10 +94,22 @@ impl Agent {
             format!("generation {sequence} is signed by {signers} and meant for this device"),
         );
         self.tell(None, Some(sequence), &why, by);
+        self.try_images_anew(&generation.manifest);
         let change = transition::received(&self.world.desired, generation, now);
         self.write_change(change, Some((sequence, envelope)), None, false);
         self.raise_floor(issued);
         Ok(sequence)
+    }
+
+    /// A new generation begins without the failures of the one before: the operator may have signed the image, or put
+    /// the registry right, and that is why there is a new one.
+    fn try_images_anew(&mut self, manifest: &Manifest) {
+        let images = &mut self.world.observed.images;
+        for workload in manifest.workloads.values() {
+            if matches!(images.get(&workload.image), Some(ImageStatus::Failed { .. })) {
+                images.remove(&workload.image);
+            }
+        }
     }
 
     /// The very manifest the device has. One that failed here is not tried again: that has to be asked for anew.

@@ -223,7 +223,10 @@ impl Client {
             }
             let timeouts = request.config().timeout_recv_body(Some(body_timeout));
             let request = timeouts.timeout_per_read(Some(self.stall_timeout)).build();
-            let response = request.call().map_err(|error| unreachable(what, &error))?;
+            let response = request.call().map_err(|error| match redirects {
+                0 => unreachable(what, &error),
+                _ => unreachable(&format!("{what}, redirected to {}", without_path(&url)), &error),
+            })?;
             let status = response.status();
             if status == StatusCode::UNAUTHORIZED && is_registry && !authorized {
                 authorized = true;
@@ -307,6 +310,12 @@ impl Client {
         }
         error
     }
+}
+
+/// Scheme, host and port: the rest of a redirect's target may hold a secret.
+fn without_path(url: &str) -> &str {
+    let host = url.find("://").map_or(0, |at| at + 3);
+    url[host..].find(['/', '?', '#']).map_or(url, |end| &url[..host + end])
 }
 
 /// An HTTPS agent that trusts `roots`, follows no redirect by itself and gives up in time.

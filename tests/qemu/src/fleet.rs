@@ -7,18 +7,19 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::artifacts::Artifacts;
-use crate::certs::Authority;
+use crate::certs::{Authority, Pair};
 use crate::machine::HOST_SEEN_FROM_GUEST;
 use crate::process::{self, Service};
 use crate::wait;
 
 #[derive(Debug)]
 pub struct Fleet {
-    pub service: Service,
+    service: Option<Service>,
     pub port: u16,
     program: PathBuf,
     data: PathBuf,
     ca: PathBuf,
+    pair: Pair,
 }
 
 impl Fleet {
@@ -28,12 +29,20 @@ impl Fleet {
         fs::create_dir_all(&data)?;
         let pair = authority.issue("fleet")?;
         let program = Artifacts::find().host_program("edgefleet")?;
-        let mut command = Command::new(&program);
-        command.args(["serve", "--listen", &format!("127.0.0.1:{port}"), "--data"]).arg(&data);
-        command.arg("--tls-cert").arg(&pair.cert).arg("--tls-key").arg(&pair.key);
-        let mut service = Service::start("edgefleet", &mut command, &dir.join("fleet.log"))?;
-        service.wait_for_port(port, wait::LONG)?;
-        Ok(Self { service, port, program, data, ca: authority.cert() })
+        let service = serve(&program, &data, &pair, port)?;
+        Ok(Self { service: Some(service), port, program, data, ca: authority.cert(), pair })
+    }
+
+    /// It goes away, as servers do.
+    pub fn stop(&mut self) {
+        self.service = None;
+    }
+
+    /// And comes back, under the same address and with its data.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.stop();
+        self.service = Some(serve(&self.program, &self.data, &self.pair, self.port)?);
+        Ok(())
     }
 
     /// The fleet's own tool, on this fleet's data: `edgefleet <verb> --data DIR …`.
@@ -63,4 +72,13 @@ impl Fleet {
     pub fn ca(&self) -> &Path {
         &self.ca
     }
+}
+
+fn serve(program: &Path, data: &Path, pair: &Pair, port: u16) -> Result<Service> {
+    let mut command = Command::new(program);
+    command.args(["serve", "--listen", &format!("127.0.0.1:{port}"), "--data"]).arg(data);
+    command.arg("--tls-cert").arg(&pair.cert).arg("--tls-key").arg(&pair.key);
+    let mut service = Service::start("edgefleet", &mut command, &data.with_extension("log"))?;
+    service.wait_for_port(port, wait::LONG)?;
+    Ok(service)
 }

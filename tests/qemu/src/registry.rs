@@ -101,10 +101,12 @@ impl Registry {
 
     /// The device's `agent.toml` lines for this registry; the CA is at `ca` on the device.
     pub fn device_config(&self, ca: &str) -> String {
-        format!(
-            "[registry.\"{}\"]\nusername = \"{USER}\"\npassword = \"{PASSWORD}\"\nca = \"{ca}\"\n",
-            self.seen_from_guest()
-        )
+        self.config_as(&self.seen_from_guest(), ca)
+    }
+
+    /// The same for a device that knows it by another name.
+    pub fn config_as(&self, host: &str, ca: &str) -> String {
+        format!("[registry.\"{host}\"]\nusername = \"{USER}\"\npassword = \"{PASSWORD}\"\nca = \"{ca}\"\n")
     }
 
     /// cosign keeps keys in a wrapping of its own.

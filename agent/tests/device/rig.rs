@@ -1,0 +1,318 @@
+//! The factory makes keys, certificates and images and runs the registry; the device is `edged --root DIR`.
+
+use std::fs::{self, File};
+use std::net::TcpStream;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use edged_qemu::certs::Authority;
+use edged_qemu::fleet::Fleet;
+use edged_qemu::keys::Keys;
+use edged_qemu::process;
+use edged_qemu::registry::{Registry, SignatureForm};
+use edged_qemu::wait;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Long enough for anything on a loaded machine; a test that gets here has failed.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const DEVICE: &str = "host-1";
+
+/// What stands before `workloads:` in every manifest here.
+pub fn head(sequence: u32) -> String {
+    format!(
+        "apiVersion: edge/v1\ndevice: {DEVICE}\nsequence: {sequence}\nissued: 2026-01-01T00:00:00Z\n\
+         expires: 2036-01-01T00:00:00Z\nupdate: {{ probation: 2s }}\n"
+    )
+}
+
+pub fn until<T>(what: &str, mut holds: impl FnMut() -> Option<T>) -> T {
+    wait::until(what, PATIENCE, || Ok(holds())).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Only one device at a time, whatever the number of the harness's threads.
+static TURN: Mutex<()> = Mutex::new(());
+
+pub struct Factory {
+    pub authority: Authority,
+    pub keys: Keys,
+    pub registry: Registry,
+    dir: TempDir,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Factory {
+    pub fn start() -> Self {
+        assert!(rustix::process::geteuid().is_root(), "these tests make namespaces and cgroups: run them as root");
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::in_dir(&dir.path().join("ca")).unwrap();
+        let keys = Keys::in_dir(&dir.path().join("keys")).unwrap();
+        let registry = Registry::start(&dir.path().join("registry"), &authority).unwrap();
+        Self { authority, keys, registry, dir, _turn: turn }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// busybox under the names of its applets, packed by `edgectl image build` and pushed; the digest.
+    pub fn push_busybox(&self) -> String {
+        let root = self.path("busybox");
+        if !root.exists() {
+            for dir in ["bin", "tmp", "www", "data"] {
+                fs::create_dir_all(root.join(dir)).unwrap();
+            }
+            fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
+            for applet in ["sh", "httpd", "sleep", "cat", "echo", "kill", "dd", "true", "false", "test"] {
+                symlink("busybox", root.join("bin").join(applet)).unwrap();
+            }
+            fs::write(root.join("www/index.html"), "here\n").unwrap();
+        }
+        let layout = self.path("busybox.layout");
+        let mut build = self.keys.edgectl();
+        build.args(["image", "build", "--cmd", "/bin/sh", "-o"]).arg(&layout).arg(&root);
+        process::run(&mut build).unwrap();
+        self.registry.push(&layout, "busybox", "latest").unwrap()
+    }
+
+    /// The same, signed; its name for a manifest.
+    pub fn publish_busybox(&self) -> String {
+        let digest = self.push_busybox();
+        self.registry.sign("busybox", &digest, &self.keys.private("image"), SignatureForm::Bundle).unwrap();
+        format!("{}/busybox@{digest}", self.registry.seen_from_host())
+    }
+
+    pub fn sign(&self, name: &str, yaml: &str) -> PathBuf {
+        self.keys.sign(name, yaml).unwrap()
+    }
+
+    pub fn fleet(&self) -> Fleet {
+        Fleet::start(&self.path("fleet"), &self.authority).unwrap()
+    }
+
+    /// Switches a device on. `more` is added to its `agent.toml`.
+    pub fn device(&self, more: &str) -> Device {
+        let root = self.path("device");
+        fs::create_dir_all(&root).unwrap();
+        let push_port = process::free_port().unwrap();
+        let tls = self.authority.issue("device").unwrap();
+        let ca = self.authority.cert();
+        let config = format!(
+            "[device]\nid = \"{DEVICE}\"\ntrust-root = \"{}\"\n\n[network]\nmode = \"none\"\n\n\
+             [limits]\nmemory-reserve = \"32Mi\"\n\n\
+             [api]\nlisten = \"127.0.0.1:{push_port}\"\ntls-cert = \"{}\"\ntls-key = \"{}\"\n\n{}\n{more}",
+            self.keys.trust_root().display(),
+            tls.cert.display(),
+            tls.key.display(),
+            self.registry.config_as(&self.registry.seen_from_host(), &ca.display().to_string()),
+        );
+        let file = self.path("agent.toml");
+        fs::write(&file, config).unwrap();
+        let log = self.path("edged.log");
+        let out = File::create(&log).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_edged"))
+            .arg("--root")
+            .arg(&root)
+            .arg("--config")
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().unwrap())
+            .stderr(out)
+            .spawn()
+            .unwrap();
+        let mut device = Device { child, root, log, push_port, ca };
+        until("the push port of the device", || {
+            assert!(device.child.try_wait().unwrap().is_none(), "edged ended:\n{}", device.said());
+            TcpStream::connect(("127.0.0.1", push_port)).ok()
+        });
+        device
+    }
+}
+
+/// `edged` as it runs; switched off in order when dropped.
+pub struct Device {
+    child: Child,
+    root: PathBuf,
+    log: PathBuf,
+    push_port: u16,
+    ca: PathBuf,
+}
+
+impl Device {
+    pub fn said(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_edgectl"));
+        command.arg("--host").arg(format!("unix:{}", self.root.join("run/agent.sock").display()));
+        command
+    }
+
+    pub fn edgectl(&self, words: &[&str]) -> Output {
+        self.command().args(words).output().unwrap()
+    }
+
+    /// What a verb prints; it must not be refused.
+    pub fn ask(&self, words: &[&str]) -> String {
+        let output = self.edgectl(words);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        // 4: the device answers, and something on it is not well.
+        assert!(
+            matches!(output.status.code(), Some(0 | 4)),
+            "{words:?}: {}{said}\n{}",
+            String::from_utf8_lossy(&output.stderr),
+            self.said()
+        );
+        said
+    }
+
+    pub fn status(&self) -> Value {
+        serde_json::from_str(&self.ask(&["status", "-o", "json"])).unwrap()
+    }
+
+    /// The sentences of the last events, oldest first.
+    pub fn events(&self) -> Vec<String> {
+        let lines = self.ask(&["events", "--tail", "200", "-o", "json"]);
+        let events = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        events.filter_map(|event| Some(event["why"]["text"].as_str()?.to_owned())).collect()
+    }
+
+    /// One workload of the status.
+    pub fn workload(&self, name: &str) -> Value {
+        let status = self.status();
+        let list = status["workloads"].as_array().unwrap();
+        list.iter().find(|workload| workload["name"] == name).cloned().unwrap_or_default()
+    }
+
+    /// Waits until the workload is as wanted, and gives back how it is then.
+    pub fn workload_that(&self, name: &str, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+        let mut last = Value::Null;
+        let found = wait::until(&format!("{name} {what}"), PATIENCE, || {
+            let output = self.edgectl(&["status", "-o", "json"]);
+            let status: Value = serde_json::from_slice(&output.stdout)?;
+            last = status["workloads"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .find(|w| w["name"] == name)
+                .cloned()
+                .unwrap_or_default();
+            Ok(holds(&last).then(|| last.clone()))
+        });
+        found.unwrap_or_else(|error| panic!("{error:#}\nlast seen: {last:#}\n{}", self.said()))
+    }
+
+    pub fn running(&self, name: &str) -> Value {
+        self.workload_that(name, "running", |workload| workload["phase"] == "running")
+    }
+
+    pub fn pid(&self, name: &str) -> i32 {
+        self.running(name)["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).unwrap()
+    }
+
+    pub fn wait_for_generation(&self, sequence: u64, state: &str) {
+        let mut last = Value::Null;
+        wait::until(&format!("generation {sequence} to be {state}"), PATIENCE, || {
+            let output = self.edgectl(&["status", "-o", "json"]);
+            let status: Value = serde_json::from_slice(&output.stdout)?;
+            last = status["generation"].clone();
+            Ok((last["sequence"] == sequence && last["state"] == state).then_some(()))
+        })
+        .unwrap_or_else(|error| panic!("{error:#}\nlast seen: {last:#}\n{}", self.said()));
+    }
+
+    /// Bytes as anybody may send them, past what `edgectl push` looks at first; the answer of the device.
+    pub fn put(&self, bytes: &[u8]) -> (u16, String) {
+        let file = self.root.with_extension("put");
+        fs::write(&file, bytes).unwrap();
+        let url = format!("https://127.0.0.1:{}/v1/manifest", self.push_port);
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--show-error", "-w", "\n%{http_code}", "--upload-file"]).arg(&file);
+        let said = process::read(curl.arg("--cacert").arg(&self.ca).arg(&url)).unwrap();
+        let (body, status) = said.rsplit_once('\n').unwrap();
+        (status.parse().unwrap(), body.to_owned())
+    }
+
+    /// `edgectl push` of any file.
+    pub fn push(&self, file: &Path) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_edgectl"));
+        command
+            .args(["push", "--to", &format!("https://127.0.0.1:{}", self.push_port), "--ca"])
+            .arg(&self.ca)
+            .arg(file);
+        let mut last = command.output().unwrap();
+        // While the change before is being written down, the device asks to push again.
+        until("a verdict on the push", || {
+            if String::from_utf8_lossy(&last.stderr).contains("push it again") {
+                last = command.output().unwrap();
+                return None;
+            }
+            Some(())
+        });
+        last
+    }
+
+    pub fn take(&self, file: &Path) {
+        let output = self.push(file);
+        assert!(output.status.success(), "{}\n{}", String::from_utf8_lossy(&output.stderr), self.said());
+    }
+
+    /// What the operator reads when it is refused.
+    pub fn refuse(&self, file: &Path) -> String {
+        let output = self.push(file);
+        assert!(!output.status.success(), "the device took {}", file.display());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    /// The agent: the keeper's child that is called so.
+    pub fn agent_pid(&self) -> i32 {
+        let keeper = self.child.id();
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
+        let is_agent = |pid: &&str| {
+            let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            words.split(|byte| *byte == 0).nth(1) == Some(b"agent")
+        };
+        children.split_whitespace().find(is_agent).expect("the keeper has an agent").parse().unwrap()
+    }
+
+    pub fn kill_agent(&self) {
+        kill(Pid::from_raw(self.agent_pid()), Signal::SIGKILL).unwrap();
+    }
+
+    /// SIGTERM, and waits for the end of everything.
+    pub fn switch_off(mut self) {
+        self.stop();
+    }
+
+    fn stop(&mut self) {
+        if let Ok(pid) = i32::try_from(self.child.id()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        }
+        let ended = wait::until("the end of edged", PATIENCE, || Ok(self.child.try_wait()?));
+        if ended.is_err() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.stop();
+        if std::thread::panicking() {
+            eprintln!("--- edged said:\n{}", self.said());
+        }
+        // The pinned network namespaces are mounts: a directory that holds one cannot be removed.
+        let pins = fs::read_dir(self.root.join("run/netns")).into_iter().flatten().flatten();
+        for pin in pins {
+            let _ = rustix::mount::unmount(pin.path(), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
