@@ -54,13 +54,13 @@ pub fn build(arch: Arch, profile: Profile, edged: Option<&Path>) -> Result<Firmw
     match edged {
         Some(program) => root.file("usr/bin/edged", 0o755, &fs::read(program)?),
         None => {
-            let programs = toolchain::build(arch, profile, "edged", &["edged", "edgectl"])?;
-            for name in ["edged", "edgectl"] {
-                root.file(&format!("usr/bin/{name}"), 0o755, &fs::read(programs.join(name))?);
-            }
+            let programs = toolchain::build(arch, profile, "edged", &["edged"])?;
+            root.file("usr/bin/edged", 0o755, &fs::read(programs.join("edged"))?);
         }
     }
     root.cpio.symlink("init", "usr/bin/edged");
+    // One file, two names: under this one it is the technician's program.
+    root.cpio.symlink("usr/bin/edgectl", "edged");
     disk_tools(&mut root, &artifacts, arch)?;
     let kernel = Kernel::fetch(&artifacts, arch)?;
     modules(&mut root, &kernel)?;

@@ -28,12 +28,14 @@ struct Recipe {
     /// More files and directories of the packages.
     files: &'static [&'static str],
     links: &'static [(&'static str, &'static str)],
+    /// `edgectl` for the device's architecture as well.
+    has_edgectl: bool,
     start: Start,
 }
 
 const NO_START: Start = Start { entrypoint: &[], cmd: &[], env: &[], stop_signal: None };
 
-const RECIPES: [Recipe; 3] = [
+const RECIPES: [Recipe; 4] = [
     Recipe {
         name: "busybox",
         packages: &["busybox-static"],
@@ -57,6 +59,7 @@ const RECIPES: [Recipe; 3] = [
             ("bin/ip", "busybox"),
             ("bin/kill", "busybox"),
         ],
+        has_edgectl: false,
         start: Start { cmd: &["/bin/sh"], ..NO_START },
     },
     Recipe {
@@ -65,6 +68,7 @@ const RECIPES: [Recipe; 3] = [
         programs: &["usr/sbin/nginx"],
         files: &["etc/nginx/mime.types"],
         links: &[("var/log/nginx/access.log", "/dev/stdout"), ("var/log/nginx/error.log", "/dev/stderr")],
+        has_edgectl: false,
         start: Start {
             entrypoint: &["/usr/sbin/nginx"],
             cmd: &["-g", "daemon off;"],
@@ -78,7 +82,21 @@ const RECIPES: [Recipe; 3] = [
         programs: &["usr/bin/redis-check-rdb", "usr/bin/redis-cli"],
         files: &[],
         links: &[("usr/bin/redis-server", "redis-check-rdb")],
+        has_edgectl: false,
         start: Start { entrypoint: &["/usr/bin/redis-server"], cmd: &["/etc/redis.conf"], ..NO_START },
+    },
+    Recipe {
+        name: "ssh",
+        packages: &["dropbear-bin", "busybox-static"],
+        programs: &["usr/sbin/dropbear", "bin/busybox"],
+        files: &[],
+        links: &[("bin/sh", "busybox"), ("bin/ls", "busybox"), ("bin/cat", "busybox")],
+        has_edgectl: true,
+        // In the foreground, to stderr, no passwords; a host key of its own, made at the first connection.
+        start: Start {
+            entrypoint: &["/usr/sbin/dropbear", "-F", "-E", "-s", "-R", "-p", "22", "-D", "/run/secrets"],
+            ..NO_START
+        },
     },
 ];
 
@@ -104,10 +122,15 @@ fn build(artifacts: &Artifacts, arch: Arch, recipe: &Recipe) -> Result<PathBuf> 
     let out = artifacts.image(arch, recipe.name);
     let ours = artifacts.root().join("images").join(recipe.name).join("files");
     let tree = Archive::open(&artifacts.cache(), SUITE, arch.debian())?.unpack_with_dependencies(recipe.packages)?;
+    let edgectl = match recipe.has_edgectl {
+        true => Some(toolchain::build(arch, Profile::Firmware, "edged", &["edgectl"])?.join("edgectl")),
+        false => None,
+    };
     // The packages with their versions, our own files, and this very recipe: if none changed, the image stands.
     let key = [
         fs::read_to_string(tree.join(".packages"))?,
         digest_of_tree(&ours)?,
+        edgectl.as_ref().map(fs::read).transpose()?.map(|bytes| oci::digest(&bytes)).unwrap_or_default(),
         oci::digest(include_bytes!("workloads.rs")),
         oci::digest(include_bytes!("oci.rs")),
     ]
@@ -141,6 +164,9 @@ fn build(artifacts: &Artifacts, arch: Arch, recipe: &Recipe) -> Result<PathBuf> 
         let is_common =
             ["libc.so", "ld-linux", "libm.so", "libpthread", "libdl"].iter().any(|n| library.path.contains(n));
         copy(&library.file, &if is_common { &base } else { &libraries }.join(&library.path))?;
+    }
+    if let Some(edgectl) = &edgectl {
+        copy(edgectl, &site.join("usr/bin/edgectl"))?;
     }
     if ours.is_dir() {
         process::run(Command::new("cp").arg("-r").arg(ours.join(".")).arg(fresh(&site)?))?;

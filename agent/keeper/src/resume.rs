@@ -156,7 +156,7 @@ pub fn restore() -> io::Result<Option<(Table, Kept)>> {
     let Some(number) = std::env::var(RESUME_ENV).ok().and_then(|text| text.parse().ok()) else { return Ok(None) };
     let mut bytes = Vec::new();
     File::from(take(number)?).read_to_end(&mut bytes)?;
-    let saved: Saved = serde_cbor::from_slice(&bytes).map_err(io::Error::other)?;
+    let saved: Saved = edged_model::cbor::read(&bytes).map_err(io::Error::other)?;
     let mut kept = Kept { outgoing: saved.outgoing, ..Kept::default() };
     for doors in saved.doors {
         let living = saved.table.children.get(&doors.key).filter(|child| child.is_living());

@@ -285,7 +285,7 @@ impl Keeper {
                     return self.feed(Event::AgentClosed, &[]);
                 }
                 Ok((count, _)) if count > MAX_MESSAGE_BYTES => self.too_large(),
-                Ok((count, fds)) => match serde_cbor::from_slice::<Request>(&self.buffer[..count]) {
+                Ok((count, fds)) => match edged_model::cbor::read::<Request>(&self.buffer[..count]) {
                     Ok(request) => self.feed(Event::Request(request), &fds),
                     Err(error) => self.feed(Event::Unreadable { why: format!("not a request: {error}") }, &[]),
                 },

@@ -7,6 +7,7 @@ use serde::de::DeserializeOwned;
 use serde_cbor::Value;
 
 use crate::reason::{Code, Reason};
+use crate::value::{ValueError, ValueReader};
 
 /// Nesting beyond this is refused.
 pub const MAX_DEPTH: u32 = 32;
@@ -82,13 +83,17 @@ pub fn check(bytes: &[u8], keys: Keys) -> Result<(), CborError> {
 /// Checks, then decodes.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CborError> {
     check(bytes, Keys::Text)?;
-    let mut deserializer = serde_cbor::Deserializer::from_slice(bytes);
-    serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+    read(bytes)
+}
+
+/// Decodes what came from one of our own programs on this device: in any form that CBOR has for it.
+pub fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CborError> {
+    let value: Value = serde_cbor::from_slice(bytes).map_err(|error| CborError::Shape { why: error.to_string() })?;
+    T::deserialize(ValueReader::new(value)).map_err(|error| {
         let why = shape_text(&error);
-        if crate::validate::is_unknown_field(&error.inner().to_string()) {
-            CborError::UnknownField { why }
-        } else {
-            CborError::Shape { why }
+        match crate::validate::is_unknown_field(error.text()) {
+            true => CborError::UnknownField { why },
+            false => CborError::Shape { why },
         }
     })
 }
@@ -119,13 +124,12 @@ fn array_for_map(written: &Value, ours: &Value) -> bool {
 }
 
 /// Where the document is not as it should be, and how: `workloads.web.imgae: unknown field; did you mean `image`?`
-pub fn shape_text<E: std::error::Error>(error: &serde_path_to_error::Error<E>) -> String {
-    let text = crate::validate::explain(&error.inner().to_string());
-    let text = match error.path().to_string().as_str() {
-        "." => text,
+pub fn shape_text(error: &ValueError) -> String {
+    let text = crate::validate::explain(error.text());
+    printable(&match error.path().as_str() {
+        "" => text,
         path => format!("{path}: {text}"),
-    };
-    printable(&text)
+    })
 }
 
 /// A sentence is shown on terminals and kept: whatever a document holds, it stays short and without control characters.

@@ -21,6 +21,8 @@ pub mod cbor;
 pub mod envelope;
 /// Ed25519 keys as PEM files.
 pub mod keys;
+/// From a CBOR value to a type, and where it does not fit.
+pub mod value;
 
 /// The trust root: roles, keys, thresholds.
 pub mod trust;

@@ -47,7 +47,7 @@ pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Option<Vec<u8
 }
 
 pub fn request(bytes: &[u8]) -> Result<Request, FrameError> {
-    serde_cbor::from_slice(bytes).map_err(|error| FrameError::NotARequest { why: error.to_string() })
+    edged_model::cbor::read(bytes).map_err(|error| FrameError::NotARequest { why: error.to_string() })
 }
 
 /// The frame of an answer. One that is too large to be read becomes an error that says so.

@@ -7,10 +7,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use edged_model::cbor;
+use edged_model::value::{Step, ValueError, ValueReader};
 use serde::de::{DeserializeOwned, Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Number, Value};
-use serde_path_to_error::{Path as FieldPath, Segment};
 
 /// More mistakes than this in one file help nobody.
 const TOLD_MAX: usize = 50;
@@ -55,9 +55,10 @@ pub fn typed<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<String>> {
     let mut told = Vec::new();
     let mut removed: Vec<String> = Vec::new();
     loop {
-        let error = match serde_path_to_error::deserialize::<_, T>(&value) {
+        let read = serde_cbor::value::to_value(&value).map_err(|error| vec![error.to_string()])?;
+        let error = match T::deserialize(ValueReader::from_people(read)) {
             Ok(typed) if told.is_empty() => return Ok(typed),
-            Ok(_) => return Err(told),
+            Ok(_) => return Err(sorted(told)),
             Err(error) => error,
         };
         // A field that is missing because it was taken out as wrong has been told.
@@ -65,34 +66,37 @@ pub fn typed<T: DeserializeOwned>(mut value: Value) -> Result<T, Vec<String>> {
         if !is_ours {
             told.push(cbor::shape_text(&error));
         }
-        let path = error.path();
-        if is_ours || told.len() == TOLD_MAX || !remove(&mut value, path) {
-            return Err(told);
+        if is_ours || told.len() == TOLD_MAX || !remove(&mut value, &error) {
+            return Err(sorted(told));
         }
-        removed.push(path.to_string());
+        removed.push(error.path());
     }
 }
 
+/// By place, as one goes through a file.
+fn sorted(mut told: Vec<String>) -> Vec<String> {
+    told.sort();
+    told
+}
+
 /// The path of the field that serde misses, if that is what it says.
-fn missing(error: &serde_path_to_error::Error<serde_json::Error>) -> Option<String> {
-    let text = error.inner().to_string();
-    let field = text.strip_prefix("missing field `")?.split('`').next()?;
-    Some(match error.path().to_string().as_str() {
-        "." => field.to_owned(),
+fn missing(error: &ValueError) -> Option<String> {
+    let field = error.text().strip_prefix("missing field `")?.split('`').next()?;
+    Some(match error.path().as_str() {
+        "" => field.to_owned(),
         path => format!("{path}.{field}"),
     })
 }
 
-/// Takes the entry at `path` out of its map, so that the rest can be looked at.
-fn remove(value: &mut Value, path: &FieldPath) -> bool {
-    let segments: Vec<&Segment> = path.iter().collect();
-    let Some((Segment::Map { key }, way)) = segments.split_last() else { return false };
+/// Takes the entry that is wrong out of its map, so that the rest can be looked at.
+fn remove(value: &mut Value, error: &ValueError) -> bool {
+    let steps: Vec<&Step> = error.steps().collect();
+    let Some((Step::Key(key), way)) = steps.split_last() else { return false };
     let mut at = value;
-    for segment in way {
-        let next = match segment {
-            Segment::Map { key } | Segment::Enum { variant: key } => at.get_mut(key.as_str()),
-            Segment::Seq { index } => at.get_mut(*index),
-            Segment::Unknown => None,
+    for step in way {
+        let next = match step {
+            Step::Key(key) => at.get_mut(key.as_str()),
+            Step::Index(index) => at.get_mut(*index),
         };
         let Some(next) = next else { return false };
         at = next;

@@ -1,7 +1,8 @@
-//! `edged`: the keeper, or with `agent` as its first word the agent that the keeper starts.
+//! `edged`: the keeper, or with `agent` as its first word the agent that the keeper starts. Under the name `edgectl` it
+//! is that program: on a device one file is both, because what they share is most of either.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -51,6 +52,9 @@ impl Options {
 
 fn main() -> ExitCode {
     let mut words: Vec<OsString> = std::env::args_os().collect();
+    if words.first().is_some_and(|name| Path::new(name).file_name() == Some("edgectl".as_ref())) {
+        return edged::cli::run();
+    }
     if words.get(1).is_some_and(|word| word == "agent") {
         words.remove(1);
         return match agent(&Options::parse_from(words)) {

@@ -154,7 +154,7 @@ impl Connection {
         self.stream.read_exact(&mut bytes)?;
         let strange =
             |error| io::Error::new(io::ErrorKind::InvalidData, format!("an answer that cannot be read: {error}"));
-        serde_cbor::from_slice(&bytes).map(Some).map_err(strange)
+        edged_model::cbor::read(&bytes).map(Some).map_err(strange)
     }
 }
 

@@ -97,7 +97,7 @@ impl KeeperLink {
                 Ok((0, _)) | Err(_) => break,
                 Ok(received) => received,
             };
-            let Ok(reply) = serde_cbor::from_slice::<Reply>(&buffer[..count]) else { continue };
+            let Ok(reply) = edged_model::cbor::read::<Reply>(&buffer[..count]) else { continue };
             if let ReplyBody::Exited(exit) = reply.body {
                 if exits.send(exit).await.is_err() {
                     break;

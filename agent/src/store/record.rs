@@ -34,7 +34,7 @@ pub fn unseal<T: DeserializeOwned>(tree: &str, key: &str, sealed: &[u8]) -> Opti
     if sum(tree, key, bytes) != *found {
         return None;
     }
-    serde_cbor::from_slice(bytes).ok()
+    edged_model::cbor::read(bytes).ok()
 }
 
 fn sum(tree: &str, key: &str, bytes: &[u8]) -> [u8; SUM_BYTES] {

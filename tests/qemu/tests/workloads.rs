@@ -81,3 +81,49 @@ fn what_is_not_signed_by_us_does_not_run() {
         device.wait_for_power_off(LONG)
     });
 }
+
+#[test]
+#[ignore = "needs QEMU: cargo xtask test"]
+fn what_a_database_acknowledged_is_there_after_a_power_cut() {
+    story::tell("redis", |firmware, dir| {
+        const PORT: u16 = 6379;
+        let site = Site::start(dir, firmware.arch)?;
+        let (redis, busybox) = (site.publish("redis")?, site.publish("busybox")?);
+        let mut setup = site.device(&dir.join("device"))?;
+        setup.forward.push(PORT);
+        let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
+        let manifest = format!(
+            "{HEAD}sequence: 1\nvolumes: {{ db: {{}} }}\nworkloads:\n  \
+             redis:\n    image: {redis}\n    resources: {{ memory: 48Mi, cpu: 400m }}\n    \
+             mounts: [{{ source: {{ volume: db }}, target: /data }}]\n    ports: [{{ host: {PORT}, container: {PORT} }}]\n    \
+             health: {{ probe: {{ exec: {{ command: [/usr/bin/redis-cli, ping] }} }}, startPeriod: 60s, interval: 2s, timeout: 10s }}\n  \
+             shell:\n    image: {busybox}\n    command: [/bin/sh, -c, 'echo hello from busybox; exec sleep 100000']\n    \
+             dependsOn: {{ redis: healthy }}\n    resources: {{ memory: 8Mi, cpu: 100m }}\n"
+        );
+        site.push(&device, &site.keys.sign("first", &manifest)?)?;
+        console_shows(&mut device, "logs shell", "hello from busybox", 3 * LONG)?;
+        let port = device.port(PORT)?;
+        let answer = redis_says(port, "SET pumped 42\r\n")?;
+        assert!(answer.starts_with("+OK"), "{answer}");
+
+        let mut device = power::cut(device, firmware, &setup)?;
+        console_shows(&mut device, "ps", "healthy", 3 * LONG)?;
+        let port = device.port(PORT)?;
+        let answer = wait::until("answer of redis", LONG, || Ok(Some(redis_says(port, "GET pumped\r\n")?)))?;
+        assert_eq!(answer, "$2\r\n42\r\n");
+        device.console.say("poweroff")?;
+        device.wait_for_power_off(LONG)
+    });
+}
+
+/// One inline command (redis protocol), and the first bytes of its answer.
+fn redis_says(port: u16, command: &str) -> anyhow::Result<String> {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    stream.write_all(command.as_bytes())?;
+    let mut answer = [0; 64];
+    let length = stream.read(&mut answer)?;
+    anyhow::ensure!(length > 0, "redis hung up");
+    Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
+}

@@ -8,14 +8,14 @@ EXTERNALSRC = "${@os.path.abspath(os.path.join(d.getVar('FILE_DIRNAME'), '../../
 EXTERNALSRC_BUILD = "${WORKDIR}/build"
 
 # Edition 2024 needs Rust 1.85; scarthgap brings an older one, so a newer toolchain layer is needed there.
-CARGO_BUILD_FLAGS += "--package edged --bin edged --bin edgectl"
+CARGO_BUILD_FLAGS += "--package edged --bin edged"
 # Crates are fetched by cargo itself until a crates.inc is generated (bitbake -c update_crates edged).
 do_compile[network] = "1"
 
 do_install() {
     install -d ${D}${bindir} ${D}${sysconfdir}/edged ${D}${sysconfdir}/modules-load.d
     install -m 0755 ${B}/target/${CARGO_TARGET_SUBDIR}/edged ${D}${bindir}/edged
-    install -m 0755 ${B}/target/${CARGO_TARGET_SUBDIR}/edgectl ${D}${bindir}/edgectl
+    ln -sf edged ${D}${bindir}/edgectl
     install -m 0644 ${EXTERNALSRC}/config/agent.toml ${D}${sysconfdir}/edged/agent.toml
     # edged is the init.
     install -d ${D}${base_sbindir}
