@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-/// Figures: sizes, boot.
+/// Figures, and ratios against peers.
 mod bench;
 /// Packages of other architectures and newer releases, without touching the system's own package database.
 mod debian;
@@ -75,7 +75,7 @@ enum Command {
         #[arg(long, default_value = "x86_64")]
         arch: Arch,
     },
-    /// Prints figures: sizes, boot
+    /// Prints figures; all of them, or those named
     Bench { what: Vec<bench::Bench> },
     /// Installs or fetches what the other commands need
     Setup,

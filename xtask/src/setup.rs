@@ -82,6 +82,7 @@ fn items(need: Need) -> Vec<Item> {
             ("nft", "nftables"),
             ("/bin/busybox", "busybox-static"),
             ("curl", "curl"),
+            ("/lib/systemd/systemd-journald", "systemd"),
             ("ssh", "openssh-client"),
             ("setpriv", "util-linux"),
             ("/sbin/mkfs.ext4", "e2fsprogs"),

@@ -160,12 +160,12 @@ fn fleet_text(status: &Status) -> String {
     let Some(url) = &fleet.url else { return "none configured".to_owned() };
     let waiting = match fleet.waiting_reports {
         0 => String::new(),
-        n => format!(", {n} reports wait"),
+        n => format!("{n} reports wait; "),
     };
     match (&fleet.problem, fleet.last_contact) {
-        (Some(problem), _) => format!("{}{waiting}", problem.text),
-        (None, Some(at)) => format!("{url}, last heard {at}{waiting}"),
-        (None, None) => format!("{url}, not heard yet{waiting}"),
+        (Some(problem), _) => format!("{waiting}{}", problem.text),
+        (None, Some(at)) => format!("{waiting}{url}, last heard {at}"),
+        (None, None) => format!("{waiting}{url}, not heard yet"),
     }
 }
 

@@ -12,7 +12,7 @@ use edged_model::workload::{Exit, ExitCause};
 
 use super::store_thread::Busy;
 use super::world::Began;
-use super::{Agent, Message, Run, StartFailure, clock, health, transition};
+use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, health, transition};
 use crate::execute::{place, pull, start};
 use crate::network::netns;
 use crate::runtime::keeper_link::{LaunchError, Launched};
@@ -98,9 +98,11 @@ impl Agent {
         };
         let Some(spec) = manifest.workloads.get(&workload).cloned() else { return };
         let Some(image) = self.images.get(&spec.image).cloned() else { return };
-        if !self.under_way.starts.insert(workload.clone()) {
+        if self.under_way.starts.contains_key(&workload) {
             return;
         }
+        let oom_kills_before = self.start_context.cgroups.open(workload.as_str()).usage().oom_kills;
+        self.under_way.starts.insert(workload.clone(), StartUnderWay { oom_kills_before, ended_already: None });
         tracing::debug!(%workload, "start: {why}");
         self.world.starting(&workload, now);
         let (context, link, inbox) = (self.start_context.clone(), self.link.clone(), self.inbox.clone());
@@ -120,7 +122,9 @@ impl Agent {
     }
 
     pub(super) async fn started(&mut self, name: WorkloadName, result: Result<Launched, StartFailure>) {
-        self.under_way.starts.remove(&name);
+        let start = self.under_way.starts.remove(&name);
+        let (oom_kills_before, ended_already) =
+            start.map_or((0, None), |start| (start.oom_kills_before, start.ended_already));
         self.under_way.signalled.remove(&name);
         let now = self.now();
         let spec = self.active().and_then(|active| active.manifest.workloads.get(&name)).cloned();
@@ -139,7 +143,7 @@ impl Agent {
                 if self.world.desired.held.get(&name) == Some(&Hold::Restart) {
                     self.hold(&name, None);
                 }
-                self.watch(&name, launched.pid).await;
+                self.watch(&name, launched.pid, Some(oom_kills_before)).await;
                 let text = format!("{name} runs (pid {})", launched.pid);
                 self.tell(
                     Some(&name),
@@ -148,6 +152,9 @@ impl Agent {
                     "planner",
                 );
                 self.save_history(&name, Durability::Soon);
+                if let Some(exit) = ended_already.filter(|exit| exit.pid == launched.pid) {
+                    self.exited(exit).await;
+                }
             }
             Err(failure) => {
                 let (stage, errno) = match failure {
@@ -175,12 +182,12 @@ impl Agent {
     }
 
     /// What a living run needs from us: its wall's counters, its probe, its ports.
-    pub(super) async fn watch(&mut self, name: &WorkloadName, pid: i32) {
+    /// `oom_kills_before`: `None` for a run that was adopted; what it had before nobody counts again.
+    pub(super) async fn watch(&mut self, name: &WorkloadName, pid: i32, oom_kills_before: Option<u64>) {
         let cgroup = self.start_context.cgroups.open(name.as_str());
-        let usage = cgroup.usage();
-        let before = self.runs.get(name).map_or(usage.oom_kills, |_| usage.oom_kills);
+        let oom_kills_before = oom_kills_before.unwrap_or_else(|| cgroup.usage().oom_kills);
         let probe = self.probe_task(name, pid);
-        let run = Run { cgroup, oom_kills_before: before, probe, cpu: None, cpu_milli: None };
+        let run = Run { cgroup, oom_kills_before, probe, cpu: None, cpu_milli: None };
         if let Some(old) = self.runs.insert(name.clone(), run) {
             old.probe.inspect(tokio::task::JoinHandle::abort);
         }
@@ -196,6 +203,11 @@ impl Agent {
     /// The keeper says that a child ended.
     pub(super) async fn exited(&mut self, exit: ChildExit) {
         let key = exit.key.clone();
+        let starting = WorkloadName::parse(&key).ok().and_then(|name| self.under_way.starts.get_mut(&name));
+        if let Some(start) = starting {
+            start.ended_already = Some(exit);
+            return;
+        }
         if !health::finish(&self.execs, &exit) {
             if let Ok(name) = WorkloadName::parse(&key) {
                 let cause = self.cause(&name, &exit);

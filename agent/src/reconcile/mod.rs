@@ -105,10 +105,18 @@ enum StartFailure {
 #[derive(Default)]
 struct UnderWay {
     pulls: BTreeSet<String>,
-    starts: BTreeSet<WorkloadName>,
+    starts: BTreeMap<WorkloadName, StartUnderWay>,
     removals: BTreeSet<WorkloadName>,
     signalled: BTreeSet<WorkloadName>,
     change: bool,
+}
+
+/// A start that was ordered and not answered yet.
+struct StartUnderWay {
+    /// OOM kills of the group before it.
+    oom_kills_before: u64,
+    /// A program may end before the loop has read that it began: the two come by different ways.
+    ended_already: Option<ChildExit>,
 }
 
 /// What is known of a run beyond what the planner needs.

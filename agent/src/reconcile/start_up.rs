@@ -229,7 +229,7 @@ impl Agent {
         self.world.adopted(&name, &began);
         match child.exit {
             Some(exit) => self.exited(exit).await,
-            None => self.watch(&name, child.pid).await,
+            None => self.watch(&name, child.pid, None).await,
         }
     }
 

@@ -5,6 +5,7 @@
 #[expect(dead_code, reason = "the tests of the pull look closer at what was asked")]
 mod faults;
 mod fleet;
+mod journal;
 mod life;
 mod refusals;
 mod rig;

@@ -42,6 +42,8 @@ pub struct Setup {
     pub on_reset: OnReset,
     /// The data disk: any file. `None`: no disk at all.
     pub disk: Option<PathBuf>,
+    /// Where all that the disk is told is logged ([`crate::power::log::WriteLog`]).
+    pub write_log: Option<PathBuf>,
     /// Files laid over the firmware: path, mode, content.
     pub files: Vec<(String, u32, Vec<u8>)>,
     /// Guest ports to be reached from the host.
@@ -63,6 +65,7 @@ impl Default for Setup {
             cores: 1,
             on_reset: OnReset::End,
             disk: None,
+            write_log: None,
             files: Vec::new(),
             forward: Vec::new(),
             clock: None,
@@ -262,9 +265,7 @@ fn command(
     command.args(["-device", "virtconsole,chardev=console"]);
     command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket("qmp"))]);
     if let Some(disk) = &setup.disk {
-        let format = if disk.extension().is_some_and(|e| e == "qcow2") { "qcow2" } else { "raw" };
-        let drive = format!("if=none,id=data,file={},format={format},cache=none,discard=unmap", disk.display());
-        command.args(["-drive", &drive, "-device", "virtio-blk-pci,drive=data"]);
+        command.args(disk_arguments(disk, setup.write_log.as_deref()));
     }
     let mut network = "user,id=net0".to_owned();
     for (guest, host) in ports {
@@ -277,6 +278,26 @@ fn command(
     }
     command.args(&setup.qemu);
     command
+}
+
+/// With a log, QEMU writes down every request before it passes it on.
+fn disk_arguments(disk: &Path, log: Option<&Path>) -> Vec<String> {
+    let Some(log) = log else {
+        let format = if disk.extension().is_some_and(|e| e == "qcow2") { "qcow2" } else { "raw" };
+        let drive = format!("if=none,id=data,file={},format={format},cache=none,discard=unmap", disk.display());
+        return ["-drive", &drive, "-device", "virtio-blk-pci,drive=data"].map(str::to_owned).into();
+    };
+    let nodes = [
+        format!("driver=file,node-name=disk-file,filename={}", disk.display()),
+        "driver=raw,node-name=disk,file=disk-file".to_owned(),
+        format!("driver=file,node-name=log-file,filename={}", log.display()),
+        "driver=raw,node-name=log,file=log-file".to_owned(),
+        "driver=blklogwrites,node-name=data,file=disk,log=log,log-sector-size=512,log-super-update-interval=1"
+            .to_owned(),
+    ];
+    let mut arguments: Vec<String> = nodes.into_iter().flat_map(|node| ["-blockdev".to_owned(), node]).collect();
+    arguments.extend(["-device", "virtio-blk-pci,drive=data"].map(str::to_owned));
+    arguments
 }
 
 /// `console=`: where the kernel and the keeper write; `loglevel=5` lets the keeper's lines through and not the kernel's

@@ -31,7 +31,7 @@ fn reports_wait_while_the_cable_is_out_and_come_when_it_is_back() {
 
         device.cable(false)?;
         console_shows(&mut device, "restart steady", "steady", LONG)?;
-        console_shows(&mut device, "status", "waiting", 2 * LONG)?;
+        console_shows(&mut device, "status", "reports wait", 2 * LONG)?;
         console_shows(&mut device, "ps", "running", LONG)?;
         device.cable(true)?;
         let later =

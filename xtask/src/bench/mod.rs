@@ -1,0 +1,47 @@
+//! Figures. A figure stands here only when this program measures it; a ratio only when both sides ran in the same run.
+
+/// Power-on, hand-off to the first process, first workload: in QEMU.
+mod boot;
+/// A device on this machine, with a registry of its own.
+mod device;
+/// What keeper and agent cost with no workload and with twenty.
+mod memory;
+/// From a crash to running again, against podman.
+mod restart;
+/// The static programs.
+mod sizes;
+
+use anyhow::Result;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Bench {
+    /// Sizes of the static programs, per architecture
+    Sizes,
+    /// Kernel hand-off to the first workload running, in QEMU
+    Boot,
+    /// PSS of keeper and agent with 0 and 20 workloads
+    Memory,
+    /// Crash to running again, against podman
+    Restart,
+}
+
+pub fn run(what: &[Bench]) -> Result<()> {
+    let all = [Bench::Sizes, Bench::Memory, Bench::Restart, Bench::Boot];
+    let what = if what.is_empty() { &all[..] } else { what };
+    for bench in what {
+        match bench {
+            Bench::Sizes => sizes::run()?,
+            Bench::Boot => boot::run()?,
+            Bench::Memory => memory::run()?,
+            Bench::Restart => restart::run()?,
+        }
+    }
+    Ok(())
+}
+
+/// The middle one of some measurements, and the 95th of a hundred.
+fn median_and_p95(mut values: Vec<f64>) -> (f64, f64) {
+    values.sort_by(f64::total_cmp);
+    let at = |share: f64| values.get((values.len() as f64 * share) as usize).or(values.last()).copied().unwrap_or(0.0);
+    (at(0.5), at(0.95))
+}
