@@ -93,10 +93,7 @@ const RECIPES: [Recipe; 4] = [
         links: &[("bin/sh", "busybox"), ("bin/ls", "busybox"), ("bin/cat", "busybox")],
         has_edgectl: true,
         // In the foreground, to stderr, no passwords; a host key of its own, made at the first connection.
-        start: Start {
-            entrypoint: &["/usr/sbin/dropbear", "-F", "-E", "-s", "-R", "-p", "22", "-D", "/run/secrets"],
-            ..NO_START
-        },
+        start: Start { entrypoint: &["/usr/sbin/dropbear", "-F", "-E", "-s", "-R", "-p", "22"], ..NO_START },
     },
 ];
 

@@ -65,16 +65,16 @@ fn a_technician_asks_for_the_status_over_ssh() {
         process::run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(&key))?;
         let mut setup = site.device(&dir.join("device"))?;
         setup.forward.push(PORT);
-        setup = setup.file("etc/edged/secrets/technicians", std::fs::read(key.with_extension("pub"))?);
+        setup = setup.file("etc/edged/technicians/authorized_keys", std::fs::read(key.with_extension("pub"))?);
         let config = setup.files.iter_mut().find(|(path, ..)| path == "etc/edged/agent.toml");
         let (_, _, toml) = config.ok_or_else(|| anyhow::anyhow!("a device has an agent.toml"))?;
-        toml.extend_from_slice(b"\n[allow]\nbind = [\"/run/edged\"]\n");
+        toml.extend_from_slice(b"\n[allow]\nbind = [\"/run/edged\", \"/etc/edged/technicians\"]\n");
         let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
         let manifest = format!(
-            "{HEAD}sequence: 1\nsecrets: {{ authorized_keys: {{ file: /etc/edged/secrets/technicians }} }}\n\
-             volumes: {{ ssh-host-key: {{}} }}\nworkloads:\n  ssh:\n    image: {image}\n    \
-             resources: {{ memory: 16Mi, cpu: 400m }}\n    ports: [{{ host: {PORT}, container: 22 }}]\n    \
-             secrets: [authorized_keys]\n    mounts:\n    - {{ source: {{ bind: /run/edged }}, target: /run/edged }}\n    \
+            "{HEAD}sequence: 1\nvolumes: {{ ssh-host-key: {{}} }}\nworkloads:\n  ssh:\n    image: {image}\n    \
+             resources: {{ memory: 16Mi, cpu: 400m }}\n    ports: [{{ host: {PORT}, container: 22 }}]\n    mounts:\n    \
+             - {{ source: {{ bind: /run/edged }}, target: /run/edged }}\n    \
+             - {{ source: {{ bind: /etc/edged/technicians }}, target: /.ssh, readOnly: true }}\n    \
              - {{ source: {{ volume: ssh-host-key }}, target: /etc/dropbear }}\n    \
              capabilities: {{ add: [CAP_NET_BIND_SERVICE, CAP_SETUID, CAP_SETGID, CAP_CHOWN] }}\n"
         );
