@@ -351,10 +351,16 @@ impl Agent {
 
     pub(super) fn changed(&mut self, change: transition::Change, failed: Option<String>, activated: bool) {
         self.under_way.change = false;
-        if let Some(error) = failed {
+        let offered = self.under_way.acknowledge.take();
+        let why = failed.map(|error| {
             // Nothing was acted on; the planner orders it again.
-            let text = format!("a generation's state cannot be written: {error}");
-            return self.tell(None, None, &Reason::new(Code::DiskFull, text), "agent");
+            Reason::new(Code::DiskFull, format!("a generation's state cannot be written: {error}"))
+        });
+        if let Some((sequence, reply)) = offered {
+            let _ = reply.send(why.clone().map_or(Ok(sequence), Err));
+        }
+        if let Some(why) = why {
+            return self.tell(None, None, &why, "agent");
         }
         let now = self.now();
         let desired = &mut self.world.desired;

@@ -46,11 +46,14 @@ impl Agent {
             Request::Apply { envelope } => {
                 let (reply, result) = oneshot::channel();
                 self.receive(Message::Offer { envelope, by: caller.name, reply: Some(reply) }).await;
-                match result.await {
-                    Ok(Ok(sequence)) => one(&answers, Answer::Accepted { what: format!("generation {sequence}") }),
-                    Ok(Err(reason)) => error(&answers, reason),
-                    Err(_) => error(&answers, Reason::new(Code::Busy, "the agent is ending")),
-                }
+                // The verdict comes when the loop has turned on.
+                tokio::spawn(async move {
+                    match result.await {
+                        Ok(Ok(sequence)) => one(&answers, Answer::Accepted { what: format!("generation {sequence}") }),
+                        Ok(Err(reason)) => error(&answers, reason),
+                        Err(_) => error(&answers, Reason::new(Code::Busy, "the agent is ending")),
+                    }
+                });
             }
             Request::PowerOff => self.shutdown(&answers, ShutdownHow::PowerOff, &caller.name).await,
             Request::Reboot => self.shutdown(&answers, ShutdownHow::Reboot, &caller.name).await,
@@ -88,7 +91,12 @@ impl Agent {
         };
         self.hold(name, hold);
         self.tell(Some(name), self.world.desired.pointers.active, &Reason::new(code, text.clone()), by);
-        one(answers, Answer::Accepted { what: text });
+        // The store's thread works in order: when it gets here, the word and its record are on the disk.
+        let told = answers.clone();
+        let written = self.writes.submit(move |_| one(&told, Answer::Accepted { what: text }));
+        if let Err(busy) = written {
+            error(answers, Reason::new(Code::Busy, busy.to_string()).next("say it again"));
+        }
     }
 
     async fn shutdown(&mut self, answers: &mpsc::Sender<Answer>, how: ShutdownHow, by: &str) {

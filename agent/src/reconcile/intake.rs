@@ -12,6 +12,13 @@ use super::{Agent, Message, clock, transition};
 use crate::execute::start;
 use crate::verify::{self, DeviceFacts, Verdict};
 
+/// A manifest that was not refused.
+enum Taken {
+    BeingWritten(Sequence),
+    /// The very one that the device has.
+    Known(Sequence),
+}
+
 impl Agent {
     pub(super) async fn receive(&mut self, message: Message) {
         match message {
@@ -41,17 +48,26 @@ impl Agent {
     }
 
     fn offer(&mut self, envelope: Vec<u8>, by: &str, reply: Option<oneshot::Sender<Result<Sequence, Reason>>>) {
-        let result = self.consider(envelope, by);
+        let verdict = match self.consider(envelope, by) {
+            // Taken is what is on the disk: until then nobody is told so.
+            Ok(Taken::BeingWritten(sequence)) => {
+                self.under_way.acknowledge = reply.map(|reply| (sequence, reply));
+                return;
+            }
+            Ok(Taken::Known(sequence)) => Ok(sequence),
+            Err(reason) => Err(reason),
+        };
         if let Some(reply) = reply {
             // Who pushed may have gone.
-            let _ = reply.send(result);
+            let _ = reply.send(verdict);
         }
     }
 
     /// Verifies and takes a manifest. What runs is not touched by a refusal.
-    fn consider(&mut self, envelope: Vec<u8>, by: &str) -> Result<Sequence, Reason> {
+    fn consider(&mut self, envelope: Vec<u8>, by: &str) -> Result<Taken, Reason> {
+        let busy = || Reason::new(Code::Busy, "another change is being written").next("push it again");
         if self.under_way.change {
-            return Err(Reason::new(Code::Busy, "another change is being written").next("push it again"));
+            return Err(busy());
         }
         let pointers = self.world.desired.pointers;
         let facts = DeviceFacts {
@@ -71,7 +87,7 @@ impl Agent {
         });
         let verified = match verdict {
             Ok(Verdict::Accepted(verified)) => verified,
-            Ok(Verdict::Known { .. }) => return self.known(pointers.highest_sequence),
+            Ok(Verdict::Known { .. }) => return self.known(pointers.highest_sequence).map(Taken::Known),
             Err(reason) => {
                 self.refuse(&format!("manifest {}", edged_model::id::Digest::of(&envelope).short()), &reason);
                 self.tell(None, None, &reason, by);
@@ -97,8 +113,11 @@ impl Agent {
         self.try_images_anew(&generation.manifest);
         let change = transition::received(&self.world.desired, generation, now);
         self.write_change(change, Some((sequence, envelope)), None, false);
+        if !self.under_way.change {
+            return Err(busy());
+        }
         self.raise_floor(issued);
-        Ok(sequence)
+        Ok(Taken::BeingWritten(sequence))
     }
 
     /// A new generation begins without the failures of the one before: the operator may have signed the image, or put

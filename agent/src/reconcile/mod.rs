@@ -109,6 +109,8 @@ struct UnderWay {
     removals: BTreeSet<WorkloadName>,
     signalled: BTreeSet<WorkloadName>,
     change: bool,
+    /// Who offered the generation that is being written, and hears of it when it is on the disk.
+    acknowledge: Option<(Sequence, oneshot::Sender<Result<Sequence, Reason>>)>,
 }
 
 /// A start that was ordered and not answered yet.

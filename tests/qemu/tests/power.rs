@@ -61,12 +61,14 @@ fn record(firmware: &Firmware, dir: &Path) -> Result<Recording> {
     let mut promises = Vec::new();
 
     let steady = |args: &str| {
-        format!("  steady:\n    image: {programs}\n    args: {args}\n    resources: {{ memory: 8Mi, cpu: 100m }}\n")
+        format!(
+            "  steady:\n    image: {programs}\n    args: {args}\n    stopTimeout: 500ms\n    resources: {{ memory: 8Mi, cpu: 100m }}\n"
+        )
     };
     let shell = |script: &str| {
         format!(
             "  shell:\n    image: {busybox}\n    command: [/bin/sh, -c, '{script}']\n    \
-             resources: {{ memory: 8Mi, cpu: 100m }}\n"
+             stopTimeout: 500ms\n    resources: {{ memory: 8Mi, cpu: 100m }}\n"
         )
     };
     let first = format!("{HEAD}sequence: 1\nworkloads:\n{}", steady("[hang]"));
