@@ -247,6 +247,11 @@ fn memory_disk(config: &KeeperConfig) -> io::Result<()> {
     mount(Some("tmpfs"), &config.data, Some("tmpfs"), flags, Some("mode=755")).map_err(Into::into)
 }
 
+/// The blocks that ext4 keeps back are for who has CAP_SYS_RESOURCE, as the agent has, and for nobody else: not for the
+/// uid 0 of a workload, which has the capability no more. So a workload that fills the disk leaves the store its room
+/// (ext4(5), `resuid`).
+const DATA_OPTIONS: &str = "errors=remount-ro,resuid=4294967293";
+
 fn mount_disk(device: &Path, data: &Path) -> io::Result<()> {
     wait_for_block_device(device)?;
     let mut head = vec![0; PROBE_BYTES];
@@ -265,7 +270,7 @@ fn mount_disk(device: &Path, data: &Path) -> io::Result<()> {
         }
     }
     let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV;
-    mount(Some(device), data, Some("ext4"), flags, Some("errors=remount-ro")).map_err(Into::into)
+    mount(Some(device), data, Some("ext4"), flags, Some(DATA_OPTIONS)).map_err(Into::into)
 }
 
 /// e2fsck(8), where the image has it: 0 clean, 1 mended, 2 mended and wants a reboot (only of a mounted root). What it

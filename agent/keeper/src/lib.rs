@@ -27,6 +27,7 @@ mod resume;
 mod serve;
 /// The last steps of a device.
 mod shutdown;
+pub use shutdown::FAREWELL;
 /// Living and ended children, the agent, the way down.
 mod table;
 

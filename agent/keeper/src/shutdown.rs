@@ -36,7 +36,14 @@ const REAP_MS: u64 = 1_000;
 
 type Step = (&'static str, fn(&Path) -> nix::Result<()>);
 
-const STEPS: [Step; 4] = [
+/// A file in `keep/` that says: the last boot ended in order. The agent of the next one takes it away.
+pub const FAREWELL: &str = "farewell";
+
+const STEPS: [Step; 5] = [
+    ("farewell", |data| {
+        let path = data.join("keep").join(FAREWELL);
+        std::fs::write(path, "").map_err(|error| nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)))
+    }),
     ("time floor", |data| {
         boot::keep_time_floor(data, boot::now_unix_seconds());
         Ok(())
@@ -83,6 +90,6 @@ mod tests {
 
     #[test]
     fn the_disk_is_left_between_two_syncs() {
-        assert_eq!(STEPS.map(|(name, _)| name), ["time floor", "sync", "data disk", "sync"]);
+        assert_eq!(STEPS.map(|(name, _)| name), ["farewell", "time floor", "sync", "data disk", "sync"]);
     }
 }

@@ -10,7 +10,7 @@ use crate::id::{DeviceId, Digest, Sequence, WorkloadName};
 use crate::observed::RestartHistory;
 use crate::quantity::{Bytes, Timestamp};
 use crate::reason::Reason;
-use crate::report::{DiskReport, Pressure, Refusal};
+use crate::report::{BootCause, DiskReport, Pressure, Refusal};
 use crate::workload::{ExitCause, Health, Phase};
 
 /// The largest frame either side accepts.
@@ -110,6 +110,8 @@ pub struct Status {
     pub uptime_secs: u64,
     pub now: Timestamp,
     pub clock_source: String,
+    /// Absent on a host, where edged is not what boots.
+    pub boot_cause: Option<BootCause>,
     pub generation: Option<GenerationStatus>,
     /// A newer one that is on its way.
     pub candidate: Option<GenerationStatus>,

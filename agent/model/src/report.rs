@@ -25,6 +25,9 @@ pub struct Report {
     pub uptime_secs: u64,
     /// `rtc`, `ntp` or `floor`.
     pub clock_source: String,
+    /// Absent on a host, where edged is not what boots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_cause: Option<BootCause>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<GenerationReport>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -40,6 +43,34 @@ pub struct Report {
     /// Reports dropped from a full outbox, counted over the device's whole life: a difference between two is a gap.
     #[serde(default)]
     pub dropped: u64,
+}
+
+/// Why the machine was started this time, as far as the boot before left traces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum BootCause {
+    /// There was none before.
+    First,
+    /// It had been switched off or rebooted in order.
+    Requested,
+    /// Nobody petted the watchdog: the machine hung.
+    Watchdog,
+    /// The kernel panicked, and said so where it is kept over a reset.
+    Panic,
+    /// No farewell and no other trace: the power went, or somebody pressed reset.
+    PowerLoss,
+}
+
+impl std::fmt::Display for BootCause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::First => "this is its first boot",
+            Self::Requested => "it had been switched off in order",
+            Self::Watchdog => "its watchdog reset it: it had hung",
+            Self::Panic => "its kernel had panicked",
+            Self::PowerLoss => "its power had gone, or it was reset",
+        })
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,6 +7,7 @@ use edged_model::api::{Answer, Event, GenerationStatus, Inspect, LogLine, Status
 use edged_model::generation::{Generation, GenerationState};
 use edged_model::quantity::{Span, Timestamp};
 use edged_model::reason::Reason;
+use edged_model::report::BootCause;
 use edged_model::workload::{Health, Phase};
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
@@ -107,6 +108,9 @@ fn status(status: &Status, style: Style) -> String {
         &mut out,
         &format!("  up {up}, {} ({} clock), edged {}", status.now, status.clock_source, status.agent_version),
     );
+    if let Some(cause @ (BootCause::Watchdog | BootCause::Panic)) = status.boot_cause {
+        line(&mut out, &format!("  booted      {cause}"));
+    }
     match &status.generation {
         Some(generation) => line(&mut out, &format!("  generation  {}", generation_text(generation))),
         None => line(&mut out, "  generation  none: push a signed manifest"),

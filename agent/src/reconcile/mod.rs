@@ -10,6 +10,8 @@
 
 mod act;
 mod answer;
+/// Why the machine was started.
+mod boot;
 /// The only reader of clocks.
 pub mod clock;
 mod health;
@@ -31,7 +33,7 @@ use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
 use edged_model::keeper::ChildExit;
 use edged_model::quantity::{Now, Timestamp};
 use edged_model::reason::Reason;
-use edged_model::report::Refusal;
+use edged_model::report::{BootCause, Refusal};
 use edged_model::trust::TrustRoot;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -137,6 +139,7 @@ struct Agent {
     device: DeviceId,
     boot_id: String,
     keeper_version: String,
+    boot_cause: Option<BootCause>,
     root: TrustRoot,
     store: Store,
     writes: StoreThread,

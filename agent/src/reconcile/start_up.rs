@@ -14,6 +14,7 @@ use edged_model::reason::{Code, Reason};
 use edged_model::trust::{RoleName, TrustRoot};
 use tokio::sync::{broadcast, mpsc};
 
+use super::boot;
 use super::world::{Began, World};
 use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock};
 use crate::api::{self, console};
@@ -74,6 +75,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     let floor = store.time_floor()?.max(Timestamp(crate::BUILT_AT));
     let mut agent = Agent {
         device: config.device.id.clone(),
+        boot_cause: if is_device { boot::cause(&store, &places.keep(), &boot_id) } else { None },
         boot_id,
         keeper_version: String::new(),
         root,
@@ -198,7 +200,10 @@ impl Agent {
             self.adopt_one(child, outputs).await;
         }
         let (code, text) = match adopted {
-            0 => (Code::Boot, format!("the agent {} starts", crate::VERSION)),
+            0 => {
+                let cause = self.boot_cause.map(|cause| format!("; {cause}")).unwrap_or_default();
+                (Code::Boot, format!("the agent {} starts{cause}", crate::VERSION))
+            }
             n => (
                 Code::AgentRestarted,
                 format!("the agent {} starts and takes over {n} running workloads", crate::VERSION),

@@ -41,6 +41,7 @@ impl Agent {
             generation: of(desired.pointers.active),
             candidate: of(desired.pointers.candidate),
             workloads: workloads.unwrap_or_default(),
+            boot_cause: self.boot_cause,
             fleet: self.fleet.status(self.config.fleet.url.clone(), self.store.waiting_reports().unwrap_or(0)),
             disk: disk::space(self.start_context.places.data()).unwrap_or(none),
             memory_total: memory.map_or(Bytes(0), |memory| memory.total),

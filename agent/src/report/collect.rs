@@ -27,6 +27,7 @@ pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report 
         arch: arch.to_owned(),
         uptime_secs: status.uptime_secs,
         clock_source: status.clock_source.clone(),
+        boot_cause: status.boot_cause,
         generation: status.generation.as_ref().map(|generation| GenerationReport {
             sequence: generation.sequence,
             digest: generation.digest,

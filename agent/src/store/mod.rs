@@ -24,6 +24,8 @@ use serde::de::DeserializeOwned;
 
 use crate::config::Places;
 
+/// The boot that was seen last.
+pub mod boots;
 mod door;
 /// The device's story, bounded.
 mod events;

@@ -28,6 +28,7 @@ pub mod meta {
     pub const POINTERS: &str = "pointers";
     pub const TIME_FLOOR: &str = "time-floor";
     pub const TRUST: &str = "trust";
+    pub const LAST_BOOT: &str = "last-boot";
     pub const DROPPED: &str = "dropped-reports";
     pub const REPORT_NUMBER: &str = "report-number";
     /// Report numbers below it may be given out before `keep/` is written again.

@@ -158,6 +158,7 @@ fn status() -> Status {
         uptime_secs: 60,
         now: Timestamp(0),
         clock_source: "rtc".to_owned(),
+        boot_cause: None,
         generation: None,
         candidate: None,
         workloads: vec![web],

@@ -34,6 +34,7 @@ fn device(workloads: Vec<WorkloadStatus>) -> Status {
         uptime_secs: 90_000,
         now: Timestamp(1_700_000_000),
         clock_source: "system".to_owned(),
+        boot_cause: None,
         generation: Some(GenerationStatus {
             sequence: Sequence(4),
             digest: Digest::of(b"x"),

@@ -1,0 +1,157 @@
+//! What a device has to bear: neighbours that take all they can, a clock that knows nothing, a machine that hangs.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use edged_qemu::arch::Arch;
+use edged_qemu::machine::{Machine, OnReset};
+use edged_qemu::power;
+use edged_qemu::site::{PROMPT, Site, console_shows};
+use edged_qemu::story;
+use edged_qemu::wait::LONG;
+
+const HEAD: &str = "apiVersion: edge/v1\ndevice: edge-1\nissued: 2026-01-01T00:00:00Z\nexpires: 2036-01-01T00:00:00Z\n\
+                    update: { probation: 2s, deadline: 10m }\n";
+
+fn steady(image: &str) -> String {
+    format!("  steady:\n    image: {image}\n    args: [hang]\n    resources: {{ memory: 8Mi, cpu: 50m }}\n")
+}
+
+/// How long the console takes to answer, the slowest of some times left out.
+fn latency(device: &mut Machine) -> Result<Duration> {
+    const ASKED: usize = 30;
+    let mut times = Vec::with_capacity(ASKED);
+    for _ in 0..ASKED {
+        let begin = Instant::now();
+        device.console.ask("version", PROMPT, LONG)?;
+        times.push(begin.elapsed());
+    }
+    times.sort_unstable();
+    Ok(times[ASKED - 2])
+}
+
+#[test]
+#[ignore = "needs QEMU: cargo xtask test"]
+fn neighbours_that_take_all_they_can_get_leave_the_others_and_the_operator_theirs() {
+    story::tell("starvation", |firmware, dir| {
+        let site = Site::start(dir, firmware.arch)?;
+        let image = site.publish("programs")?;
+        let mut setup = site.device(&dir.join("device"))?;
+        setup.memory_mib = 320;
+        let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
+        let web = format!(
+            "  web:\n    image: {image}\n    args: [http, \"80\"]\n    resources: {{ memory: 8Mi, cpu: 100m }}\n    \
+             health: {{ probe: {{ http: {{ port: 80 }} }}, startPeriod: 60s, interval: 1s, timeout: 5s }}\n    \
+             capabilities: {{ add: [CAP_NET_BIND_SERVICE] }}\n"
+        );
+        let quiet = format!("{HEAD}sequence: 1\nworkloads:\n{web}");
+        site.push(&device, &site.keys.sign("quiet", &quiet)?)?;
+        console_shows(&mut device, "generations", "good", 3 * LONG)?;
+        let idle = latency(&mut device)?;
+
+        let bad = |name: &str, args: &str, cpu: u32| {
+            format!(
+                "  {name}:\n    image: {image}\n    args: {args}\n    \
+                 resources: {{ memory: 16Mi, cpu: {cpu}m, pids: 32 }}\n"
+            )
+        };
+        let crowd = [
+            bad("hog", "[hog]", 100),
+            bad("spinner", "[spin]", 300),
+            bad("bomb", "[fork]", 100),
+            bad("flood", "[log, \"1000000000\"]", 100),
+            bad("filler", "[disk, /tmp/all]", 100),
+        ];
+        let crowded = format!("{HEAD}sequence: 2\nworkloads:\n{web}{}", crowd.concat());
+        site.push(&device, &site.keys.sign("crowded", &crowded)?)?;
+        console_shows(&mut device, "inspect hog", "out of memory", 3 * LONG)?;
+        console_shows(&mut device, "logs bomb", "stopped at", 3 * LONG)?;
+        console_shows(&mut device, "logs filler", "No space left", 3 * LONG)?;
+        let loaded = latency(&mut device)?;
+        println!("the console answers within {idle:?} when idle, within {loaded:?} under load");
+        let bound = (2 * idle).max(Duration::from_millis(500));
+        ensure!(loaded <= bound, "the console takes {loaded:?} under load, {idle:?} when idle");
+
+        // The neighbour was neither restarted nor found sick.
+        let web = device.console.ask("inspect web -o json", PROMPT, LONG)?;
+        ensure!(web.contains("\"health\": \"healthy\"") && web.contains("\"restarts\": 0"), "{web}");
+        // The disk is full, and the operator's word is still written down, and outlives a cut.
+        let said = device.console.ask("stop spinner", PROMPT, LONG)?;
+        ensure!(said.contains("shall stop"), "{said}");
+        let mut device = power::cut(device, firmware, &setup)?;
+        console_shows(&mut device, "ps", "healthy", 3 * LONG)?;
+        let table = console_shows(&mut device, "ps", "spinner", LONG)?;
+        ensure!(table.lines().any(|line| line.starts_with("spinner") && line.contains("stopped")), "{table}");
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs QEMU: cargo xtask test"]
+fn a_clock_in_1970_and_no_network_start_what_was_good() {
+    story::tell("clock", |firmware, dir| {
+        let site = Site::start(dir, firmware.arch)?;
+        let image = site.publish("programs")?;
+        let mut setup = site.device(&dir.join("device"))?;
+        let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
+        let manifest = format!("{HEAD}sequence: 1\nworkloads:\n{}", steady(&image));
+        site.push(&device, &site.keys.sign("first", &manifest)?)?;
+        console_shows(&mut device, "generations", "good", 3 * LONG)?;
+
+        // The battery of the clock is empty, and the cable is out.
+        setup.clock = Some("1970-01-01T00:00:00".to_owned());
+        let mut device = power::cut(device, firmware, &setup)?;
+        device.cable(false)?;
+        let table = console_shows(&mut device, "ps", "running", 2 * LONG)?;
+        ensure!(table.contains("steady"), "{table}");
+        let status = device.console.ask("status", PROMPT, LONG)?;
+        ensure!(!status.contains("1970"), "time goes on from what was known:\n{status}");
+        let events = device.console.ask("events --tail 20 -o json", PROMPT, LONG)?;
+        ensure!(events.contains("its power had gone"), "{events}");
+
+        // And far ahead: certificates and manifests would be over, what runs is not.
+        setup.clock = Some("2099-01-01T00:00:00".to_owned());
+        let mut device = power::cut(device, firmware, &setup)?;
+        device.cable(false)?;
+        console_shows(&mut device, "ps", "running", 2 * LONG)?;
+        device.console.say("poweroff")?;
+        device.wait_for_power_off(LONG)
+    });
+}
+
+#[test]
+#[ignore = "needs QEMU: cargo xtask test"]
+fn a_machine_that_hangs_is_reset_by_its_watchdog_and_says_so() {
+    story::tell("watchdog", |firmware, dir| {
+        if firmware.arch != Arch::X86_64 {
+            println!("only the x86_64 machine has a watchdog of its own; the kernel's timer dies with the kernel");
+            return Ok(());
+        }
+        let site = Site::start(dir, firmware.arch)?;
+        let image = site.publish("programs")?;
+        let mut setup = site.device(&dir.join("device"))?;
+        setup.has_watchdog = true;
+        setup.on_reset = OnReset::Boot;
+        // A panic that ends in nothing: the kernel stands still for ever.
+        setup.kernel.extend(["panic=0", "unknown_nmi_panic", "edged.watchdog=10"].map(str::to_owned));
+        let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
+        device.kernel.wait_for("i6300ESB", LONG)?;
+        let manifest = format!("{HEAD}sequence: 1\nworkloads:\n{}", steady(&image));
+        site.push(&device, &site.keys.sign("first", &manifest)?)?;
+        console_shows(&mut device, "generations", "good", 3 * LONG)?;
+        let first = console_shows(&mut device, "events --tail 30 -o json", "first boot", LONG)?;
+        ensure!(!first.contains("watchdog reset"), "{first}");
+
+        device.qmp.execute("inject-nmi", serde_json::json!({}))?;
+        device.kernel.wait_for("Kernel panic", LONG)?;
+        device.kernel.wait_for("is up after", 2 * LONG)?;
+        console_shows(&mut device, "status", "its watchdog reset it", LONG)?;
+        console_shows(&mut device, "ps", "running", LONG)?;
+
+        // In order: the next boot says that as well.
+        device.console.say("reboot")?;
+        device.kernel.wait_for("is up after", 2 * LONG)?;
+        console_shows(&mut device, "events --tail 3 -o json", "switched off in order", LONG)?;
+        Ok(())
+    });
+}
