@@ -260,9 +260,11 @@ impl Keeper {
                 doors.outputs.push(master);
                 return true;
             }
+            // `launch` has let it go on already.
+            Ok(Heard::Holding | Heard::Ready) => return true,
             Ok(Heard::Silence) => Event::ExecReached { key },
             Ok(Heard::Failed(failure)) => {
-                Event::StepFailed { key, stage: failure.stage.text().to_owned(), errno: failure.errno }
+                Event::StepFailed { key, stage: failure.place(), errno: failure.errno }
             }
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(0);

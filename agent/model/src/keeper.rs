@@ -116,6 +116,7 @@ pub struct ChildExit {
 
 /// Everything the child does between clone and exec, prepared by the runtime: plain data, no decision left.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct LaunchSpec {
     /// The keeper's name for this run, unique among its children: `workload` or `workload/exec-N`.
     pub key: String,
@@ -127,8 +128,18 @@ pub struct LaunchSpec {
     pub namespaces: u64,
     /// Index of a descriptor of a network namespace to enter.
     pub netns_fd: Option<u32>,
+    /// Other namespaces to enter instead of making them.
+    pub joins: Vec<NamespaceJoin>,
+    /// Of the new user namespace (`CLONE_NEWUSER` in `namespaces`); the keeper writes them.
+    pub uid_map: Vec<IdMapping>,
+    pub gid_map: Vec<IdMapping>,
+    /// The child says when its namespaces are there, and waits for the word to go on.
+    pub hold: bool,
+    /// Index of a listening socket: with all set up but exec, the child waits there for somebody to connect.
+    pub gate_fd: Option<u32>,
     pub cgroup: CgroupEntry,
     pub hostname: Option<String>,
+    pub domainname: Option<String>,
     pub argv: Vec<String>,
     pub env: Vec<String>,
     pub cwd: String,
@@ -137,6 +148,8 @@ pub struct LaunchSpec {
     pub additional_gids: Vec<u32>,
     pub umask: Option<u32>,
     pub rootfs: Option<Rootfs>,
+    /// Of the new root: MS_SHARED and the like, with MS_REC; 0: private, and host mounts arrive as slaves.
+    pub root_propagation: u64,
     /// In order, inside the new root.
     pub mounts: Vec<MountStep>,
     pub device_nodes: Vec<DeviceNode>,
@@ -154,7 +167,72 @@ pub struct LaunchSpec {
     /// The compiled filter: `struct sock_filter` array as bytes, native endian. Empty: none.
     #[serde(with = "serde_bytes_vec")]
     pub seccomp: Vec<u8>,
+    /// SECCOMP_FILTER_FLAG_*.
+    pub seccomp_flags: u32,
     pub stdio: Stdio,
+    /// Descriptors 3 and up that go through exec: this many.
+    pub kept_fds: u32,
+    /// ioprio_set(2): class and level as one number.
+    pub io_priority: Option<u32>,
+    pub scheduler: Option<Scheduler>,
+    /// personality(2).
+    pub personality: Option<u32>,
+    /// The profile or context that exec shall change to.
+    pub label: Option<SecurityLabel>,
+    /// Run by the child after the mounts, before the new root is the root.
+    pub create_container_hooks: Vec<Hook>,
+    /// Run by the child in the new root, just before exec.
+    pub start_container_hooks: Vec<Hook>,
+    /// Stay in the session keyring of whoever launches, instead of a new one.
+    pub keep_keyring: bool,
+    /// edged stays as process 1, passes signals on, reaps, and leaves with the program's code.
+    pub init: bool,
+}
+
+/// A namespace by descriptor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamespaceJoin {
+    /// One CLONE_NEW* flag.
+    pub flag: u64,
+    /// Index of its descriptor.
+    pub fd: u32,
+}
+
+/// One line of `/proc/PID/uid_map` (user_namespaces(7)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMapping {
+    pub inside: u32,
+    pub outside: u32,
+    pub count: u32,
+}
+
+/// sched_setattr(2), all of `struct sched_attr`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Scheduler {
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    pub runtime_ns: u64,
+    pub deadline_ns: u64,
+    pub period_ns: u64,
+}
+
+/// What a security module calls a process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SecurityLabel {
+    AppArmor(String),
+    SeLinux(String),
+}
+
+/// A program of the OCI runtime-spec's `hooks`; the container's state is its standard input.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Hook {
+    pub path: String,
+    pub args: Vec<String>,
+    pub env: Vec<String>,
+    /// 0: as long as it takes.
+    pub timeout_ms: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -178,6 +256,7 @@ pub enum Rootfs {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct MountStep {
     /// A path of the host for a bind, else the source name (`proc`, `tmpfs`).
     pub source: String,
@@ -186,9 +265,22 @@ pub struct MountStep {
     pub fstype: String,
     /// MS_* flags of the mount itself.
     pub flags: u64,
+    /// MS_* flags that were asked not to be (`exec`, `suid`): what a bind brings along is cleared.
+    pub clear: u64,
+    /// The same for every mount below as well (`rro`).
+    pub flags_below: u64,
+    pub clear_below: u64,
     pub data: String,
     pub bind: bool,
     pub recursive: bool,
+    /// Change the mount that is at `target`, make none.
+    pub remount: bool,
+    /// Fill the new file system with what the root has at `target` (`tmpcopyup`).
+    pub copy_up: bool,
+    /// Do not follow a link at the end of `source`.
+    pub source_no_follow: bool,
+    /// Index of a descriptor of a ready, detached mount (an idmapped one): `source` is for messages only.
+    pub tree_fd: Option<u32>,
     /// MS_PRIVATE and the like; 0 leaves it.
     pub propagation: u64,
     /// Failing is no reason to stop (e.g. a mqueue the kernel lacks).
@@ -199,7 +291,7 @@ pub struct MountStep {
 pub struct DeviceNode {
     /// Absolute path inside the root.
     pub path: String,
-    /// `c` or `b`.
+    /// `c`, `b`, or `p` for a FIFO.
     pub kind: char,
     pub major: u32,
     pub minor: u32,

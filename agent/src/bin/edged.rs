@@ -1,5 +1,6 @@
 //! `edged`: the keeper, or with `agent` as its first word the agent that the keeper starts. Under the name `edgectl` it
-//! is that program: on a device one file is both, because what they share is most of either.
+//! is that program, and under the name `edged-oci`, or with `oci` as the first word, it is an OCI runtime for other
+//! engines: one file is all of them, because what they share is most of each.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -52,8 +53,16 @@ impl Options {
 
 fn main() -> ExitCode {
     let mut words: Vec<OsString> = std::env::args_os().collect();
-    if words.first().is_some_and(|name| Path::new(name).file_name() == Some("edgectl".as_ref())) {
+    let called = |program: &str| words.first().is_some_and(|name| Path::new(name).file_name() == Some(program.as_ref()));
+    if called("edgectl") {
         return edged::cli::run();
+    }
+    // Before anything else is looked at: engines count microseconds.
+    if called(edged_oci::PROGRAM) {
+        return edged_oci::main(words.into_iter().skip(1), env!("CARGO_PKG_VERSION"));
+    }
+    if words.get(1).is_some_and(|word| word == "oci") {
+        return edged_oci::main(words.into_iter().skip(2), env!("CARGO_PKG_VERSION"));
     }
     if words.get(1).is_some_and(|word| word == "agent") {
         words.remove(1);

@@ -17,6 +17,7 @@ use crate::content::Content;
 use crate::network::netns;
 use crate::runtime::cgroup::{Cgroup, CgroupRoot, IoLimits, Limits};
 use crate::runtime::defaults::{self, ContainerInputs};
+use edged_oci::mounts::CgroupView;
 use crate::runtime::seccomp;
 use crate::runtime::spec::{LaunchPlace, launch_spec};
 use crate::store::inline_chain;
@@ -160,6 +161,7 @@ pub fn prepare(
         cgroup: entry,
         netns_fd: netns.as_ref().map(|_| 0),
         seccomp: filter,
+        cgroups: CgroupView::Namespace,
     };
     let spec = launch_spec(&spec, place).map_err(|error| fail(&error))?;
     Ok(Prepared { spec, fds: netns.into_iter().chain(cgroup_fds).collect(), cgroup })

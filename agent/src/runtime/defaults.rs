@@ -59,9 +59,10 @@ fn mount(destination: &str, fstype: &str, options: &[&str]) -> Result<Mount, Oci
 
 /// A bind mount of `source`.
 pub fn bind(source: PathBuf, destination: &str, read_only: bool) -> Result<Mount, OciSpecError> {
-    let mut options = vec!["rbind".to_owned(), "nosuid".to_owned(), "nodev".to_owned()];
+    let mut options = ["rbind", "rnosuid", "rnodev"].map(str::to_owned).to_vec();
     if read_only {
-        options.push("ro".to_owned());
+        // And all that is mounted below.
+        options.extend(["ro", "rro"].map(str::to_owned));
     }
     MountBuilder::default().destination(destination).typ("bind").source(source).options(options).build()
 }
@@ -99,7 +100,8 @@ fn capabilities(inputs: &ContainerInputs) -> Vec<String> {
     kept
 }
 
-/// The whole specification.
+/// The whole specification. It names no network namespace: that one is made beforehand and entered by descriptor, or
+/// there is none.
 pub fn spec(inputs: &ContainerInputs) -> Result<Spec, OciSpecError> {
     let names = capabilities(inputs);
     let set = names
@@ -136,7 +138,6 @@ pub fn spec(inputs: &ContainerInputs) -> Result<Spec, OciSpecError> {
     let namespaces = [
         LinuxNamespaceType::Pid,
         LinuxNamespaceType::Mount,
-        LinuxNamespaceType::Network,
         LinuxNamespaceType::Uts,
         LinuxNamespaceType::Ipc,
         LinuxNamespaceType::Cgroup,

@@ -4,23 +4,23 @@
 //!
 //! ```text
 //! signals, cgroup, oom score, session ─┬─> new: namespaces, host name, root, mounts, pivot ─┬─> limits, terminal, stdio,
-//!                                      └─> join: setns into a living one ──────────────────┘   cwd, user, capabilities,
-//!                                                                                              seccomp, exec
+//!                                      └─> join: setns into a living one ──────────────────┘   cwd, gate, user,
+//!                                                                                capabilities, hooks, seccomp, exec
 //! ```
 
 use std::convert::Infallible;
-use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use edged_model::keeper::{CgroupEntry, LaunchSpec};
-use nix::sched::{CloneFlags, setns, unshare};
+use edged_model::keeper::{CgroupEntry, LaunchSpec, SecurityLabel};
+use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
+use crate::program::Program;
 use crate::resolve::{self, Want};
 use crate::spawn::Failure;
-use crate::{fdpass, mount, privilege, rootfs};
+use crate::{enter, fdpass, hook, mount, privilege, program, rootfs};
 
 macro_rules! stages {
     ($($stage:ident $text:literal,)*) => {
@@ -39,14 +39,19 @@ stages! {
     OomScore "oom score",
     Session "session",
     Join "entering the container",
+    UserNamespace "user namespace",
+    TimeNamespace "time namespace",
     CgroupNamespace "cgroup namespace",
     NetworkNamespace "network namespace",
+    OtherNamespace "entering a namespace",
+    Hold "the word to go on",
     Hostname "hostname",
     MountNamespace "mount namespace",
     Root "root file system",
     Mounts "mounts",
     Devices "device nodes",
     Links "links",
+    CreateContainerHooks "createContainer hooks",
     Pivot "pivot_root",
     Sysctls "sysctls",
     MaskedPaths "masked paths",
@@ -55,9 +60,14 @@ stages! {
     Terminal "terminal",
     Stdio "standard streams",
     WorkingDirectory "working directory",
+    Scheduling "scheduler, I/O priority, personality",
+    Gate "waiting for start",
     User "user",
     Capabilities "capabilities",
+    Label "security label",
+    StartContainerHooks "startContainer hooks",
     Seccomp "seccomp",
+    Init "init",
     Exec "exec",
 }
 
@@ -89,31 +99,49 @@ pub(crate) enum Streams {
     },
 }
 
-pub(crate) type Step<T = ()> = Result<T, (Stage, Errno)>;
+/// Where and how a step failed, and on what.
+#[derive(Debug)]
+pub(crate) struct Fault {
+    pub stage: Stage,
+    pub errno: Errno,
+    /// A path, a name; often empty.
+    pub what: String,
+}
+
+pub(crate) type Step<T = ()> = Result<T, Fault>;
 
 /// Tags a result with its stage.
 pub(crate) fn at<T, E: Into<Errno>>(stage: Stage, result: Result<T, E>) -> Step<T> {
-    result.map_err(|error| (stage, error.into()))
+    result.map_err(|error| Fault { stage, errno: error.into(), what: String::new() })
+}
+
+/// As [`at`], and with what it was about.
+pub(crate) fn about<T, E: Into<Errno>>(stage: Stage, what: &str, result: Result<T, E>) -> Step<T> {
+    result.map_err(|error| Fault { stage, errno: error.into(), what: what.to_owned() })
 }
 
 /// `nix` and `rustix` each have an `Errno`; the number is the same.
-fn errno(error: nix::errno::Errno) -> Errno {
+pub(crate) fn errno(error: nix::errno::Errno) -> Errno {
     Errno::from_raw_os_error(error as i32)
 }
 
-fn io_errno(error: &std::io::Error) -> Errno {
+pub(crate) fn io_errno(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
 /// Runs the steps; does not come back.
 pub(crate) fn run(spec: &LaunchSpec, fds: &[OwnedFd], join: Option<BorrowedFd<'_>>, plumbing: Plumbing) -> Infallible {
     let Plumbing { talk, stdio } = plumbing;
-    let failed = match steps(spec, fds, join, &talk, stdio) {
+    let mut starter = None;
+    let fault = match steps(spec, fds, join, &talk, stdio, &mut starter) {
         Ok(never) => match never {},
-        Err((stage, errno)) => Failure { stage, errno: errno.raw_os_error() },
+        Err(fault) => fault,
     };
-    // Nobody can be told that telling failed.
-    let _ = fdpass::send(talk.as_fd(), &failed.to_bytes(), &[]);
+    let failure = Failure { stage: fault.stage, errno: fault.errno.raw_os_error(), what: fault.what };
+    // Whoever opened the gate waits for the end of it; before that, the one who cloned us listens. Nobody can be told
+    // that telling failed.
+    let listener = starter.as_ref().unwrap_or(&talk);
+    let _ = fdpass::send(listener.as_fd(), &failure.to_bytes(), &[]);
     // SAFETY: `_exit` runs no destructor and no handler of the parent whose memory this is a copy of.
     unsafe { libc::_exit(127) }
 }
@@ -124,15 +152,22 @@ fn steps(
     join: Option<BorrowedFd<'_>>,
     talk: &OwnedFd,
     stdio: Streams,
+    starter: &mut Option<OwnedFd>,
 ) -> Step<Infallible> {
     at(Stage::Signals, reset_signals())?;
     at(Stage::Cgroup, enter_v1_cgroups(spec, fds))?;
     // Now, while /proc is the host's: a container's may be missing, or something else.
     at(Stage::OomScore, oom_score(spec))?;
     at(Stage::Session, nix::unistd::setsid().map_err(errno))?;
-    match join {
-        Some(target) => join_container(target)?,
-        None => make_container(spec, fds)?,
+    let state = match join {
+        Some(target) => {
+            at(Stage::Join, enter::container(target))?;
+            Vec::new()
+        }
+        None => make_container(spec, fds, talk)?,
+    };
+    if join.is_none() && !spec.keep_keyring {
+        at(Stage::Session, privilege::new_session_keyring())?;
     }
     at(Stage::Limits, limits(spec))?;
     let (stdio, terminal) = match stdio {
@@ -145,11 +180,27 @@ fn steps(
         at(Stage::Root, rootfs::seal_root(rootfs))?;
     }
     at(Stage::Stdio, wire_stdio(&stdio, terminal))?;
-    at(Stage::WorkingDirectory, working_directory(&spec.cwd))?;
+    drop(stdio);
+    about(Stage::WorkingDirectory, &spec.cwd, working_directory(&spec.cwd))?;
+    at(Stage::Scheduling, scheduling(spec))?;
     if let Some(mask) = spec.umask {
         rustix::process::umask(Mode::from_raw_mode(mask));
     }
-    let program = at(Stage::Exec, Program::prepare(spec))?;
+    let program = about(Stage::Exec, spec.argv.first().map_or("", String::as_str), Program::prepare(spec))?;
+    if let Some(index) = spec.gate_fd {
+        *starter = Some(at(Stage::Gate, wait_at_gate(fds, index, talk))?);
+    }
+    become_the_program(spec, talk, starter.as_ref(), &state, &program)
+}
+
+/// From here on power is only given away.
+fn become_the_program(
+    spec: &LaunchSpec,
+    talk: &OwnedFd,
+    starter: Option<&OwnedFd>,
+    state: &[u8],
+    program: &Program,
+) -> Step<Infallible> {
     if !spec.no_new_privs {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is gone a few lines below (seccomp(2)).
         at(Stage::Seccomp, seccomp(spec))?;
@@ -157,12 +208,63 @@ fn steps(
     at(Stage::Capabilities, privilege::drop_bounding(spec.capabilities.bounding))?;
     at(Stage::User, privilege::set_ids(spec.uid, spec.gid, &spec.additional_gids))?;
     at(Stage::Capabilities, privilege::set_capabilities(&spec.capabilities))?;
-    at(Stage::Exec, privilege::cloexec_from(3))?;
+    for one in &spec.start_container_hooks {
+        about(Stage::StartContainerHooks, &one.path, hook::run(one, state).map_err(|error| error.errno()))?;
+    }
+    at(Stage::Exec, privilege::cloexec_from(3 + spec.kept_fds))?;
+    if spec.init {
+        at(Stage::Init, program::stay_as_init(talk, starter))?;
+    }
+    if let Some(label) = &spec.label {
+        at(Stage::Label, set_label(label))?;
+    }
     if spec.no_new_privs {
         at(Stage::Seccomp, privilege::set_no_new_privs())?;
         at(Stage::Seccomp, seccomp(spec))?;
     }
-    at(Stage::Exec, program.exec())
+    about(Stage::Exec, spec.argv.first().map_or("", String::as_str), program.exec())
+}
+
+/// Says that all is ready, and waits until somebody connects: the connection then tells what came of exec.
+fn wait_at_gate(fds: &[OwnedFd], index: u32, talk: &OwnedFd) -> Result<OwnedFd, Errno> {
+    let gate = fds.get(index as usize).ok_or(Errno::BADF)?;
+    fdpass::send(talk.as_fd(), READY, &[]).map_err(|error| io_errno(&error))?;
+    loop {
+        match rustix::net::accept_with(gate, rustix::net::SocketFlags::CLOEXEC) {
+            Err(Errno::INTR | Errno::CONNABORTED) => {}
+            starter => return starter,
+        }
+    }
+}
+
+fn scheduling(spec: &LaunchSpec) -> Result<(), Errno> {
+    if let Some(scheduler) = &spec.scheduler {
+        privilege::set_scheduler(scheduler)?;
+    }
+    if let Some(priority) = spec.io_priority {
+        privilege::set_io_priority(priority)?;
+    }
+    spec.personality.map_or(Ok(()), privilege::set_personality)
+}
+
+/// apparmor(7), selinux(8): the label is taken on at the next exec. The path is of the procfs that the container has
+/// now; it must be one.
+fn set_label(label: &SecurityLabel) -> Result<(), Errno> {
+    let (paths, text): (&[&str], _) = match label {
+        SecurityLabel::AppArmor(profile) => {
+            (&["self/attr/apparmor/exec", "self/attr/exec"], format!("exec {profile}"))
+        }
+        SecurityLabel::SeLinux(context) => (&["self/attr/exec"], context.clone()),
+    };
+    let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let mut result = Err(Errno::NOENT);
+    for path in paths {
+        result = resolve::open_proc(root.as_fd(), path, OFlags::WRONLY);
+        if result.is_ok() {
+            break;
+        }
+    }
+    rustix::io::write(&result?, text.as_bytes()).map(drop)
 }
 
 /// The keeper blocks signals for its signalfd and ignores SIGPIPE, and whoever started it may have had it ignore more
@@ -177,7 +279,7 @@ fn reset_signals() -> Result<(), Errno> {
 }
 
 fn seccomp(spec: &LaunchSpec) -> Result<(), Errno> {
-    if spec.seccomp.is_empty() { Ok(()) } else { privilege::install_seccomp(&spec.seccomp) }
+    if spec.seccomp.is_empty() { Ok(()) } else { privilege::install_seccomp(&spec.seccomp, spec.seccomp_flags) }
 }
 
 fn oom_score(spec: &LaunchSpec) -> Result<(), Errno> {
@@ -195,35 +297,58 @@ fn enter_v1_cgroups(spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Into a living container. The pid namespace was entered by being born there.
-fn join_container(target: BorrowedFd<'_>) -> Step {
-    // Until exec this process is edged inside a foreign container (CVE-2016-9962). Nobody there can trace it or open
-    // its files: the keeper is not dumpable (`Keeper::new`), so its children are born so.
-    let namespaces = CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWCGROUP
-        | CloneFlags::CLONE_NEWNS;
-    at(Stage::Join, setns(target, namespaces).map_err(errno))
-}
-
-fn make_container(spec: &LaunchSpec, fds: &[OwnedFd]) -> Step {
+/// Namespaces and file system. Gives back what the parent said when it let us go on: the container's state.
+fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd) -> Step<Vec<u8>> {
     let wants = |flag: CloneFlags| spec.namespaces & u64::from(flag.bits() as u32) != 0;
+    enter::joins(spec, fds)?;
     if wants(CloneFlags::CLONE_NEWCGROUP) {
         at(Stage::CgroupNamespace, unshare(CloneFlags::CLONE_NEWCGROUP).map_err(errno))?;
     }
     if let Some(index) = spec.netns_fd {
         let netns = at(Stage::NetworkNamespace, fds.get(index as usize).ok_or(Errno::BADF))?;
-        at(Stage::NetworkNamespace, setns(netns, CloneFlags::CLONE_NEWNET).map_err(errno))?;
+        at(Stage::NetworkNamespace, nix::sched::setns(netns, CloneFlags::CLONE_NEWNET).map_err(errno))?;
+    }
+    if wants(enter::CLONE_NEWTIME) {
+        at(Stage::TimeNamespace, unshare(enter::CLONE_NEWTIME).map_err(errno))?;
+    }
+    let new_user = wants(CloneFlags::CLONE_NEWUSER);
+    let mut state = Vec::new();
+    if spec.hold || new_user {
+        state = at(Stage::Hold, hold(talk))?;
+    }
+    if new_user {
+        at(Stage::UserNamespace, enter::become_root_of_it())?;
+    }
+    if wants(enter::CLONE_NEWTIME) {
+        at(Stage::TimeNamespace, enter::time_for_children())?;
     }
     if let Some(hostname) = &spec.hostname {
         at(Stage::Hostname, rustix::system::sethostname(hostname.as_bytes()))?;
     }
-    match &spec.rootfs {
-        Some(rootfs) => rootfs::make(spec, rootfs),
-        None => Ok(()),
+    if let Some(domainname) = &spec.domainname {
+        at(Stage::Hostname, rustix::system::setdomainname(domainname.as_bytes()))?;
     }
+    if let Some(rootfs) = &spec.rootfs {
+        rootfs::make(spec, rootfs, fds, &state)?;
+    }
+    Ok(state)
 }
+
+/// Says that the namespaces are there; the answer is the container's state.
+fn hold(talk: &OwnedFd) -> Result<Vec<u8>, Errno> {
+    fdpass::send(talk.as_fd(), HOLDING, &[]).map_err(|error| io_errno(&error))?;
+    let mut word = vec![0; MAX_STATE_BYTES];
+    let (count, _) = fdpass::recv(talk.as_fd(), &mut word).map_err(|error| io_errno(&error))?;
+    // Whoever cloned us has died.
+    if count == 0 {
+        return Err(Errno::PIPE);
+    }
+    word.truncate(count);
+    Ok(word)
+}
+
+/// The container's state as its hooks read it; a document with more annotations than this is refused beforehand.
+pub const MAX_STATE_BYTES: usize = 96 * 1024;
 
 fn limits(spec: &LaunchSpec) -> Result<(), Errno> {
     privilege::restore_open_files()?;
@@ -265,6 +390,10 @@ const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
 
 /// The message beside which a terminal's master travels.
 pub(crate) const MASTER_FOLLOWS: &[u8] = b"T";
+/// The namespaces are there; the child waits.
+pub(crate) const HOLDING: &[u8] = b"H";
+/// All but exec is done; the child waits at its gate.
+pub(crate) const READY: &[u8] = b"R";
 
 fn wire_stdio(stdio: &[OwnedFd; 3], terminal: bool) -> Result<(), Errno> {
     rustix::stdio::dup2_stdin(&stdio[0])?;
@@ -282,46 +411,6 @@ fn working_directory(cwd: &str) -> Result<(), Errno> {
     rustix::process::chdir(cwd)?;
     let seen = rustix::process::getcwd(Vec::new())?;
     if seen.to_bytes().starts_with(b"/") { Ok(()) } else { Err(Errno::NOENT) }
-}
-
-/// What execve(2) needs, made before the seccomp filter is on.
-struct Program {
-    candidates: Vec<CString>,
-    argv: Vec<CString>,
-    env: Vec<CString>,
-}
-
-impl Program {
-    fn prepare(spec: &LaunchSpec) -> Result<Self, Errno> {
-        let text = |s: &String| CString::new(s.as_str()).map_err(|_| Errno::INVAL);
-        let argv: Vec<_> = spec.argv.iter().map(text).collect::<Result<_, _>>()?;
-        let env: Vec<_> = spec.env.iter().map(text).collect::<Result<_, _>>()?;
-        let program = spec.argv.first().filter(|program| !program.is_empty()).ok_or(Errno::NOENT)?;
-        let candidates = if program.contains('/') {
-            vec![text(program)?]
-        } else {
-            let path = spec.env.iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
-            path.split(':')
-                .filter(|dir| !dir.is_empty())
-                .map(|dir| text(&format!("{dir}/{program}")))
-                .collect::<Result<_, _>>()?
-        };
-        Ok(Self { candidates, argv, env })
-    }
-
-    /// Tries each candidate as execvp(3) does: a file that is not there, or is no directory, lets the next one try.
-    fn exec(&self) -> Result<Infallible, Errno> {
-        let mut result = Errno::NOENT;
-        for candidate in &self.candidates {
-            let Err(error) = nix::unistd::execve(candidate, &self.argv, &self.env);
-            match errno(error) {
-                Errno::NOENT | Errno::NOTDIR => {}
-                Errno::ACCESS => result = Errno::ACCESS,
-                other => return Err(other),
-            }
-        }
-        Err(result)
-    }
 }
 
 /// Where programs are sought when the image says nothing (image-spec leaves it open; this is what engines take).

@@ -4,12 +4,13 @@
 //! | door | man page |
 //! |---|---|
 //! | [`spawn`] | clone(2) (clone3), pidfd_open(2) |
-//! | [`child`], `rootfs` | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
+//! | [`child`], `enter`, `program`, `rootfs` | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
 //! | [`mount`] | open_tree(2), fsopen(2), move_mount(2), mount_setattr(2) |
 //! | [`resolve`] | openat2(2) |
 //! | [`privilege`] | prctl(2), capset(2), seccomp(2) |
 //! | [`fdpass`] | unix(7), SCM_RIGHTS |
 //! | [`pidfd`] | pidfd_send_signal(2), waitid(2) |
+//! | [`device_filter`] | bpf(2) |
 //! | [`device`] | watchdog-api, finit_module(2), clock_settime(2) |
 
 /// Starting a child: clone3 with a pidfd, into its cgroup.
@@ -17,12 +18,20 @@ pub mod spawn;
 
 /// Everything between clone and exec.
 pub mod child;
+/// Namespaces that are entered.
+mod enter;
+/// Programs that the specification has run at the points of a container's life.
+pub mod hook;
+/// Exec, and the tiny init.
+mod program;
 /// Mounts by descriptor.
 pub mod mount;
 /// Capabilities, ids, seccomp.
 pub mod privilege;
 /// Paths inside a root that is not trusted.
 pub mod resolve;
+/// A new file system with what was there before.
+mod copy_up;
 /// The container's file system, as the child makes it.
 mod rootfs;
 
@@ -34,5 +43,7 @@ pub mod inherit;
 /// Signals by pidfd.
 pub mod pidfd;
 
+/// Which devices a cgroup v2 may open.
+pub mod device_filter;
 /// Watchdog, modules, clock: the machine itself.
 pub mod device;

@@ -101,14 +101,34 @@ pub fn set_attributes(tree: BorrowedFd<'_>, attributes: Attributes) -> Result<()
     if attributes.set == 0 && attributes.clear == 0 && attributes.propagation == 0 {
         return Ok(());
     }
-    const EMPTY: &CStr = c"";
     let attr = libc::mount_attr {
         attr_set: attributes.set,
-        attr_clr: attributes.clear,
+        attr_clr: attributes.clear | atime_mask(attributes.set),
         propagation: attributes.propagation,
         userns_fd: 0,
     };
-    let recursive = if attributes.recursive { libc::AT_RECURSIVE } else { 0 };
+    setattr(tree, &attr, attributes.recursive)
+}
+
+/// The ways of keeping access times exclude each other: setting one means clearing them all first.
+fn atime_mask(set: u64) -> u64 {
+    if set & libc::MOUNT_ATTR__ATIME == 0 { 0 } else { libc::MOUNT_ATTR__ATIME }
+}
+
+/// Makes a detached mount idmapped: ids of the file system are seen as `userns` maps them (mount_setattr(2)).
+pub fn set_idmap(tree: BorrowedFd<'_>, userns: BorrowedFd<'_>, recursive: bool) -> Result<(), Errno> {
+    let attr = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::from(userns.as_raw_fd().unsigned_abs()),
+    };
+    setattr(tree, &attr, recursive)
+}
+
+fn setattr(tree: BorrowedFd<'_>, attr: &libc::mount_attr, recursive: bool) -> Result<(), Errno> {
+    const EMPTY: &CStr = c"";
+    let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the kernel reads `attr` (its true size is passed) and the empty C string during the call only; `tree` is
     // borrowed for the call.
     let result = unsafe {
@@ -117,7 +137,7 @@ pub fn set_attributes(tree: BorrowedFd<'_>, attributes: Attributes) -> Result<()
             tree.as_raw_fd(),
             EMPTY.as_ptr(),
             libc::AT_EMPTY_PATH | recursive,
-            &raw const attr,
+            std::ptr::from_ref(attr),
             size_of::<libc::mount_attr>(),
         )
     };

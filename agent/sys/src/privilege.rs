@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use edged_model::keeper::CapabilitySets;
+use edged_model::keeper::{CapabilitySets, Scheduler};
 use rustix::io::Errno;
 
 use crate::mount::last_errno;
@@ -136,8 +136,8 @@ pub fn become_subreaper() -> Result<(), Errno> {
     prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0).map(drop)
 }
 
-/// Installs a filter: `program` is an array of `struct sock_filter` (8 bytes each, native endian).
-pub fn install_seccomp(program: &[u8]) -> Result<(), Errno> {
+/// Installs a filter with SECCOMP_FILTER_FLAG_*: `program` is an array of `struct sock_filter` (8 bytes each, native endian).
+pub fn install_seccomp(program: &[u8], flags: u32) -> Result<(), Errno> {
     const INSTRUCTION_BYTES: usize = size_of::<libc::sock_filter>();
     if program.is_empty() || program.len() % INSTRUCTION_BYTES != 0 {
         return Err(Errno::INVAL);
@@ -155,8 +155,70 @@ pub fn install_seccomp(program: &[u8]) -> Result<(), Errno> {
     let prog = libc::sock_fprog { len, filter: filter.as_ptr().cast_mut() };
     // SAFETY: `prog` points at `filter`, which lives to the end of this function and has `len` entries; the kernel
     // copies it and checks every instruction.
-    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0_usize, &raw const prog) };
+    let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const prog) };
     if result == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// A session keyring that nobody else has (keyctl(2)). A kernel without keys has nothing to share.
+pub(crate) fn new_session_keyring() -> Result<(), Errno> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
+    // SAFETY: no name is given, so the kernel reads no memory of ours.
+    let result = unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0_usize) };
+    match if result >= 0 { Ok(()) } else { Err(last_errno()) } {
+        Err(Errno::NOSYS) => Ok(()),
+        other => other,
+    }
+}
+
+/// ioprio_set(2) for the caller.
+pub(crate) fn set_io_priority(priority: u32) -> Result<(), Errno> {
+    const IOPRIO_WHO_PROCESS: libc::c_int = 1;
+    // SAFETY: plain integers.
+    let result = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, priority) };
+    if result == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// personality(2).
+pub(crate) fn set_personality(persona: u32) -> Result<(), Errno> {
+    // SAFETY: a plain integer.
+    let result = unsafe { libc::syscall(libc::SYS_personality, libc::c_ulong::from(persona)) };
+    if result >= 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// `struct sched_attr` as of Linux 3.14 (SCHED_ATTR_SIZE_VER0).
+#[repr(C)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+/// sched_setattr(2) for the caller.
+pub(crate) fn set_scheduler(wanted: &Scheduler) -> Result<(), Errno> {
+    let attr = SchedAttr {
+        size: size_of::<SchedAttr>() as u32,
+        policy: wanted.policy,
+        flags: wanted.flags,
+        nice: wanted.nice,
+        priority: wanted.priority,
+        runtime: wanted.runtime_ns,
+        deadline: wanted.deadline_ns,
+        period: wanted.period_ns,
+    };
+    // SAFETY: the kernel reads `attr`, whose size is its first field, during the call only.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
+    if result == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// Closes every descriptor from `first` on. For a process that never returns into code which owns one.
+pub(crate) fn close_from(first: u32) {
+    // SAFETY: the caller never returns, so no owner of a closed descriptor uses or closes it again.
+    unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
 }
 
 /// Marks every descriptor from `first` on close-on-exec (close_range(2)).

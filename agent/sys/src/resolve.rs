@@ -30,6 +30,20 @@ pub fn open_path_no_follow(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd,
     openat2(root, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), inside())
 }
 
+/// The file `path` of the procfs at `/proc` in `root`. Nothing else is opened: not what an image has there, not what a
+/// mount on top of that file redirects to (CVE-2025-52881).
+pub fn open_proc(root: BorrowedFd<'_>, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let proc = openat2(root, "/proc", directory, Mode::empty(), inside())?;
+    // PROC_ROOT_INO (linux/proc_fs.h): its very root, and no directory of it that was bound there.
+    let is_root = rustix::fs::fstat(&proc)?.st_ino == 1;
+    if !is_root || rustix::fs::fstatfs(&proc)?.f_type != rustix::fs::PROC_SUPER_MAGIC {
+        return Err(Errno::XDEV);
+    }
+    let here = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
+    openat2(&proc, path, flags | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty(), here)
+}
+
 /// As [`open_path`], making what is missing: directories on the way, and at the end what is wanted.
 pub fn ensure(root: BorrowedFd<'_>, path: &Path, want: Want) -> Result<OwnedFd, Errno> {
     match open_path(root, path) {

@@ -11,40 +11,70 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
-use crate::child::{Stage, Step, at};
+use crate::child::{Stage, Step, about, at};
 use crate::mount::{self, Attributes};
 use crate::resolve::{self, Want};
+use crate::{copy_up, hook};
 
 /// Everything from the private mount namespace to the new root, in order.
-pub(crate) fn make(spec: &LaunchSpec, rootfs: &Rootfs) -> Step {
-    // Slave first: what the host unmounts while we work goes here too, and nothing of ours goes to the host.
-    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-    at(Stage::MountNamespace, rustix::mount::mount_change("/", slave))?;
-    let root = at(Stage::Root, open_root(rootfs))?;
+pub(crate) fn make(spec: &LaunchSpec, rootfs: &Rootfs, fds: &[OwnedFd], state: &[u8]) -> Step {
+    let root = make_root(spec, rootfs)?;
     for step in &spec.mounts {
-        match mount_step(root.as_fd(), step) {
+        match mount_step(root.as_fd(), step, fds) {
             Err(_) if step.optional => {}
-            result => at(Stage::Mounts, result)?,
+            result => about(Stage::Mounts, &format!("{} at {}", step.source, step.target), result)?,
         }
     }
     for node in &spec.device_nodes {
-        at(Stage::Devices, device_node(root.as_fd(), node))?;
+        about(Stage::Devices, &node.path, device_node(root.as_fd(), node))?;
     }
     for (link, target) in &spec.symlinks {
-        at(Stage::Links, symlink(root.as_fd(), link, target))?;
+        about(Stage::Links, link, symlink(root.as_fd(), link, target))?;
+    }
+    for one in &spec.create_container_hooks {
+        about(Stage::CreateContainerHooks, &one.path, hook::run(one, state).map_err(|error| error.errno()))?;
     }
     at(Stage::Pivot, pivot(root.as_fd()))?;
     let root = at(Stage::Pivot, rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()))?;
-    for (name, value) in &spec.sysctls {
-        at(Stage::Sysctls, sysctl(root.as_fd(), name, value))?;
+    if spec.root_propagation != 0 {
+        let propagation = Attributes { propagation: spec.root_propagation & !MS_REC, ..Attributes::default() };
+        let recursive = spec.root_propagation & MS_REC != 0;
+        at(Stage::Root, mount::set_attributes(root.as_fd(), Attributes { recursive, ..propagation }))?;
     }
+    for (name, value) in &spec.sysctls {
+        about(Stage::Sysctls, name, sysctl(root.as_fd(), name, value))?;
+    }
+    let mut masks = Masks::default();
     for path in &spec.masked_paths {
-        at(Stage::MaskedPaths, mask(root.as_fd(), path))?;
+        about(Stage::MaskedPaths, path, masks.hide(root.as_fd(), path))?;
     }
     for path in &spec.readonly_paths {
-        at(Stage::ReadonlyPaths, make_read_only(root.as_fd(), path))?;
+        about(Stage::ReadonlyPaths, path, make_read_only(root.as_fd(), path))?;
     }
     Ok(())
+}
+
+fn make_root(spec: &LaunchSpec, rootfs: &Rootfs) -> Step<OwnedFd> {
+    let (Rootfs::Overlay { mount_at: path, .. } | Rootfs::Directory { path, .. }) = rootfs;
+    if spec.root_propagation & MS_SHARED == 0 {
+        // Slave first: what the host unmounts while we work goes here too, and nothing of ours goes to the host.
+        let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        at(Stage::MountNamespace, rustix::mount::mount_change("/", slave))?;
+    } else {
+        // Mounts below are to travel both ways; the new root itself is not to appear on the host.
+        let point = at(Stage::MountNamespace, mount_point_of(path))?;
+        let private = rustix::mount::mount_change(point.as_str(), MountPropagationFlags::PRIVATE);
+        about(Stage::MountNamespace, &point, private)?;
+    }
+    about(Stage::Root, path, open_root(rootfs))
+}
+
+/// The mount point that `path` lies under (proc_pid_mountinfo(5)).
+fn mount_point_of(path: &str) -> Result<String, Errno> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").map_err(|_| Errno::IO)?;
+    let points = text.lines().filter_map(|line| line.split(' ').nth(4));
+    let longest = points.filter(|point| Path::new(path).starts_with(point)).max_by_key(|point| point.len());
+    longest.map(str::to_owned).ok_or(Errno::NOENT)
 }
 
 /// The last thing done to the root: the terminal's `/dev/console` still needed a file in it.
@@ -80,6 +110,12 @@ fn open_root(rootfs: &Rootfs) -> Result<OwnedFd, Errno> {
 
 #[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
 const MS_PRIVATE: u64 = libc::MS_PRIVATE as u64;
+#[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
+const MS_SHARED: u64 = libc::MS_SHARED as u64;
+#[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
+const MS_REC: u64 = libc::MS_REC as u64;
+#[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
+const MS_RELATIME: u64 = libc::MS_RELATIME as u64;
 
 /// mount(2) copies one page of options, its end included.
 const LONGEST_OPTIONS_BYTES: usize = 4095;
@@ -109,31 +145,74 @@ fn mount_overlay(lower: &[String], upper: Option<(&str, &str)>, at: &str, volati
     mount::attach(tree.as_fd(), target.as_fd())
 }
 
-fn mount_step(root: BorrowedFd<'_>, step: &MountStep) -> Result<(), Errno> {
+fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd]) -> Result<(), Errno> {
+    if step.remount {
+        let target = resolve::open_path(root, Path::new(&step.target))?;
+        return set_step_attributes(target.as_fd(), step, 0);
+    }
     let attributes = mount::attributes_of(step.flags);
-    let (tree, want) = if step.bind {
-        let source = rustix::fs::open(step.source.as_str(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        let is_directory = FileType::from_raw_mode(rustix::fs::fstat(&source)?.st_mode) == FileType::Directory;
+    if let Some(index) = step.tree_fd {
+        let tree = fds.get(index as usize).ok_or(Errno::BADF)?;
+        return attach_bind(root, tree.as_fd(), step);
+    }
+    if step.bind {
+        let follow = if step.source_no_follow { OFlags::NOFOLLOW } else { OFlags::empty() };
+        let source = rustix::fs::open(step.source.as_str(), OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty())?;
         let tree = mount::clone_tree(source.as_fd(), step.recursive)?;
-        (tree, if is_directory { Want::Directory } else { Want::File })
-    } else {
-        (mount::new_filesystem(&step.fstype, &step.source, &step.data, attributes)?, Want::Directory)
-    };
-    let set = Attributes {
-        set: if step.bind { attributes } else { 0 },
-        clear: 0,
-        // A mount that says nothing is private: what happens to the host's original later is not the container's.
-        propagation: if step.propagation == 0 { MS_PRIVATE } else { step.propagation },
-        recursive: step.recursive,
-    };
-    mount::set_attributes(tree.as_fd(), set)?;
-    let target = resolve::ensure(root, Path::new(&step.target), want)?;
+        return attach_bind(root, tree.as_fd(), step);
+    }
+    let tree = mount::new_filesystem(&step.fstype, &step.source, &step.data, attributes)?;
+    // A mount that says nothing is private: what happens to the host's original later is not the container's.
+    let propagation = if step.propagation == 0 { MS_PRIVATE } else { step.propagation };
+    mount::set_attributes(tree.as_fd(), Attributes { propagation, ..Attributes::default() })?;
+    let target = resolve::ensure(root, Path::new(&step.target), Want::Directory)?;
+    if step.fstype == "proc" || step.fstype == "sysfs" {
+        refuse_covered(target.as_fd(), root, &step.target)?;
+    }
+    if step.copy_up {
+        copy_up::fill(target.as_fd(), tree.as_fd())?;
+    }
     mount::attach(tree.as_fd(), target.as_fd())
+}
+
+/// `/proc` and `/sys` are made where the configuration says and nowhere else: an image in which they are links would
+/// have every later check look elsewhere (CVE-2019-19921, CVE-2023-27561).
+fn refuse_covered(found: BorrowedFd<'_>, root: BorrowedFd<'_>, target: &str) -> Result<(), Errno> {
+    let direct = resolve::open_path_no_follow(root, Path::new(target))?;
+    let (found, direct) = (rustix::fs::fstat(found)?, rustix::fs::fstat(&direct)?);
+    if (found.st_dev, found.st_ino) == (direct.st_dev, direct.st_ino) { Ok(()) } else { Err(Errno::LOOP) }
+}
+
+fn attach_bind(root: BorrowedFd<'_>, tree: BorrowedFd<'_>, step: &MountStep) -> Result<(), Errno> {
+    let is_directory = FileType::from_raw_mode(rustix::fs::fstat(tree)?.st_mode) == FileType::Directory;
+    let propagation = if step.propagation == 0 { MS_PRIVATE } else { step.propagation };
+    set_step_attributes(tree, step, propagation)?;
+    let want = if is_directory { Want::Directory } else { Want::File };
+    let target = resolve::ensure(root, Path::new(&step.target), want)?;
+    mount::attach(tree, target.as_fd())
+}
+
+/// The attributes of the mount itself, then those of everything below.
+fn set_step_attributes(tree: BorrowedFd<'_>, step: &MountStep, propagation: u64) -> Result<(), Errno> {
+    let relatime = |flags: u64| if flags & MS_RELATIME == 0 { 0 } else { libc::MOUNT_ATTR__ATIME };
+    let of = |set: u64, clear: u64, recursive| Attributes {
+        set: mount::attributes_of(set),
+        clear: (mount::attributes_of(clear) & !libc::MOUNT_ATTR__ATIME) | relatime(set | clear),
+        propagation: 0,
+        recursive,
+    };
+    mount::set_attributes(tree, of(step.flags, step.clear, false))?;
+    mount::set_attributes(tree, of(step.flags_below, step.clear_below, true))?;
+    mount::set_attributes(tree, Attributes { propagation, recursive: step.recursive, ..Attributes::default() })
 }
 
 fn device_node(root: BorrowedFd<'_>, node: &DeviceNode) -> Result<(), Errno> {
     let (parent, name) = resolve::ensure_parent(root, Path::new(&node.path))?;
-    let kind = if node.kind == 'b' { FileType::BlockDevice } else { FileType::CharacterDevice };
+    let kind = match node.kind {
+        'b' => FileType::BlockDevice,
+        'p' => FileType::Fifo,
+        _ => FileType::CharacterDevice,
+    };
     let number = rustix::fs::makedev(node.major, node.minor);
     let is_it = |stat: &rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == kind && stat.st_rdev == number;
     let mode = Mode::from_raw_mode(node.mode);
@@ -179,38 +258,59 @@ fn pivot(root: BorrowedFd<'_>) -> Result<(), Errno> {
     rustix::process::chdir("/")
 }
 
-/// `net.core.somaxconn` in /proc/sys, which must really be procfs: an image could bring its own.
+/// `net.core.somaxconn` in /proc/sys. A name may have its parts apart by slashes, where a part has a dot
+/// (`net/ipv4/conf/eth0.1/forwarding`, sysctl(8)).
 fn sysctl(root: BorrowedFd<'_>, name: &str, value: &str) -> Result<(), Errno> {
-    let path = format!("/proc/sys/{}", name.replace('.', "/"));
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let inside = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
-    let file = rustix::fs::openat2(root, path, flags, Mode::empty(), inside)?;
-    if rustix::fs::fstatfs(&file)?.f_type != rustix::fs::PROC_SUPER_MAGIC {
-        return Err(Errno::XDEV);
-    }
+    let path = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
+    let file = resolve::open_proc(root, &format!("sys/{path}"), OFlags::WRONLY)?;
     rustix::io::write(&file, value.as_bytes()).map(drop)
 }
 
-/// Hides a path: a directory behind an empty read-only tmpfs, a file behind /dev/null. What is not there needs no mask.
-fn mask(root: BorrowedFd<'_>, path: &str) -> Result<(), Errno> {
-    let target = match resolve::open_path_no_follow(root, Path::new(path)) {
-        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
-        found => found?,
-    };
-    let tree = if FileType::from_raw_mode(rustix::fs::fstat(&target)?.st_mode) == FileType::Directory {
-        mount::new_filesystem("tmpfs", "tmpfs", "size=0,nr_inodes=1,mode=755", libc::MOUNT_ATTR_RDONLY)?
-    } else {
-        let null = resolve::open_path_no_follow(root, Path::new("/dev/null"))?;
-        // CVE-2025-31133: a /dev/null that is something else would be mounted writable over the masked path.
-        let stat = rustix::fs::fstat(&null)?;
-        let is_null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
-            && stat.st_rdev == rustix::fs::makedev(1, 3);
-        if !is_null {
-            return Err(Errno::NXIO);
+/// What hides paths: one empty file system for all directories, `/dev/null` for files.
+#[derive(Default)]
+struct Masks {
+    empty: Option<OwnedFd>,
+    null: Option<OwnedFd>,
+}
+
+impl Masks {
+    /// Hides a path. What is not there needs no mask.
+    fn hide(&mut self, root: BorrowedFd<'_>, path: &str) -> Result<(), Errno> {
+        let target = match resolve::open_path_no_follow(root, Path::new(path)) {
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+            found => found?,
+        };
+        let is_directory = FileType::from_raw_mode(rustix::fs::fstat(&target)?.st_mode) == FileType::Directory;
+        let tree = if is_directory { self.empty()? } else { self.null(root)? };
+        mount::attach(tree.as_fd(), target.as_fd())
+    }
+
+    fn empty(&mut self) -> Result<OwnedFd, Errno> {
+        if let Some(empty) = &self.empty {
+            return mount::clone_tree(empty.as_fd(), false);
         }
-        mount::clone_tree(null.as_fd(), false)?
-    };
-    mount::attach(tree.as_fd(), target.as_fd())
+        let options = "size=0,nr_inodes=1,mode=755";
+        let made = mount::new_filesystem("tmpfs", "tmpfs", options, libc::MOUNT_ATTR_RDONLY)?;
+        let copy = mount::clone_tree(made.as_fd(), false)?;
+        self.empty = Some(made);
+        Ok(copy)
+    }
+
+    fn null(&mut self, root: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+        if self.null.is_none() {
+            let null = resolve::open_path_no_follow(root, Path::new("/dev/null"))?;
+            // CVE-2025-31133: a /dev/null that is something else would be mounted writable over the masked path.
+            let stat = rustix::fs::fstat(&null)?;
+            let is_null = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+                && stat.st_rdev == rustix::fs::makedev(1, 3);
+            if !is_null {
+                return Err(Errno::NXIO);
+            }
+            self.null = Some(null);
+        }
+        let null = self.null.as_ref().ok_or(Errno::NXIO)?;
+        mount::clone_tree(null.as_fd(), false)
+    }
 }
 
 fn make_read_only(root: BorrowedFd<'_>, path: &str) -> Result<(), Errno> {

@@ -1,9 +1,9 @@
 //! Starting a child: clone3(2) with a pidfd, born inside its cgroup, its failures told through a pipe.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use edged_model::keeper::{CgroupEntry, LaunchSpec, Stdio};
+use edged_model::keeper::{CgroupEntry, IdMapping, LaunchSpec, Stdio};
 use nix::sched::CloneFlags;
 
 use crate::child::{self, Plumbing, Stage, Streams};
@@ -39,6 +39,10 @@ pub struct Launching {
 pub enum Heard {
     /// The master of its terminal.
     Master(OwnedFd),
+    /// Its namespaces are there: it waits for [`go_on`].
+    Holding,
+    /// All but exec is done: it waits at its gate.
+    Ready,
     /// Exec was reached, or the child is dead without a word: its end tells which.
     Silence,
     Failed(Failure),
@@ -46,40 +50,58 @@ pub enum Heard {
 
 /// Reads one word from [`Launching::talk`]; never waits once epoll has reported it or the child is dead.
 pub fn hear(talk: BorrowedFd<'_>) -> io::Result<Heard> {
-    let mut buffer = [0; Failure::BYTES];
+    let mut buffer = [0; Failure::MAX_BYTES];
     let (count, mut fds) = crate::fdpass::recv(talk, &mut buffer)?;
     match (&buffer[..count], fds.pop()) {
         ([], _) => Ok(Heard::Silence),
         (child::MASTER_FOLLOWS, Some(master)) => Ok(Heard::Master(master)),
+        (child::HOLDING, None) => Ok(Heard::Holding),
+        (child::READY, None) => Ok(Heard::Ready),
         (bytes, _) => Failure::parse(bytes)
             .map(Heard::Failed)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no word of a child")),
     }
 }
 
-/// Which step failed, and how.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Lets a child that holds go on. `state` is what its hooks read; it must not be empty.
+pub fn go_on(talk: BorrowedFd<'_>, state: &[u8]) -> io::Result<()> {
+    if state.is_empty() || state.len() > child::MAX_STATE_BYTES {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    crate::fdpass::send(talk, state, &[])
+}
+
+/// Which step failed, how, and on what.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
     pub stage: Stage,
     pub errno: i32,
+    /// A path, a name; often empty.
+    pub what: String,
 }
 
 impl Failure {
-    pub const BYTES: usize = 8;
+    const MAX_BYTES: usize = 512;
 
-    pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
-        let mut bytes = [0; Self::BYTES];
-        bytes[..4].copy_from_slice(&(self.stage as u32).to_ne_bytes());
-        bytes[4..].copy_from_slice(&self.errno.to_ne_bytes());
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = (self.stage as u32).to_ne_bytes().to_vec();
+        bytes.extend(self.errno.to_ne_bytes());
+        bytes.extend(self.what.bytes().take(Self::MAX_BYTES - bytes.len()));
         bytes
     }
 
-    /// What the child wrote; `None` for anything else than eight bytes.
+    /// What the child wrote; `None` for anything shorter than its two numbers.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let bytes: [u8; Self::BYTES] = bytes.try_into().ok()?;
-        let (stage, errno) = bytes.split_at(4);
-        let stage = Stage::from_number(u32::from_ne_bytes(stage.try_into().ok()?))?;
-        Some(Self { stage, errno: i32::from_ne_bytes(errno.try_into().ok()?) })
+        let (stage, rest) = bytes.split_first_chunk()?;
+        let (errno, what) = rest.split_first_chunk()?;
+        let stage = Stage::from_number(u32::from_ne_bytes(*stage))?;
+        Some(Self { stage, errno: i32::from_ne_bytes(*errno), what: String::from_utf8_lossy(what).into_owned() })
+    }
+
+    /// The step, and what it was about.
+    pub fn place(&self) -> String {
+        let stage = self.stage.text();
+        if self.what.is_empty() { stage.to_owned() } else { format!("{stage} ({})", self.what) }
     }
 }
 
@@ -94,20 +116,21 @@ pub enum SpawnError {
     JoinPid(#[source] io::Error),
     #[error("clone3")]
     Clone(#[source] io::Error),
+    #[error("id maps of the user namespace")]
+    IdMaps(#[source] io::Error),
 }
 
 impl SpawnError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::NoSuchDescriptor { .. } => libc::EBADF,
-            Self::Pipes(source) | Self::JoinPid(source) | Self::Clone(source) => source.raw_os_error().unwrap_or(0),
+            Self::Pipes(source) | Self::JoinPid(source) | Self::Clone(source) | Self::IdMaps(source) => source.raw_os_error().unwrap_or(0),
         }
     }
 }
 
 /// What `spec` names by index, out of the descriptors that came with the request.
 pub fn descriptor<'f>(fds: &'f [OwnedFd], index: u32) -> Result<BorrowedFd<'f>, SpawnError> {
-    use std::os::fd::AsFd;
     fds.get(index as usize).map(AsFd::as_fd).ok_or(SpawnError::NoSuchDescriptor { index, given: fds.len() })
 }
 
@@ -124,24 +147,96 @@ pub fn launch(
     };
     let (talk, childs_talk) = talk()?;
     let (plumbing, outputs) = plumbing(spec, fds, childs_talk)?;
-    let new_cgroup_namespace = to_flags(CloneFlags::CLONE_NEWCGROUP);
-    // The cgroup namespace's root is the cgroup one is in when it is made: the child unshares it once it is inside.
-    let mut flags = spec.namespaces & !new_cgroup_namespace;
-    let restore = match join {
-        Some(target) => {
+    let of = |flag: CloneFlags| spec.joins.iter().find(|join| join.flag == to_flags(flag));
+    // The cgroup namespace's root is the cgroup one is in when it is made: the child unshares it once it is inside. A
+    // time namespace is for children only (time_namespaces(7)): the child makes it, and enters it when its clocks are
+    // set.
+    let late = to_flags(CloneFlags::CLONE_NEWCGROUP) | to_flags(crate::enter::CLONE_NEWTIME);
+    let mut flags = spec.namespaces & !late;
+    let restore = match (join, of(CloneFlags::CLONE_NEWPID)) {
+        (Some(target), _) => {
             flags = 0;
             Some(enter_pid_namespace(target).map_err(SpawnError::JoinPid)?)
         }
-        None => None,
+        (None, Some(join)) => Some(enter_pid_namespace(descriptor(fds, join.fd)?).map_err(SpawnError::JoinPid)?),
+        (None, None) => None,
     };
-    let cloned = clone3(proof, flags, cgroup, || match child::run(spec, fds, join, plumbing) {});
+    let child = || match child::run(spec, fds, join, plumbing) {};
+    let cloned = match of(CloneFlags::CLONE_NEWUSER) {
+        None => clone3(proof, flags, cgroup, child),
+        Some(join) => launch_inside(proof, flags, cgroup, descriptor(fds, join.fd)?, child),
+    };
     if let Some(own) = restore {
         // Without this, all later children would be born in the container. For one's own namespace it needs nothing
         // but CAP_SYS_ADMIN, which the keeper has: it does not fail.
         nix::sched::setns(&own, CloneFlags::CLONE_NEWPID).map_err(|errno| SpawnError::JoinPid(errno.into()))?;
     }
     let (pid, pidfd) = cloned.map_err(SpawnError::Clone)?;
+    if spec.namespaces & to_flags(CloneFlags::CLONE_NEWUSER) != 0 {
+        write_id_maps(pid, spec).map_err(SpawnError::IdMaps)?;
+        if !spec.hold {
+            go_on(talk.as_fd(), b"{}").map_err(SpawnError::IdMaps)?;
+        }
+    }
     Ok(Launching { pid, pidfd, talk, outputs })
+}
+
+/// user_namespaces(7): each map is written once, by somebody with power over both namespaces.
+fn write_id_maps(pid: i32, spec: &LaunchSpec) -> io::Result<()> {
+    let text = |map: &[IdMapping]| {
+        map.iter().map(|one| format!("{} {} {}\n", one.inside, one.outside, one.count)).collect::<String>()
+    };
+    std::fs::write(format!("/proc/{pid}/uid_map"), text(&spec.uid_map))?;
+    std::fs::write(format!("/proc/{pid}/gid_map"), text(&spec.gid_map))
+}
+
+/// A child that is born in a user namespace that exists, and in new namespaces owned by it. Who enters a user namespace
+/// does not come back, so a helper goes, and makes the child in our stead (`CLONE_PARENT`).
+fn launch_inside(
+    proof: &SingleThread,
+    flags: u64,
+    cgroup: Option<BorrowedFd<'_>>,
+    user_namespace: BorrowedFd<'_>,
+    child: impl FnOnce(),
+) -> io::Result<(i32, OwnedFd)> {
+    let (ours, theirs) = talk().map_err(io::Error::other)?;
+    let (helper, _) = clone3(proof, 0, cgroup, || {
+        let made = nix::sched::setns(user_namespace, CloneFlags::CLONE_NEWUSER)
+            .map_err(io::Error::from)
+            .and_then(|()| crate::enter::become_root_of_it().map_err(io::Error::from))
+            .and_then(|()| clone3(proof, flags | CLONE_PARENT, None, child));
+        let (number, fds) = match &made {
+            Ok((pid, pidfd)) => (*pid, vec![pidfd.as_fd()]),
+            Err(error) => (-error.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
+        };
+        let _ = crate::fdpass::send(theirs.as_fd(), &number.to_ne_bytes(), &fds);
+        // SAFETY: `_exit` runs nothing of the parent whose memory this is a copy of.
+        unsafe { libc::_exit(0) }
+    })?;
+    let mut number = [0; 4];
+    let (count, mut fds) = crate::fdpass::recv(ours.as_fd(), &mut number)?;
+    let helper = rustix::process::Pid::from_raw(helper);
+    let _ = rustix::process::waitpid(helper, rustix::process::WaitOptions::empty());
+    match (i32::from_ne_bytes(number), fds.pop()) {
+        (pid, Some(pidfd)) if count == 4 && pid > 0 => Ok((pid, pidfd)),
+        (errno, _) if errno < 0 => Err(io::Error::from_raw_os_error(-errno)),
+        _ => Err(io::Error::other("the helper in the user namespace died")),
+    }
+}
+
+/// A user namespace with these maps, by descriptor: for an idmapped mount. It is owned by a child that ends at once.
+pub fn user_namespace(proof: &SingleThread, uid_map: &[IdMapping], gid_map: &[IdMapping]) -> io::Result<OwnedFd> {
+    let (ours, theirs) = talk().map_err(io::Error::other)?;
+    let (pid, _) = clone3(proof, to_flags(CloneFlags::CLONE_NEWUSER), None, || {
+        let _ = crate::fdpass::recv(theirs.as_fd(), &mut [0]);
+        // SAFETY: `_exit` runs nothing of the parent whose memory this is a copy of.
+        unsafe { libc::_exit(0) }
+    })?;
+    let spec = LaunchSpec { uid_map: uid_map.to_vec(), gid_map: gid_map.to_vec(), ..LaunchSpec::default() };
+    let namespace = write_id_maps(pid, &spec).and_then(|()| std::fs::File::open(format!("/proc/{pid}/ns/user")));
+    let _ = crate::fdpass::send(ours.as_fd(), b"g", &[]);
+    let _ = rustix::process::waitpid(rustix::process::Pid::from_raw(pid), rustix::process::WaitOptions::empty());
+    namespace.map(OwnedFd::from)
 }
 
 fn to_flags(flags: CloneFlags) -> u64 {
@@ -190,6 +285,9 @@ fn plumbing(spec: &LaunchSpec, fds: &[OwnedFd], talk: OwnedFd) -> Result<(Plumbi
 /// clone3(2), Linux 5.7. The crate's own constant is an `int` and overflows.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// The new process is a sister, not a child.
+const CLONE_PARENT: u64 = libc::CLONE_PARENT as u64;
+
 /// `struct clone_args` of clone3(2), Linux 5.7: the same on every architecture; the crate has it only for some.
 #[repr(C, align(8))]
 struct CloneArgs {
@@ -225,7 +323,8 @@ fn clone3(
         pidfd: (&raw mut pidfd).expose_provenance() as u64,
         child_tid: 0,
         parent_tid: 0,
-        exit_signal: libc::SIGCHLD as u64,
+        // A sister's is that of our own birth: naming one is an error (clone(2)).
+        exit_signal: if flags & CLONE_PARENT == 0 { libc::SIGCHLD as u64 } else { 0 },
         stack: 0,
         stack_size: 0,
         tls: 0,
@@ -258,8 +357,10 @@ mod tests {
 
     #[test]
     fn a_failure_survives_the_pipe() {
-        let failure = Failure { stage: Stage::Exec, errno: libc::ENOENT };
+        let failure = Failure { stage: Stage::Exec, errno: libc::ENOENT, what: "/bin/nothing".into() };
         assert_eq!(Failure::parse(&failure.to_bytes()), Some(failure));
+        let long = Failure { stage: Stage::Mounts, errno: 1, what: "x".repeat(1000) };
+        assert_eq!(long.to_bytes().len(), Failure::MAX_BYTES);
         assert_eq!(Failure::parse(&[0; 7]), None);
         assert_eq!(Failure::parse(&[0xff; 8]), None);
     }

@@ -50,6 +50,11 @@ const NAMES: [&str; 41] = [
 pub const DEFAULT: [&str; 9] =
     ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "NET_BIND_SERVICE", "SETFCAP"];
 
+/// Every name, as a specification has it.
+pub fn all() -> impl Iterator<Item = String> {
+    NAMES.iter().map(|name| format!("CAP_{name}"))
+}
+
 /// The bit of `NET_ADMIN` or `CAP_NET_ADMIN`; `None` for a name that is none.
 pub fn bit(name: &str) -> Option<u64> {
     let name = name.strip_prefix("CAP_").unwrap_or(name);

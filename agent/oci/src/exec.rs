@@ -1,0 +1,165 @@
+//! `exec`: one more program in a container that runs, with what the specification says of the first one unless told
+//! otherwise.
+
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+use edged_model::keeper::{LaunchSpec, Stdio};
+use edged_sys::spawn::{self, Heard, SingleThread};
+use oci_spec::runtime::Process;
+
+use crate::arguments::Parsed;
+use crate::create::preserved;
+use crate::error::OciError;
+use crate::spec::launch_process;
+use crate::state::{self, Home, Record, Status};
+use crate::{bundle, caps, terminal, wait};
+
+pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
+    let (home, record) = state::find(&parsed.global.root, parsed.id()?)?;
+    let status = home.status(&record);
+    let wrong = || OciError::WrongState {
+        id: home.id.clone(),
+        is: status.text(),
+        verb: "exec",
+        wanted: Status::Running.text(),
+    };
+    match status {
+        Status::Running => {}
+        Status::Paused if parsed.has("ignore-paused") => {}
+        _ => return Err(wrong()),
+    }
+    let init = record.process().ok_or_else(wrong)?;
+    let mut launch = launch_process(&process(parsed, &home)?)?;
+    if launch.stdio == Stdio::Pipes && parsed.path("console-socket").is_some() {
+        let text = "--console-socket is given, but there is no terminal: --tty, or process.terminal".to_owned();
+        return Err(OciError::Usage { text });
+    }
+    let filter = home.filter();
+    if filter.exists() {
+        launch.seccomp = std::fs::read(&filter).map_err(OciError::file(&filter))?;
+    }
+    let signals = if parsed.has("detach") { None } else { Some(wait::Signals::block()?) };
+    let fds = prepare(parsed, &record, &mut launch)?;
+    let proof = SingleThread::prove().map_err(|error| OciError::system("threads", error))?;
+    let launching = spawn::launch(&proof, &launch, &fds, Some(init.as_fd()))?;
+    drop(fds);
+    let mut own_master = None;
+    loop {
+        let heard = spawn::hear(launching.talk.as_fd());
+        match heard.map_err(|error| OciError::system("hearing of the program", error))? {
+            Heard::Master(master) => match parsed.path("console-socket") {
+                Some(socket) => terminal::give_away(&socket, &master)?,
+                None => own_master = Some(master),
+            },
+            Heard::Holding | Heard::Ready => {}
+            Heard::Silence => break,
+            Heard::Failed(failure) => return Err(OciError::Step { failure }),
+        }
+    }
+    if let Some(path) = parsed.path("pid-file") {
+        state::write_renamed(&path, launching.pid.to_string().as_bytes())?;
+    }
+    let Some(signals) = signals else { return Ok(ExitCode::SUCCESS) };
+    match own_master {
+        Some(master) => terminal::relay(master.as_fd(), &signals, launching.pidfd.as_fd(), launching.pid),
+        None => signals.wait_for(launching.pid, launching.pidfd.as_fd()),
+    }
+}
+
+fn prepare(
+    parsed: &Parsed,
+    record: &Record,
+    launch: &mut LaunchSpec,
+) -> Result<Vec<std::os::fd::OwnedFd>, OciError> {
+    let (entry, mut fds) = record.groups.entry(0)?;
+    launch.cgroup = entry;
+    if launch.stdio == Stdio::Pipes {
+        let first = u32::try_from(fds.len()).unwrap_or(u32::MAX);
+        for stream in [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()] {
+            let own = stream.try_clone_to_owned().map_err(|error| OciError::system("standard streams", error))?;
+            fds.push(own);
+        }
+        launch.stdio = Stdio::Given { stdin_fd: first, stdout_fd: first + 1, stderr_fd: first + 2 };
+    }
+    launch.kept_fds = preserved(parsed)?;
+    Ok(fds)
+}
+
+/// The process object: of a file, or the container's own with what the command line changes.
+fn process(parsed: &Parsed, home: &Home) -> Result<Process, OciError> {
+    if let Some(path) = parsed.path("process") {
+        return bundle::parse_as(&path, &bundle::read(&path)?);
+    }
+    let path = home.config();
+    let config = |(place, why)| OciError::Config { path: path.clone(), place, why };
+    let (spec, _) = bundle::parse(&bundle::read(&path)?).map_err(config)?;
+    let mut process =
+        spec.process().clone().ok_or(OciError::Spec(crate::spec::SpecError::Missing { field: "process" }))?;
+    let words = &parsed.words[1..];
+    if words.is_empty() {
+        return Err(OciError::Usage { text: "exec needs a command, or --process".to_owned() });
+    }
+    process.set_args(Some(words.to_vec()));
+    process.set_terminal(Some(parsed.has("tty")));
+    if let Some(cwd) = parsed.path("cwd") {
+        process.set_cwd(cwd);
+    }
+    let mut env = process.env().clone().unwrap_or_default();
+    env.extend(parsed.values("env").map(str::to_owned));
+    process.set_env(Some(env));
+    set_user(parsed, &mut process)?;
+    if parsed.has("no-new-privs") {
+        process.set_no_new_privileges(Some(true));
+    }
+    if let Some(profile) = parsed.value("apparmor") {
+        process.set_apparmor_profile(Some(profile.to_owned()));
+    }
+    if let Some(label) = parsed.value("process-label") {
+        process.set_selinux_label(Some(label.to_owned()));
+    }
+    add_capabilities(parsed, &mut process)?;
+    Ok(process)
+}
+
+fn set_user(parsed: &Parsed, process: &mut Process) -> Result<(), OciError> {
+    let number = |text: &str| {
+        text.parse::<u32>().map_err(|_| OciError::Usage { text: format!("--user: `{text}` is not a number") })
+    };
+    let mut user = process.user().clone();
+    if let Some(text) = parsed.value("user") {
+        let (uid, gid) = text.split_once(':').map_or((text, None), |(uid, gid)| (uid, Some(gid)));
+        user.set_uid(number(uid)?);
+        if let Some(gid) = gid {
+            user.set_gid(number(gid)?);
+        }
+    }
+    let more = parsed.values("additional-gids").map(number).collect::<Result<Vec<_>, _>>()?;
+    if !more.is_empty() {
+        let mut gids = user.additional_gids().clone().unwrap_or_default();
+        gids.extend(more);
+        user.set_additional_gids(Some(gids));
+    }
+    process.set_user(user);
+    Ok(())
+}
+
+fn add_capabilities(parsed: &Parsed, process: &mut Process) -> Result<(), OciError> {
+    for name in parsed.values("cap") {
+        let unknown = || OciError::Usage { text: format!("--cap: no capability `{name}`") };
+        caps::bit(name).ok_or_else(unknown)?;
+        let plain = name.strip_prefix("CAP_").unwrap_or(name);
+        let capability = plain.parse::<oci_spec::runtime::Capability>().map_err(|_| unknown())?;
+        let mut sets = process.capabilities().clone().unwrap_or_default();
+        let with = |set: &Option<std::collections::HashSet<_>>| {
+            let mut set = set.clone().unwrap_or_default();
+            set.insert(capability);
+            Some(set)
+        };
+        sets.set_bounding(with(sets.bounding()));
+        sets.set_effective(with(sets.effective()));
+        sets.set_permitted(with(sets.permitted()));
+        process.set_capabilities(Some(sets));
+    }
+    Ok(())
+}
