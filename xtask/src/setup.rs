@@ -79,6 +79,8 @@ fn items(need: Need) -> Vec<Item> {
             ("openssl", "openssl"),
             ("crun", "crun"),
             ("runc", "runc"),
+            ("podman", "podman"),
+            ("conmon", "conmon"),
             ("nft", "nftables"),
             ("/bin/busybox", "busybox-static"),
             ("curl", "curl"),

@@ -7,13 +7,14 @@ use std::process::ExitCode;
 use edged_model::keeper::{Hook, LaunchSpec, NamespaceJoin, Rootfs, Stdio};
 use edged_sys::hook;
 use edged_sys::spawn::{self, Heard, Launching, SingleThread};
+use nix::sched::CloneFlags;
 use oci_spec::runtime::Spec;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::arguments::Parsed;
 use crate::cgroup::Groups;
 use crate::error::{OciError, warn};
-use crate::spec::{LaunchPlace, Translated, translate};
+use crate::spec::{LaunchPlace, Translated, bits, translate};
 use crate::state::{self, Home, Record, Status};
 use crate::{bundle, life, manage, seccomp, terminal, wait};
 
@@ -203,7 +204,8 @@ impl Job<'_> {
         fds.extend(cgroup_fds);
         launch.kept_fds = preserved(self.parsed)?;
         launch.keep_keyring = self.parsed.has("no-new-keyring");
-        launch.hold = !time_offsets.is_empty()
+        launch.hold = launch.namespaces & bits(CloneFlags::CLONE_NEWUSER) != 0
+            || !time_offsets.is_empty()
             || !hooks.prestart.is_empty()
             || !hooks.create_runtime.is_empty()
             || !launch.create_container_hooks.is_empty()

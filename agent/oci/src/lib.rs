@@ -42,6 +42,8 @@ mod exec;
 mod manage;
 /// `state`, `list`, `ps`, `events`, `features`, `spec`.
 mod query;
+/// The program file, out of a container's reach.
+mod seal;
 /// What is kept of a container under `--root`.
 mod state;
 /// Terminals: given away, or relayed.
@@ -87,6 +89,9 @@ pub fn main(words: impl IntoIterator<Item = OsString>, version: &str) -> ExitCod
 }
 
 fn run(parsed: &Parsed, version: &str) -> Result<ExitCode, OciError> {
+    if matches!(parsed.verb, Verb::Create | Verb::Run | Verb::Exec) {
+        seal::ensure()?;
+    }
     let done = |result: Result<(), OciError>| result.map(|()| ExitCode::SUCCESS);
     match parsed.verb {
         Verb::Help => {

@@ -160,3 +160,62 @@ pub fn spec(inputs: &ContainerInputs) -> Result<Spec, OciSpecError> {
         .linux(linux)
         .build()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::{caps, spec::LaunchPlace, spec::launch_spec};
+    use edged_model::keeper::{CgroupEntry, LaunchSpec, Rootfs};
+    use edged_oci::mounts::CgroupView;
+
+    fn inputs() -> ContainerInputs {
+        ContainerInputs {
+            argv: vec!["sh".to_owned()],
+            cwd: "/".to_owned(),
+            cgroup_v2: true,
+            ..ContainerInputs::default()
+        }
+    }
+
+    fn launch(inputs: &ContainerInputs) -> LaunchSpec {
+        let place = LaunchPlace {
+            key: "web".to_owned(),
+            note: String::new(),
+            rootfs: Rootfs::Directory { path: "/r".to_owned(), read_only: false },
+            cgroup: CgroupEntry::Inherit,
+            netns_fd: None,
+            seccomp: Vec::new(),
+            cgroups: CgroupView::Namespace,
+        };
+        launch_spec(&spec(inputs).unwrap(), place).unwrap()
+    }
+
+    #[test]
+    fn the_default_workload_is_well_walled() {
+        use nix::sched::CloneFlags;
+        let launch = launch(&inputs());
+        let flags = CloneFlags::from_bits_retain(i32::try_from(launch.namespaces).unwrap());
+        assert!(flags.contains(CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC));
+        assert!(!flags.contains(CloneFlags::CLONE_NEWNET), "entered by descriptor");
+        assert!(launch.no_new_privs && launch.masked_paths.iter().any(|path| path == "/proc/kcore"));
+        assert_eq!(launch.capabilities.bounding, caps::mask(caps::DEFAULT).unwrap());
+    }
+
+    #[test]
+    fn a_read_only_bind_is_so_all_the_way_down() {
+        let mounts = vec![bind("/host".into(), "/inside", true).unwrap()];
+        let launch = launch(&ContainerInputs { mounts, ..inputs() });
+        let step = launch.mounts.last().unwrap();
+        assert!(step.bind && step.recursive && step.flags & step.flags_below & 1 == 1);
+    }
+
+    #[test]
+    fn dropping_all_leaves_what_was_added() {
+        let inputs = ContainerInputs {
+            capabilities_drop: vec!["ALL".to_owned()],
+            capabilities_add: vec!["CAP_NET_RAW".to_owned()],
+            ..inputs()
+        };
+        assert_eq!(launch(&inputs).capabilities.effective, caps::bit("NET_RAW").unwrap());
+    }
+}

@@ -18,7 +18,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::program::Program;
-use crate::resolve::{self, Want};
+use crate::resolve;
 use crate::spawn::Failure;
 use crate::{enter, fdpass, hook, mount, privilege, program, rootfs};
 
@@ -377,7 +377,8 @@ fn terminal(spec: &LaunchSpec, new: bool, talk: &OwnedFd, rows: u16, columns: u1
     rustix::fs::fchown(&slave, Some(rustix::fs::Uid::from_raw(spec.uid)), None)?;
     if new && spec.rootfs.is_some() {
         let tree = mount::clone_tree(slave.as_fd(), false)?;
-        let console = resolve::ensure(root.as_fd(), Path::new("/dev/console"), Want::File)?;
+        // A link there would have the terminal mounted over whatever it names (CVE-2025-52565).
+        let console = resolve::ensure_itself(root.as_fd(), Path::new("/dev/console"))?;
         mount::attach(tree.as_fd(), console.as_fd())?;
     }
     fdpass::send(talk.as_fd(), MASTER_FOLLOWS, &[master.as_fd()]).map_err(|error| io_errno(&error))?;

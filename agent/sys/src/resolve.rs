@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Component, Path};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use rustix::io::Errno;
 
 /// What shall be at a path.
@@ -59,6 +59,19 @@ pub fn ensure(root: BorrowedFd<'_>, path: &Path, want: Want) -> Result<OwnedFd, 
         }
     }
     open_path(root, path)
+}
+
+/// A file at the path itself, made if missing: a link at its end is an error.
+pub fn ensure_itself(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
+    let (parent, name) = ensure_parent(root, path)?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    ignore_exists(openat2(&parent, name, flags, Mode::from_raw_mode(0o600), inside()).map(drop))?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found = openat2(&parent, name, flags, Mode::empty(), ResolveFlags::BENEATH)?;
+    match FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode) {
+        FileType::RegularFile | FileType::CharacterDevice => Ok(found),
+        _ => Err(Errno::LOOP),
+    }
 }
 
 /// The directory that holds the last name of `path`, made if missing, and that name.

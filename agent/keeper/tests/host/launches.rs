@@ -48,15 +48,15 @@ fn a_step_that_fails_is_named() {
     let (rig, mut link) = Rig::start();
     let mut spec = rig.spec("x", "");
     spec.argv = vec!["no-such-program".into()];
-    assert_eq!(link.fails(spec), ("exec".into(), 2));
+    assert_eq!(link.fails(spec), ("exec (no-such-program)".into(), 2));
 
     let mut spec = rig.spec("x", "");
     spec.cwd = "/nowhere".into();
-    assert_eq!(link.fails(spec), ("working directory".into(), 2));
+    assert_eq!(link.fails(spec), ("working directory (/nowhere)".into(), 2));
 
     let mut spec = rig.spec("x", "");
     spec.mounts[1].fstype = "nofs".into();
-    assert_eq!(link.fails(spec), ("mounts".into(), 19));
+    assert_eq!(link.fails(spec), ("mounts (tmpfs at /dev)".into(), 19));
 
     let mut spec = rig.spec("x", "");
     spec.seccomp = vec![0; 8];

@@ -1,0 +1,9 @@
+//! `edged oci` as an engine sees it: real containers on this machine, as root. What the container sees is compared with
+//! what other runtimes show it for the same bundle.
+
+mod attacks;
+mod engine;
+mod fields;
+mod life;
+mod peers;
+mod rig;
