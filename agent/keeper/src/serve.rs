@@ -263,9 +263,7 @@ impl Keeper {
             // `launch` has let it go on already.
             Ok(Heard::Holding | Heard::Ready) => return true,
             Ok(Heard::Silence) => Event::ExecReached { key },
-            Ok(Heard::Failed(failure)) => {
-                Event::StepFailed { key, stage: failure.place(), errno: failure.errno }
-            }
+            Ok(Heard::Failed(failure)) => Event::StepFailed { key, stage: failure.place(), errno: failure.errno },
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(0);
                 Event::StepFailed { key, stage: "hearing of the child".to_owned(), errno }

@@ -352,12 +352,7 @@ fn set_global(global: &mut Global, word: &str, words: &mut dyn Iterator<Item = S
     Ok(())
 }
 
-fn take(
-    form: &Form,
-    parsed: &mut Parsed,
-    word: &str,
-    words: &mut dyn Iterator<Item = String>,
-) -> Result<(), OciError> {
+fn take(form: &Form, parsed: &mut Parsed, word: &str, words: &mut dyn Iterator<Item = String>) -> Result<(), OciError> {
     let unknown = |name: &str| usage(format!("`{}` has no option `{name}`", form.name));
     let mut put = |name: &'static str, value: String| parsed.options.entry(name).or_default().push(value);
     if let Some(long) = word.strip_prefix("--") {
@@ -448,7 +443,9 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_told() {
         assert!(matches!(of("--systemd-cgroup create web"), Err(OciError::Refused(..))));
-        for line in ["create", "create a b", "fly web", "create --wings web", "--wings create web", "create web --bundle"] {
+        for line in
+            ["create", "create a b", "fly web", "create --wings web", "--wings create web", "create web --bundle"]
+        {
             assert!(matches!(of(line), Err(OciError::Usage { .. })), "{line}");
         }
     }

@@ -278,7 +278,8 @@ impl Job<'_> {
     ) -> Result<(), OciError> {
         if !offsets.is_empty() {
             let path = PathBuf::from(format!("/proc/{}/timens_offsets", launching.pid));
-            let lines: String = offsets.iter().map(|(clock, secs, nanos)| format!("{clock} {secs} {nanos}\n")).collect();
+            let lines: String =
+                offsets.iter().map(|(clock, secs, nanos)| format!("{clock} {secs} {nanos}\n")).collect();
             std::fs::write(&path, lines).map_err(OciError::file(&path))?;
         }
         let state = record.as_state(Status::Creating).to_string();
@@ -347,10 +348,12 @@ fn idmapped_tree(
 ) -> Result<OwnedFd, OciError> {
     let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
     let path = Path::new(source);
-    let failed = |errno: rustix::io::Errno| OciError::system(
-        &format!("idmapped mount of {source} (mount_setattr, Linux 5.12; not every file system can)"),
-        errno,
-    );
+    let failed = |errno: rustix::io::Errno| {
+        OciError::system(
+            &format!("idmapped mount of {source} (mount_setattr, Linux 5.12; not every file system can)"),
+            errno,
+        )
+    };
     let opened = rustix::fs::open(path, flags, rustix::fs::Mode::empty())
         .map_err(|errno| OciError::File { path: path.to_owned(), source: errno.into() })?;
     let tree = edged_sys::mount::clone_tree(opened.as_fd(), mount_recursive).map_err(failed)?;
@@ -404,4 +407,3 @@ pub fn start(parsed: &Parsed) -> Result<(), OciError> {
         }
     }
 }
-

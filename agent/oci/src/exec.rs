@@ -67,11 +67,7 @@ pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
     }
 }
 
-fn prepare(
-    parsed: &Parsed,
-    record: &Record,
-    launch: &mut LaunchSpec,
-) -> Result<Vec<std::os::fd::OwnedFd>, OciError> {
+fn prepare(parsed: &Parsed, record: &Record, launch: &mut LaunchSpec) -> Result<Vec<std::os::fd::OwnedFd>, OciError> {
     let (entry, mut fds) = record.groups.entry(0)?;
     launch.cgroup = entry;
     if launch.stdio == Stdio::Pipes {

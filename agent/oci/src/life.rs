@@ -37,10 +37,8 @@ pub fn scheduler(wanted: &oci_spec::runtime::Scheduler) -> Result<Scheduler, Spe
         policy,
         flags,
         nice: wanted.nice().unwrap_or(0),
-        priority: u32::try_from(priority).map_err(|_| SpecError::Invalid {
-            field: "process.scheduler.priority",
-            value: priority.to_string(),
-        })?,
+        priority: u32::try_from(priority)
+            .map_err(|_| SpecError::Invalid { field: "process.scheduler.priority", value: priority.to_string() })?,
         runtime_ns: wanted.runtime().unwrap_or(0),
         deadline_ns: wanted.deadline().unwrap_or(0),
         period_ns: wanted.period().unwrap_or(0),
@@ -103,10 +101,10 @@ fn hook(hook: &oci_spec::runtime::Hook) -> Result<Hook, SpecError> {
     }
     let timeout_ms = match hook.timeout() {
         None => 0,
-        Some(seconds) => u64::try_from(seconds).ok().filter(|seconds| *seconds > 0).ok_or(SpecError::Invalid {
-            field: "hooks.timeout",
-            value: seconds.to_string(),
-        })?,
+        Some(seconds) => u64::try_from(seconds)
+            .ok()
+            .filter(|seconds| *seconds > 0)
+            .ok_or(SpecError::Invalid { field: "hooks.timeout", value: seconds.to_string() })?,
     };
     Ok(Hook {
         path: hook.path().to_string_lossy().into_owned(),

@@ -33,8 +33,7 @@ pub fn signal_number(text: &str) -> Option<i32> {
 pub fn kill(parsed: &Parsed) -> Result<(), OciError> {
     let (home, record) = state::find(&parsed.global.root, parsed.id()?)?;
     let text = parsed.words.get(1).map_or("TERM", String::as_str);
-    let signal =
-        signal_number(text).ok_or_else(|| OciError::Usage { text: format!("there is no signal `{text}`") })?;
+    let signal = signal_number(text).ok_or_else(|| OciError::Usage { text: format!("there is no signal `{text}`") })?;
     if parsed.has("all") {
         if signal == 9 {
             return Ok(record.groups.kill_all()?);

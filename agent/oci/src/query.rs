@@ -14,7 +14,9 @@ use crate::{caps, mounts};
 
 fn print(text: &str) -> Result<(), OciError> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|error| OciError::system("standard output", error))
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| OciError::system("standard output", error))
 }
 
 fn print_json(value: &Value) -> Result<(), OciError> {
@@ -85,7 +87,8 @@ pub fn ps(parsed: &Parsed) -> Result<(), OciError> {
             for pid in pids {
                 let read = |file: &str| std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
                 let stat = String::from_utf8_lossy(&read("stat")).into_owned();
-                let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1).map(str::to_owned));
+                let parent =
+                    stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1).map(str::to_owned));
                 let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
                 text.push_str(&format!("{pid:>8} {:>8} {}\n", parent.unwrap_or_default(), command.trim_end()));
             }
@@ -193,9 +196,7 @@ pub fn template() -> Vec<u8> {
     let capabilities: Vec<_> = caps::DEFAULT.iter().map(|name| format!("CAP_{name}")).collect();
     let namespaces: Vec<_> =
         ["pid", "network", "ipc", "uts", "mount", "cgroup"].iter().map(|kind| json!({ "type": kind })).collect();
-    let mount = |destination: &str, kind: &str, options: &[&str]| {
-        json!({ "destination": destination, "type": kind, "source": kind, "options": options })
-    };
+    let mount = |destination: &str, kind: &str, options: &[&str]| json!({ "destination": destination, "type": kind, "source": kind, "options": options });
     let document = json!({
         "ociVersion": state::OCI_VERSION,
         "process": {

@@ -109,7 +109,7 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<u8>, SeccompError> {
     if program.len() > bpf::MAX_INSTRUCTIONS {
         return Err(SeccompError::TooLarge { instructions: program.len() });
     }
-    Ok(program.iter().flat_map(bpf::Instruction::to_bytes).collect())
+    Ok(program.into_iter().flat_map(bpf::Instruction::to_bytes).collect())
 }
 
 /// Every system call for which something else than the default holds. A rule without conditions wins over those with.

@@ -216,7 +216,10 @@ fn namespaces(linux: &Linux, has_network: bool) -> Result<Namespaces, SpecError>
         let flag = namespace_flag(namespace.typ());
         let known = joins.iter().any(|(other, _)| *other == flag);
         if new & flag != 0 || known {
-            return Err(SpecError::Invalid { field: "linux.namespaces", value: format!("{:?} twice", namespace.typ()) });
+            return Err(SpecError::Invalid {
+                field: "linux.namespaces",
+                value: format!("{:?} twice", namespace.typ()),
+            });
         }
         match namespace.path() {
             Some(path) if !path.as_os_str().is_empty() => joins.push((flag, path.clone())),
@@ -293,9 +296,7 @@ fn time_offsets(linux: &Linux, new: u64) -> Result<Vec<(String, i64, u32)>, Spec
         return Err(SpecError::Invalid { field: "linux.timeOffsets", value });
     }
     let one = |(clock, offset): (&String, &oci_spec::runtime::LinuxTimeOffset)| match clock.as_str() {
-        "monotonic" | "boottime" => {
-            Ok((clock.clone(), offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0)))
-        }
+        "monotonic" | "boottime" => Ok((clock.clone(), offset.secs().unwrap_or(0), offset.nanosecs().unwrap_or(0))),
         _ => Err(SpecError::Invalid { field: "linux.timeOffsets", value: clock.clone() }),
     };
     offsets.iter().map(one).collect()

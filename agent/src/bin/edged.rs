@@ -53,7 +53,8 @@ impl Options {
 
 fn main() -> ExitCode {
     let mut words: Vec<OsString> = std::env::args_os().collect();
-    let called = |program: &str| words.first().is_some_and(|name| Path::new(name).file_name() == Some(program.as_ref()));
+    let called =
+        |program: &str| words.first().is_some_and(|name| Path::new(name).file_name() == Some(program.as_ref()));
     if called("edgectl") {
         return edged::cli::run();
     }

@@ -17,10 +17,10 @@ use crate::content::Content;
 use crate::network::netns;
 use crate::runtime::cgroup::{Cgroup, CgroupRoot, IoLimits, Limits};
 use crate::runtime::defaults::{self, ContainerInputs};
-use edged_oci::mounts::CgroupView;
 use crate::runtime::seccomp;
 use crate::runtime::spec::{LaunchPlace, launch_spec};
 use crate::store::inline_chain;
+use edged_oci::mounts::CgroupView;
 
 /// What a start needs beyond the workload.
 #[derive(Clone)]

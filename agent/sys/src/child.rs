@@ -251,9 +251,7 @@ fn scheduling(spec: &LaunchSpec) -> Result<(), Errno> {
 /// now; it must be one.
 fn set_label(label: &SecurityLabel) -> Result<(), Errno> {
     let (paths, text): (&[&str], _) = match label {
-        SecurityLabel::AppArmor(profile) => {
-            (&["self/attr/apparmor/exec", "self/attr/exec"], format!("exec {profile}"))
-        }
+        SecurityLabel::AppArmor(profile) => (&["self/attr/apparmor/exec", "self/attr/exec"], format!("exec {profile}")),
         SecurityLabel::SeLinux(context) => (&["self/attr/exec"], context.clone()),
     };
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;

@@ -65,7 +65,8 @@ pub fn compile(rules: &[DeviceRule]) -> Vec<Instruction> {
     ];
     for rule in rules.iter().rev() {
         program.extend(block(rule));
-        if rule.kind.is_none() && rule.major.is_none() && rule.minor.is_none() && rule.read && rule.write && rule.mknod {
+        if rule.kind.is_none() && rule.major.is_none() && rule.minor.is_none() && rule.read && rule.write && rule.mknod
+        {
             // It matches everything: nothing before it counts.
             return program;
         }
@@ -218,14 +219,7 @@ mod tests {
     #[test]
     fn the_last_rule_that_matches_decides() {
         let null = DeviceRule { allow: true, kind: Some('c'), major: Some(1), minor: Some(3), ..ALL };
-        let read_disk = DeviceRule {
-            allow: true,
-            kind: Some('b'),
-            major: Some(8),
-            write: false,
-            mknod: false,
-            ..ALL
-        };
+        let read_disk = DeviceRule { allow: true, kind: Some('b'), major: Some(8), write: false, mknod: false, ..ALL };
         let rules = [ALL, null, read_disk];
         assert!(decide(&rules, CHARACTER, READ | WRITE, 1, 3));
         assert!(!decide(&rules, CHARACTER, READ, 1, 5));

@@ -18,20 +18,20 @@ pub mod spawn;
 
 /// Everything between clone and exec.
 pub mod child;
+/// A new file system with what was there before.
+mod copy_up;
 /// Namespaces that are entered.
 mod enter;
 /// Programs that the specification has run at the points of a container's life.
 pub mod hook;
-/// Exec, and the tiny init.
-mod program;
 /// Mounts by descriptor.
 pub mod mount;
 /// Capabilities, ids, seccomp.
 pub mod privilege;
+/// Exec, and the tiny init.
+mod program;
 /// Paths inside a root that is not trusted.
 pub mod resolve;
-/// A new file system with what was there before.
-mod copy_up;
 /// The container's file system, as the child makes it.
 mod rootfs;
 
@@ -43,7 +43,7 @@ pub mod inherit;
 /// Signals by pidfd.
 pub mod pidfd;
 
-/// Which devices a cgroup v2 may open.
-pub mod device_filter;
 /// Watchdog, modules, clock: the machine itself.
 pub mod device;
+/// Which devices a cgroup v2 may open.
+pub mod device_filter;

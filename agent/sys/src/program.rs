@@ -61,7 +61,6 @@ impl Program {
     }
 }
 
-
 /// Forks: the child comes back and goes on to exec; the parent stays, passes signals on, reaps what ends, and leaves as
 /// the program did. It keeps no descriptor but the standard streams, and nothing in the container can trace it: it is
 /// not dumpable.

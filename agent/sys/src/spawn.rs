@@ -124,7 +124,9 @@ impl SpawnError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::NoSuchDescriptor { .. } => libc::EBADF,
-            Self::Pipes(source) | Self::JoinPid(source) | Self::Clone(source) | Self::IdMaps(source) => source.raw_os_error().unwrap_or(0),
+            Self::Pipes(source) | Self::JoinPid(source) | Self::Clone(source) | Self::IdMaps(source) => {
+                source.raw_os_error().unwrap_or(0)
+            }
         }
     }
 }

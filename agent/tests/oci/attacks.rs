@@ -94,7 +94,8 @@ fn cve_2021_30465_a_mount_target_that_changes_stays_inside() {
         fs::create_dir_all(dir).unwrap();
     }
     symlink("/", volume.join("link")).unwrap();
-    let look = format!("test -e {0} && echo ESCAPED; test -e /volume/inner{0} && echo ESCAPED; echo done", host.display());
+    let look =
+        format!("test -e {0} && echo ESCAPED; test -e /volume/inner{0} && echo ESCAPED; echo done", host.display());
     bundle.config["process"]["args"] = json!(["sh", "-c", look]);
     add_mount(&mut bundle, json!({ "destination": "/volume", "source": volume, "options": ["bind"] }));
     add_mount(&mut bundle, json!({ "destination": "/volume/inner/deeper", "source": other, "options": ["bind"] }));

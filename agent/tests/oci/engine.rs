@@ -90,7 +90,8 @@ fn podman_limits_users_volumes_and_terminals() {
                  cat /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max 2>/dev/null; true";
     let limits = podman.run(&["--memory", "32m", "--pids-limit", "10", "--cpus", "0.5"], &["sh", "-c", files]);
     assert_eq!(limits.good(), "33554432\n10\n");
-    let user = podman.run(&["--user", "5:6", "--cap-drop", "all"], &["sh", "-c", "id -u; grep CapBnd /proc/self/status"]);
+    let user =
+        podman.run(&["--user", "5:6", "--cap-drop", "all"], &["sh", "-c", "id -u; grep CapBnd /proc/self/status"]);
     assert_eq!(user.good(), "5\nCapBnd:\t0000000000000000\n");
     assert!(podman.run(&["-t"], &["tty"]).good().contains("/dev/pts/0"));
     let mapped = ["--uidmap", "0:100000:1000", "--gidmap", "0:100000:1000"];
@@ -106,7 +107,8 @@ fn podman_limits_users_volumes_and_terminals() {
 fn podman_execs_pauses_stops_starts_and_removes() {
     let podman = Podman::new();
     let script = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
-    let run = [&["run", "-d", "--name", "web", "--network", "none"], &LIMITS[..], &["test:1", "sh", "-c", script]].concat();
+    let run =
+        [&["run", "-d", "--name", "web", "--network", "none"], &LIMITS[..], &["test:1", "sh", "-c", script]].concat();
     podman.call(&run).good();
     assert_eq!(podman.call(&["exec", "-e", "A=b", "web", "sh", "-c", "echo $A"]).good(), "b\n");
     assert!(podman.call(&["exec", "-t", "web", "tty"]).good().contains("/dev/pts/"));
@@ -117,7 +119,11 @@ fn podman_execs_pauses_stops_starts_and_removes() {
     podman.call(&["unpause", "web"]).good();
     podman.call(&["update", "--memory", "64m", "web"]).good();
     podman.call(&["stop", "-t", "20", "web"]).good();
-    assert_eq!(podman.call(&["inspect", "web", "--format", "{{.State.ExitCode}}"]).good(), "0\n", "it was asked, not killed");
+    assert_eq!(
+        podman.call(&["inspect", "web", "--format", "{{.State.ExitCode}}"]).good(),
+        "0\n",
+        "it was asked, not killed"
+    );
     podman.call(&["start", "web"]).good();
     assert_eq!(status(), "running\n");
     podman.call(&["rm", "-f", "-t", "0", "web"]).good();

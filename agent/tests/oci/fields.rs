@@ -92,7 +92,8 @@ fn namespaces_are_new_or_joined_by_path() {
     let pid = other.state()["pid"].clone();
     let of = |kind: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap().to_string_lossy().into_owned();
 
-    let mut bundle = Bundle::new("for n in net ipc uts pid cgroup; do readlink /proc/self/ns/$n; done; ls /proc | grep -c '^[0-9]'");
+    let mut bundle =
+        Bundle::new("for n in net ipc uts pid cgroup; do readlink /proc/self/ns/$n; done; ls /proc | grep -c '^[0-9]'");
     for kind in ["network", "ipc", "pid", "uts"] {
         drop_namespace(&mut bundle, kind);
     }
@@ -130,7 +131,9 @@ fn the_time_namespace_has_its_own_clocks() {
 
 #[test]
 fn a_user_namespace_maps_ids() {
-    let mut bundle = Bundle::new("id -u; id -g; cat /proc/self/uid_map; touch /data/made; stat -c %u /data/made; cat /proc/self/setgroups");
+    let mut bundle = Bundle::new(
+        "id -u; id -g; cat /proc/self/uid_map; touch /data/made; stat -c %u /data/made; cat /proc/self/setgroups",
+    );
     add_namespace(&mut bundle, json!({ "type": "user" }));
     let map = json!([{ "containerID": 0, "hostID": 200_000, "size": 1000 }]);
     bundle.config["linux"]["uidMappings"] = map.clone();
@@ -158,7 +161,10 @@ fn a_user_namespace_can_be_joined() {
     first.start();
     first.wait_for_out("up");
     let pid = first.state()["pid"].clone();
-    assert_eq!(first.call(&["exec", &first.id, "cat", "/proc/self/uid_map"]).good().split_whitespace().nth(1), Some("200000"));
+    assert_eq!(
+        first.call(&["exec", &first.id, "cat", "/proc/self/uid_map"]).good().split_whitespace().nth(1),
+        Some("200000")
+    );
 
     let mut second = Bundle::new("readlink /proc/self/ns/user; id -u; readlink /proc/self/ns/pid");
     add_namespace(&mut second, json!({ "type": "user", "path": format!("/proc/{pid}/ns/user") }));
@@ -173,21 +179,29 @@ fn a_user_namespace_can_be_joined() {
 
 #[test]
 fn mounts_have_the_options_they_were_given() {
-    let mut bundle = Bundle::new("grep -E ' /(mem|host|deep|deep/below|file) ' /proc/self/mounts | cut -d' ' -f 2,4 | sort");
+    let mut bundle =
+        Bundle::new("grep -E ' /(mem|host|deep|deep/below|file) ' /proc/self/mounts | cut -d' ' -f 2,4 | sort");
     let host = bundle.dir.path().join("host");
     let below = bundle.dir.path().join("deep/below");
     fs::create_dir_all(&host).unwrap();
     fs::create_dir_all(&below).unwrap();
     let one = bundle.dir.path().join("one");
     fs::write(&one, "1").unwrap();
-    add_mount(&mut bundle, json!({ "destination": "/mem", "type": "tmpfs", "source": "tmpfs",
-        "options": ["nosuid", "noexec", "size=1m", "mode=700", "noatime"] }));
+    add_mount(
+        &mut bundle,
+        json!({ "destination": "/mem", "type": "tmpfs", "source": "tmpfs",
+        "options": ["nosuid", "noexec", "size=1m", "mode=700", "noatime"] }),
+    );
     add_mount(&mut bundle, json!({ "destination": "/host", "source": host, "options": ["bind", "ro", "nodev"] }));
     add_mount(&mut bundle, json!({ "destination": "/file", "source": one, "options": ["bind"] }));
-    add_mount(&mut bundle, json!({ "destination": "/deep", "source": below.parent(), "options": ["rbind", "rro", "rnosuid"] }));
+    add_mount(
+        &mut bundle,
+        json!({ "destination": "/deep", "source": below.parent(), "options": ["rbind", "rro", "rnosuid"] }),
+    );
     let text = bundle.run().good();
     let options = |target: &str| {
-        let line = text.lines().find(|line| line.starts_with(&format!("{target} "))).unwrap_or_else(|| panic!("{text}"));
+        let line =
+            text.lines().find(|line| line.starts_with(&format!("{target} "))).unwrap_or_else(|| panic!("{text}"));
         line.split_once(' ').unwrap().1.split(',').map(str::to_owned).collect::<Vec<_>>()
     };
     for word in ["nosuid", "noexec", "noatime", "size=1024k", "mode=700"] {
@@ -221,7 +235,10 @@ fn tmpcopyup_fills_the_new_file_system() {
     fs::create_dir_all(bundle.rootfs().join("data/a")).unwrap();
     fs::write(bundle.rootfs().join("data/a/file"), "text\n").unwrap();
     std::os::unix::fs::symlink("/nowhere", bundle.rootfs().join("data/link")).unwrap();
-    add_mount(&mut bundle, json!({ "destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"] }));
+    add_mount(
+        &mut bundle,
+        json!({ "destination": "/data", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"] }),
+    );
     assert_eq!(bundle.run().good(), "text\n/nowhere\n");
     assert!(!bundle.rootfs().join("data/new").exists(), "the root below was left alone");
 }
@@ -234,8 +251,11 @@ fn an_idmapped_mount_shows_other_owners() {
     fs::write(host.join("file"), "").unwrap();
     std::os::unix::fs::chown(host.join("file"), Some(3), Some(3)).unwrap();
     let map = json!([{ "containerID": 0, "hostID": 1000, "size": 100 }]);
-    add_mount(&mut bundle, json!({ "destination": "/mapped", "source": host, "options": ["bind", "idmap"],
-        "uidMappings": map, "gidMappings": map }));
+    add_mount(
+        &mut bundle,
+        json!({ "destination": "/mapped", "source": host, "options": ["bind", "idmap"],
+        "uidMappings": map, "gidMappings": map }),
+    );
     assert_eq!(bundle.run().good(), "1003\n");
 }
 
@@ -323,7 +343,8 @@ fn what_the_cgroups_of_this_host_cannot_do_is_named() {
 
 #[test]
 fn a_filter_of_system_calls_holds() {
-    let script = "mkdir /tmp/a; echo $?; hostname x 2>&1; ln -s a /tmp/b && echo linked; grep Seccomp: /proc/self/status";
+    let script =
+        "mkdir /tmp/a; echo $?; hostname x 2>&1; ln -s a /tmp/b && echo linked; grep Seccomp: /proc/self/status";
     let mut bundle = Bundle::new(script);
     add_capability(&mut bundle, "CAP_SYS_ADMIN");
     bundle.config["linux"]["seccomp"] = json!({

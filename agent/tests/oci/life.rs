@@ -87,7 +87,8 @@ fn exec_is_inside_with_its_own_code_user_and_environment() {
     assert!(missing.err.contains("executable file not found in $PATH"), "{}", missing.err);
     // Same namespaces as the first process, same groups.
     let of = |pid: &str| {
-        let script = format!("for n in pid net ipc uts mnt cgroup; do readlink /proc/{pid}/ns/$n; done; cat /proc/{pid}/cgroup");
+        let script =
+            format!("for n in pid net ipc uts mnt cgroup; do readlink /proc/{pid}/ns/$n; done; cat /proc/{pid}/cgroup");
         bundle.call(&["exec", id, "sh", "-c", &script]).good()
     };
     assert_eq!(of("self"), of("1"));

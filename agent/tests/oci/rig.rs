@@ -232,9 +232,9 @@ fn make_rootfs(root: &Path) {
     let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().find(|path| Path::new(path).exists()).unwrap();
     fs::copy(busybox, root.join("bin/busybox")).unwrap();
     for name in [
-        "sh", "cat", "echo", "sleep", "id", "mkdir", "tty", "stty", "true", "ls", "hostname", "readlink", "grep", "env",
-        "mount", "touch", "pwd", "sort", "ps", "unshare", "umount", "test", "stat", "sed", "uname", "ln", "dd", "wc",
-        "kill", "seq", "mknod", "dmesg", "rm", "head", "cut", "tr",
+        "sh", "cat", "echo", "sleep", "id", "mkdir", "tty", "stty", "true", "ls", "hostname", "readlink", "grep",
+        "env", "mount", "touch", "pwd", "sort", "ps", "unshare", "umount", "test", "stat", "sed", "uname", "ln", "dd",
+        "wc", "kill", "seq", "mknod", "dmesg", "rm", "head", "cut", "tr",
     ] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
     }

@@ -84,8 +84,13 @@ fn is_v2(path: &str) -> bool {
 
 impl Groups {
     /// Where the groups of container `id` are, by `linux.cgroupsPath`; nothing is made.
-    pub fn place(cgroups_path: Option<&str>, id: &str, resources: Option<&LinuxResources>) -> Result<Self, CgroupError> {
-        let path = cgroups_path.filter(|path| !path.is_empty()).map_or_else(|| format!("edged-oci/{id}"), str::to_owned);
+    pub fn place(
+        cgroups_path: Option<&str>,
+        id: &str,
+        resources: Option<&LinuxResources>,
+    ) -> Result<Self, CgroupError> {
+        let path =
+            cgroups_path.filter(|path| !path.is_empty()).map_or_else(|| format!("edged-oci/{id}"), str::to_owned);
         let bad = |why| Err(CgroupError::BadPath { path: path.clone(), why });
         if path.contains(':') {
             return bad("is of the systemd kind (slice:prefix:name); start the engine with the cgroupfs manager");
@@ -184,10 +189,7 @@ impl Groups {
         match self {
             Self::V2 { path } => Ok((CgroupEntry::V2 { dir_fd: index(first) }, vec![open_directory(path)?])),
             Self::V1 { hierarchies } => {
-                let files = hierarchies
-                    .iter()
-                    .map(|(_, path)| open_procs(path))
-                    .collect::<Result<Vec<_>, _>>()?;
+                let files = hierarchies.iter().map(|(_, path)| open_procs(path)).collect::<Result<Vec<_>, _>>()?;
                 let procs_fds = (first..first + files.len()).map(index).collect();
                 Ok((CgroupEntry::V1 { procs_fds }, files))
             }

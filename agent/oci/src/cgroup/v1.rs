@@ -55,9 +55,7 @@ pub fn hierarchies(cgroup: &str, wanted: &[&str]) -> Vec<String> {
 
 pub fn directory<'h>(hierarchies: &'h [(String, PathBuf)], controller: &str) -> Result<&'h Path, CgroupError> {
     let found = hierarchies.iter().find(|(name, _)| name.split(',').any(|one| one == controller));
-    found
-        .map(|(_, path)| path.as_path())
-        .ok_or_else(|| CgroupError::NoController { controller: controller.to_owned() })
+    found.map(|(_, path)| path.as_path()).ok_or_else(|| CgroupError::NoController { controller: controller.to_owned() })
 }
 
 pub fn apply(path: &Path, setting: &Setting) -> Result<(), CgroupError> {

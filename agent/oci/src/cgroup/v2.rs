@@ -16,7 +16,8 @@ pub fn make(path: &Path, resources: Option<&LinuxResources>) -> Result<(), Cgrou
     if files.iter().all(|(file, _)| path.join(file).exists()) {
         return Ok(());
     }
-    let mut above: Vec<_> = path.ancestors().skip(1).filter(|dir| dir.join("cgroup.subtree_control").exists()).collect();
+    let mut above: Vec<_> =
+        path.ancestors().skip(1).filter(|dir| dir.join("cgroup.subtree_control").exists()).collect();
     above.reverse();
     for dir in above {
         let available = read(dir, "cgroup.controllers").unwrap_or_default();

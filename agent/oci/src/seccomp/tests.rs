@@ -112,7 +112,9 @@ fn actions_architectures_and_conditions() {
 
 #[test]
 fn what_is_not_done_is_named() {
-    let notify = profile(r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]}"#);
+    let notify = profile(
+        r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]}"#,
+    );
     assert!(compile(&notify).unwrap_err().to_string().contains("SCMP_ACT_NOTIFY"));
 }
 

@@ -128,7 +128,10 @@ fn what_is_not_done_is_named() {
     assert!(refusal(|document| document["ociVersion"] = "2.0.0".into()).contains("ociVersion"));
     assert!(refusal(|document| document["process"]["cwd"] = "here".into()).contains("process.cwd"));
     let prestart = serde_json::json!({ "prestart": [{ "path": "hook" }] });
-    assert!(refusal(|document| document["hooks"] = serde_json::json!({ "createContainer": prestart["prestart"] })).contains("hooks.path"));
+    assert!(
+        refusal(|document| document["hooks"] = serde_json::json!({ "createContainer": prestart["prestart"] }))
+            .contains("hooks.path")
+    );
 }
 
 #[test]
