@@ -168,6 +168,12 @@ fn cgroups() -> io::Result<()> {
     for (group, min) in [("edged", "32M"), ("edged/keeper", "8M"), ("edged/agent", "24M")] {
         put(&format!("{group}/memory.min"), min);
     }
+    // Whoever supervises runs when it has something to do, and that is little: workloads share what is left. An idle group
+    // (cgroup-v2.rst, cpu.idle) gives way at once; the shares among workloads stay what they are.
+    for group in ["edged/keeper", "edged/agent"] {
+        put(&format!("{group}/cpu.weight"), "10000");
+    }
+    put("edged/workloads/cpu.idle", "1");
     if failed.is_empty() { Ok(()) } else { Err(io::Error::other(failed.join("; "))) }
 }
 

@@ -22,9 +22,11 @@ pub fn phase_of(
         Some(Code::WaitingForImage) => (Phase::Pulling, why),
         _ => (Phase::Waiting, why),
     };
-    let Some(instance) = instance else { return waiting(waits_for) };
+    let is_held = desired.held.get(name) == Some(&Hold::Stopped);
+    let not_there = |why| if is_held { (Phase::Stopped, why) } else { waiting(why) };
+    let Some(instance) = instance else { return not_there(waits_for) };
     match &instance.state {
-        InstanceState::Absent => waiting(waits_for),
+        InstanceState::Absent => not_there(waits_for),
         InstanceState::Starting { .. } => (Phase::Starting, None),
         InstanceState::Running { .. } => {
             let unhealthy = instance.health == Health::Unhealthy;
@@ -32,7 +34,7 @@ pub fn phase_of(
             (Phase::Running, why)
         }
         InstanceState::Stopping { why, .. } => (Phase::Stopping, Some(why.clone())),
-        InstanceState::Ended if desired.held.get(name) == Some(&Hold::Stopped) => (Phase::Stopped, waits_for),
+        InstanceState::Ended if is_held => (Phase::Stopped, waits_for),
         InstanceState::Ended => {
             if restart::verdict(name, &workload.restart, &instance.history) != Verdict::Never {
                 return waiting(waits_for.or_else(|| instance.history.last_reason.clone()));
@@ -41,5 +43,21 @@ pub fn phase_of(
             let success = exit.is_some_and(|exit| exit.cause.is_success());
             if success { (Phase::Completed, None) } else { (Phase::Failed, instance.history.last_reason.clone()) }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_operator_stopped_is_stopped_though_it_never_ran_in_this_boot() {
+        let name = WorkloadName::parse("web").unwrap();
+        let (workload, plan) = (Workload::of_image("r.example/web:1"), Plan::default());
+        let mut desired = Desired::default();
+        assert_eq!(phase_of(&name, &workload, None, &desired, &plan).0, Phase::Waiting);
+        desired.held.insert(name.clone(), Hold::Stopped);
+        assert_eq!(phase_of(&name, &workload, None, &desired, &plan).0, Phase::Stopped);
+        assert_eq!(phase_of(&name, &workload, Some(&Instance::default()), &desired, &plan).0, Phase::Stopped);
     }
 }

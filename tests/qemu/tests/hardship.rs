@@ -51,8 +51,8 @@ fn neighbours_that_take_all_they_can_get_leave_the_others_and_the_operator_their
 
         let bad = |name: &str, args: &str, cpu: u32| {
             format!(
-                "  {name}:\n    image: {image}\n    args: {args}\n    \
-                 resources: {{ memory: 16Mi, cpu: {cpu}m, pids: 32 }}\n"
+                "  {name}:\n    image: {image}\n    args: {args}\n    stopTimeout: 1s\n    \
+                 restart: {{ attempts: 1000000, backoff: 1s, backoffMax: 2s }}\n    resources: {{ memory: 16Mi, cpu: {cpu}m, pids: 32 }}\n"
             )
         };
         let crowd = [
