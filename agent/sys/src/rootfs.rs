@@ -281,19 +281,23 @@ impl Masks {
             found => found?,
         };
         let is_directory = FileType::from_raw_mode(rustix::fs::fstat(&target)?.st_mode) == FileType::Directory;
-        let tree = if is_directory { self.empty()? } else { self.null(root)? };
-        mount::attach(tree.as_fd(), target.as_fd())
+        match is_directory {
+            true => self.hide_directory(target.as_fd()),
+            false => mount::attach(self.null(root)?.as_fd(), target.as_fd()),
+        }
     }
 
-    fn empty(&mut self) -> Result<OwnedFd, Errno> {
+    /// The first directory is hidden by the empty file system itself, the others by copies of that mount: before Linux
+    /// 6.15 only what is attached can be copied.
+    fn hide_directory(&mut self, target: BorrowedFd<'_>) -> Result<(), Errno> {
         if let Some(empty) = &self.empty {
-            return mount::clone_tree(empty.as_fd(), false);
+            return mount::attach(mount::clone_tree(empty.as_fd(), false)?.as_fd(), target);
         }
         let options = "size=0,nr_inodes=1,mode=755";
-        let made = mount::new_filesystem("tmpfs", "tmpfs", options, libc::MOUNT_ATTR_RDONLY)?;
-        let copy = mount::clone_tree(made.as_fd(), false)?;
-        self.empty = Some(made);
-        Ok(copy)
+        let empty = mount::new_filesystem("tmpfs", "tmpfs", options, libc::MOUNT_ATTR_RDONLY)?;
+        mount::attach(empty.as_fd(), target)?;
+        self.empty = Some(empty);
+        Ok(())
     }
 
     fn null(&mut self, root: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {

@@ -46,7 +46,7 @@ fn neighbours_that_take_all_they_can_get_leave_the_others_and_the_operator_their
         );
         let quiet = format!("{HEAD}sequence: 1\nworkloads:\n{web}");
         site.push(&device, &site.keys.sign("quiet", &quiet)?)?;
-        console_shows(&mut device, "generations", "good", 3 * LONG)?;
+        console_shows(&mut device, "generations", "good", LONG)?;
         let idle = latency(&mut device)?;
 
         let bad = |name: &str, args: &str, cpu: u32| {
@@ -96,7 +96,7 @@ fn a_clock_in_1970_and_no_network_start_what_was_good() {
         let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
         let manifest = format!("{HEAD}sequence: 1\nworkloads:\n{}", steady(&image));
         site.push(&device, &site.keys.sign("first", &manifest)?)?;
-        console_shows(&mut device, "generations", "good", 3 * LONG)?;
+        console_shows(&mut device, "generations", "good", LONG)?;
 
         // The battery of the clock is empty, and the cable is out.
         setup.clock = Some("1970-01-01T00:00:00".to_owned());
@@ -138,7 +138,7 @@ fn a_machine_that_hangs_is_reset_by_its_watchdog_and_says_so() {
         device.kernel.wait_for("i6300ESB", LONG)?;
         let manifest = format!("{HEAD}sequence: 1\nworkloads:\n{}", steady(&image));
         site.push(&device, &site.keys.sign("first", &manifest)?)?;
-        console_shows(&mut device, "generations", "good", 3 * LONG)?;
+        console_shows(&mut device, "generations", "good", LONG)?;
         let first = console_shows(&mut device, "events --tail 30 -o json", "first boot", LONG)?;
         ensure!(!first.contains("watchdog reset"), "{first}");
 
