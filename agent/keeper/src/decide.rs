@@ -1,7 +1,9 @@
 //! `(table, event, now) -> acts`: every decision of the keeper, with no system call in it. It is total: each event has
 //! an answer in each state. [`crate::serve`] performs the acts and does nothing else.
 
-use edged_model::keeper::{ChildExit, HEARTBEAT_TIMEOUT_MS, LaunchSpec, ReplyBody, Request, RequestBody, ShutdownHow};
+use edged_model::keeper::{
+    ChildExit, HEARTBEAT_TIMEOUT_MS, LaunchSpec, ReplyBody, Request, RequestBody, ShutdownHow, StopPlan,
+};
 
 use crate::agent::{count_failure, restart_delay_ms};
 use crate::table::{AgentLife, Child, Down, Life, MAX_CHILDREN, Phase, Table, Way};
@@ -46,6 +48,7 @@ pub enum Event {
         request: u64,
         key: String,
         note: String,
+        stop: StopPlan,
         pid: i32,
     },
     NotCloned {
@@ -106,6 +109,11 @@ pub enum Act {
     SignalChildren {
         signal: i32,
     },
+    /// On the way down: nobody asks for an answer.
+    End {
+        key: String,
+        signal: i32,
+    },
     /// Whatever is left on a device, orphans and their children too.
     KillAll,
     /// The child has ended: its pidfd is of no use any more.
@@ -130,8 +138,7 @@ pub enum Act {
     },
 }
 
-/// SIGTERM and SIGKILL are the same number everywhere (signal(7)).
-const TERM: i32 = 15;
+/// The same number everywhere (signal(7)).
 const KILL: i32 = 9;
 
 #[must_use]
@@ -160,9 +167,12 @@ pub fn decide(table: &mut Table, event: Event, now: u64) -> Vec<Act> {
             }
         }
         Event::AgentDeaf { why } => kill_agent(table, why, now, &mut acts),
-        Event::Cloned { request, key, note, pid } => {
+        Event::Cloned { request, key, note, stop, pid } => {
             let life = Life::Launching { request };
-            table.children.insert(key, Child { pid, started_boot_ms: now, note, life });
+            table.children.insert(
+                key,
+                Child { pid, started_boot_ms: now, note, life, stop, asked_boot_ms: None, is_killed: false },
+            );
         }
         Event::NotCloned { request, key, stage, errno } => {
             send(&mut acts, request, ReplyBody::LaunchFailed { key, stage, errno });
@@ -377,10 +387,6 @@ fn go_down(table: &mut Table, way: Way, now: u64, acts: &mut Vec<Act>) {
                 AgentLife::Waiting { .. } => table.agent.life = AgentLife::Retired,
                 AgentLife::Starting | AgentLife::Dying { .. } | AgentLife::Retired => {}
             }
-            match way {
-                Way::Machine(_) | Way::Everything => acts.push(Act::SignalChildren { signal: TERM }),
-                Way::KeeperAlone => {}
-            }
         }
     }
 }
@@ -433,6 +439,27 @@ fn pet(table: &mut Table, now: u64, acts: &mut Vec<Act>) {
     }
 }
 
+/// Asks the living children of the highest order to end, and kills those that had their time. The next order comes when
+/// none of this one lives.
+fn end_in_order(table: &mut Table, now: u64, acts: &mut Vec<Act>) {
+    let highest = table.living().map(|(_, child)| child.stop.order).max();
+    let of_this_order = |child: &Child| child.is_living() && Some(child.stop.order) == highest;
+    for (key, child) in table.children.iter_mut().filter(|(_, child)| of_this_order(child)) {
+        let signal = match child.kill_at_boot_ms() {
+            None if child.asked_boot_ms.is_none() => {
+                child.asked_boot_ms = Some(now);
+                child.stop.signal
+            }
+            Some(kill_at) if kill_at <= now => {
+                child.is_killed = true;
+                KILL
+            }
+            _ => continue,
+        };
+        acts.push(Act::End { key: key.clone(), signal });
+    }
+}
+
 fn down(table: &mut Table, now: u64, acts: &mut Vec<Act>) {
     let Some(Down { way, phase }) = table.down else { return };
     let waits_for_agent = match table.agent.life {
@@ -450,7 +477,13 @@ fn down(table: &mut Table, now: u64, acts: &mut Vec<Act>) {
             }
             Phase::Forced { leave_at_boot_ms: now.saturating_add(FORCED_MS) }
         }
-        Phase::Asked { .. } | Phase::Forced { .. } => phase,
+        Phase::Asked { .. } => {
+            if way != Way::KeeperAlone {
+                end_in_order(table, now, acts);
+            }
+            phase
+        }
+        Phase::Forced { .. } => phase,
     };
     if next == Phase::Left {
         if let Way::Machine(_) = way {

@@ -336,6 +336,10 @@ impl Keeper {
                 Err(errno) => self.send(id, ReplyBody::Refused { why: format!("`{key}`: {errno}") }, None),
             },
             Act::SignalChildren { signal } => self.signal_children(signal),
+            Act::End { key, signal } => match self.signal(&key, signal) {
+                Ok(()) | Err(Errno::SRCH) => {}
+                Err(errno) => log::line(&format!("`{key}`: {errno}")),
+            },
             Act::KillAll => shutdown::kill_all(),
             Act::ClosePidfd { key } => {
                 if let Some(doors) = self.kept.doors.get_mut(&key) {
@@ -388,7 +392,7 @@ impl Keeper {
         }
         let doors = Doors { pidfd: Some(launching.pidfd), talk: Some(launching.talk), outputs: launching.outputs };
         self.kept.doors.insert(key.clone(), doors);
-        Event::Cloned { request, key, note: spec.note.clone(), pid }
+        Event::Cloned { request, key, note: spec.note.clone(), stop: spec.stop, pid }
     }
 
     fn signal(&self, key: &str, signal: i32) -> Result<(), Errno> {

@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 
-use edged_model::keeper::{ChildExit, ChildState, HEARTBEAT_TIMEOUT_MS, ShutdownHow};
+use edged_model::keeper::{ChildExit, ChildState, HEARTBEAT_TIMEOUT_MS, ShutdownHow, StopPlan};
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +20,11 @@ pub struct Child {
     pub started_boot_ms: u64,
     pub note: String,
     pub life: Life,
+    pub stop: StopPlan,
+    /// On the way down: when it was asked to end.
+    pub asked_boot_ms: Option<u64>,
+    /// On the way down: it did not, and was killed.
+    pub is_killed: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +54,12 @@ impl Child {
         };
         let (note, started_boot_ms) = (self.note.clone(), self.started_boot_ms);
         Some(ChildState { key: key.to_owned(), pid: self.pid, started_boot_ms, note, exit })
+    }
+
+    /// When its time to end by itself is over; `None` before it was asked and after it was killed.
+    pub fn kill_at_boot_ms(&self) -> Option<u64> {
+        let asked = self.asked_boot_ms.filter(|_| !self.is_killed)?;
+        Some(asked.saturating_add(self.stop.timeout_ms))
     }
 
     pub fn is_living(&self) -> bool {
@@ -114,7 +125,7 @@ pub enum Way {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
-    /// SIGTERM was sent; SIGKILL follows.
+    /// One order after the other is asked to end; whatever lives at this time is killed.
     Asked {
         kill_at_boot_ms: u64,
     },
@@ -143,6 +154,7 @@ pub const MAX_CHILDREN: usize = 2048;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Table {
     pub device: bool,
+    /// Everything has ended by then, however long the children may take by their own plans.
     pub stop_timeout_ms: u64,
     pub children: BTreeMap<String, Child>,
     pub agent: Agent,
@@ -174,8 +186,9 @@ impl Table {
             AgentLife::Starting | AgentLife::Dying { .. } | AgentLife::Retired => u64::MAX,
         };
         let watchdog = self.watchdog.map_or(u64::MAX, |petting| petting.next_boot_ms);
+        let patience = || self.living().filter_map(|(_, child)| child.kill_at_boot_ms()).min().unwrap_or(u64::MAX);
         let down = match self.down.map(|down| down.phase) {
-            Some(Phase::Asked { kill_at_boot_ms }) => kill_at_boot_ms,
+            Some(Phase::Asked { kill_at_boot_ms }) => kill_at_boot_ms.min(patience()),
             Some(Phase::Forced { leave_at_boot_ms }) => leave_at_boot_ms,
             Some(Phase::Left) | None => u64::MAX,
         };

@@ -114,6 +114,23 @@ pub struct ChildExit {
     pub boot_ms: u64,
 }
 
+/// How a child is ended when everything goes down. The keeper knows it itself: the agent may be gone by then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopPlan {
+    pub signal: i32,
+    /// From the signal to SIGKILL.
+    pub timeout_ms: u64,
+    /// Children of a higher order end first, all of one order together: who depends on others before those.
+    pub order: u32,
+}
+
+impl Default for StopPlan {
+    /// A command inside a container, say: nobody waits for it.
+    fn default() -> Self {
+        Self { signal: 15, timeout_ms: 10_000, order: u32::MAX }
+    }
+}
+
 /// Everything the child does between clone and exec, prepared by the runtime: plain data, no decision left.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -122,6 +139,7 @@ pub struct LaunchSpec {
     pub key: String,
     /// Kept by the keeper and given back in `ChildState`.
     pub note: String,
+    pub stop: StopPlan,
     /// Enter the namespaces of this living child instead of making new ones.
     pub join: Option<String>,
     /// New namespaces: CLONE_NEW* flags. `CLONE_NEWCGROUP` is unshared after the cgroup is entered.

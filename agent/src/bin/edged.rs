@@ -99,7 +99,7 @@ fn keeper(options: &Options) -> Result<ExitCode> {
         agent_args: options.words(),
         device: options.device,
         agent_memory_max_bytes: config.limits.agent_memory.0,
-        stop_timeout_ms: 10_000,
+        stop_timeout_ms: 120_000,
         built_at: edged::BUILT_AT,
         data: places.data().to_owned(),
     }))

@@ -6,5 +6,7 @@ pub mod place;
 pub mod pull;
 /// A workload from its manifest to a running program.
 pub mod start;
+/// By which signal, within which time, after whom.
+pub mod stop;
 /// Who a workload runs as.
 pub mod user;

@@ -163,7 +163,8 @@ pub fn prepare(
         seccomp: filter,
         cgroups: CgroupView::Namespace,
     };
-    let spec = launch_spec(&spec, place).map_err(|error| fail(&error))?;
+    let mut spec = launch_spec(&spec, place).map_err(|error| fail(&error))?;
+    spec.stop = super::stop::plan(manifest, name, workload, Some(image));
     Ok(Prepared { spec, fds: netns.into_iter().chain(cgroup_fds).collect(), cgroup })
 }
 

@@ -13,7 +13,7 @@ use edged_model::workload::{Exit, ExitCause};
 use super::store_thread::Busy;
 use super::world::Began;
 use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, health, transition};
-use crate::execute::{place, pull, start};
+use crate::execute::{place, pull, start, stop};
 use crate::network::netns;
 use crate::runtime::keeper_link::{LaunchError, Launched};
 use crate::store::{Durability, SavedHistory, inline_chain};
@@ -259,8 +259,8 @@ impl Agent {
     async fn stop(&mut self, name: &WorkloadName, why: &Reason, now: Now) {
         let workload = self.active().and_then(|active| active.manifest.workloads.get(name));
         let image = workload.and_then(|workload| self.images.get(&workload.image));
-        let signal = workload.and_then(|w| w.stop_signal.clone()).or_else(|| image.and_then(|i| i.stop_signal.clone()));
-        let number = signal.as_deref().and_then(signal_number).unwrap_or(nix::sys::signal::Signal::SIGTERM as i32);
+        let sigterm = nix::sys::signal::Signal::SIGTERM as i32;
+        let number = workload.map_or(sigterm, |workload| stop::signal(workload, image));
         self.tell(Some(name), self.world.desired.pointers.active, why, "planner");
         self.world.stopping(name, why, now);
         if let Err(error) = self.link.signal(name.as_str(), number).await {
@@ -408,10 +408,4 @@ impl Agent {
             tracing::error!("{busy}");
         }
     }
-}
-
-/// 15 for `SIGTERM`, `TERM` or `15`.
-fn signal_number(text: &str) -> Option<i32> {
-    let name = if text.starts_with("SIG") { text.to_owned() } else { format!("SIG{text}") };
-    name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32).or_else(|| text.parse().ok())
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use edged_model::id::WorkloadName;
-use edged_model::keeper::{ChildExit, LaunchSpec, Stdio};
+use edged_model::keeper::{ChildExit, LaunchSpec, Stdio, StopPlan};
 use edged_model::manifest::{Health, NetworkMode, Probe};
 use nix::sys::signal::Signal;
 use tokio::sync::oneshot;
@@ -114,6 +114,7 @@ impl ExecProbe {
             mounts: Vec::new(),
             device_nodes: Vec::new(),
             symlinks: Vec::new(),
+            stop: StopPlan::default(),
             masked_paths: Vec::new(),
             readonly_paths: Vec::new(),
             sysctls: Vec::new(),

@@ -24,7 +24,11 @@ fn spec(key: &str) -> Box<LaunchSpec> {
 fn run_child(table: &mut Table, key: &str, pid: i32, now: u64) {
     let acts = request(table, 7, RequestBody::Launch(spec(key)), now);
     assert_eq!(acts, [Act::Launch { request: 7, spec: spec(key) }]);
-    let _ = decide(table, Event::Cloned { request: 7, key: key.into(), note: "n".into(), pid }, now);
+    let _ = decide(
+        table,
+        Event::Cloned { request: 7, key: key.into(), note: "n".into(), stop: StopPlan::default(), pid },
+        now,
+    );
     let acts = decide(table, Event::ExecReached { key: key.into() }, now);
     let body = ReplyBody::Launched { key: key.into(), pid, boot_ms: now };
     assert_eq!(acts, [Act::Send { id: 7, body, outputs_of: Some(key.into()) }]);
@@ -56,7 +60,11 @@ fn an_exit_is_kept_until_it_is_forgotten() {
 fn a_failed_launch_is_told_when_nothing_is_left_of_it() {
     let mut table = running_table(false);
     let _ = request(&mut table, 7, RequestBody::Launch(spec("web")), 0);
-    let _ = decide(&mut table, Event::Cloned { request: 7, key: "web".into(), note: String::new(), pid: 20 }, 0);
+    let _ = decide(
+        &mut table,
+        Event::Cloned { request: 7, key: "web".into(), note: String::new(), stop: StopPlan::default(), pid: 20 },
+        0,
+    );
     let failed = Event::StepFailed { key: "web".into(), stage: "mounts".into(), errno: 19 };
     assert!(decide(&mut table, failed, 1).is_empty());
     let acts = decide(&mut table, Event::Reaped { pid: 20, end: code(127) }, 2);
@@ -106,7 +114,7 @@ fn a_device_goes_down_in_order_and_a_second_wish_is_haste() {
     let mut table = running_table(true);
     run_child(&mut table, "web", 20, 0);
     let acts = decide(&mut table, Event::Asked(Wish::PowerOff), 1);
-    assert_eq!(acts[1..], [Act::KillAgent { pid: 10 }, Act::SignalChildren { signal: TERM }]);
+    assert_eq!(acts[1..], [Act::KillAgent { pid: 10 }, Act::End { key: "web".into(), signal: 15 }]);
     let _ = decide(&mut table, Event::Reaped { pid: 10, end: code(0) }, 2);
     assert!(decide(&mut table, Event::Tick, 3).is_empty());
     assert_eq!(decide(&mut table, Event::Asked(Wish::PowerOff), 4), [Act::SignalChildren { signal: KILL }]);
@@ -117,11 +125,35 @@ fn a_device_goes_down_in_order_and_a_second_wish_is_haste() {
 }
 
 #[test]
+fn who_depends_on_others_ends_first_and_each_has_its_own_time() {
+    let mut table = running_table(true);
+    for (key, pid, order, timeout_ms) in [("db", 20, 0, 5_000), ("web", 21, 1, 1_000), ("api", 22, 1, 2_000)] {
+        run_child(&mut table, key, pid, 0);
+        let child = table.children.get_mut(key).unwrap();
+        child.stop = StopPlan { signal: 3, timeout_ms, order };
+    }
+    let end = |key: &str, signal| Act::End { key: key.into(), signal };
+    let acts = decide(&mut table, Event::Asked(Wish::PowerOff), 0);
+    assert_eq!(acts[2..], [end("api", 3), end("web", 3)]);
+    let _ = decide(&mut table, Event::Reaped { pid: 10, end: code(0) }, 1);
+    assert_eq!(table.wake_at_boot_ms(), 1_000, "web's time is over first");
+    assert_eq!(decide(&mut table, Event::Tick, 1_000), [end("web", 9)]);
+    assert!(decide(&mut table, Event::Tick, 1_001).is_empty(), "it is killed once");
+    let acts = decide(&mut table, Event::Reaped { pid: 21, end: code(0) }, 1_002);
+    assert!(!acts.iter().any(|act| matches!(act, Act::End { .. })), "api has its time: {acts:?}");
+    let acts = decide(&mut table, Event::Reaped { pid: 22, end: code(0) }, 1_500);
+    assert!(acts.contains(&end("db", 3)), "{acts:?}");
+    assert_eq!(decide(&mut table, Event::Tick, 6_500), [end("db", 9)]);
+    // Something that will not die holds the machine no longer than the bound.
+    assert_eq!(decide(&mut table, Event::Tick, 10_000), [Act::SignalChildren { signal: KILL }]);
+}
+
+#[test]
 fn exit_on_a_host_leaves_the_workloads_alone() {
     let mut table = running_table(false);
     run_child(&mut table, "web", 20, 0);
     let acts = request(&mut table, 1, RequestBody::Shutdown { how: ShutdownHow::Exit }, 1);
-    assert!(!acts.iter().any(|act| matches!(act, Act::SignalChildren { .. })), "{acts:?}");
+    assert!(!acts.iter().any(|act| matches!(act, Act::SignalChildren { .. } | Act::End { .. })), "{acts:?}");
     let acts = decide(&mut table, Event::Reaped { pid: 10, end: code(0) }, 2);
     assert_eq!(acts, [Act::Leave { way: Way::KeeperAlone }]);
 }
@@ -167,7 +199,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::AgentNotStarted { why: "x".to_owned() }),
         1 => Just(Event::AgentDeaf { why: "x" }),
         1 => Just(Event::AgentClosed),
-        3 => (any_key(), pid).prop_map(|(key, pid)| Event::Cloned { request: 1, key, note: String::new(), pid }),
+        3 => (any_key(), pid).prop_map(|(key, pid)| Event::Cloned { request: 1, key, note: String::new(), stop: StopPlan::default(), pid }),
         1 => any_key().prop_map(move |key| Event::NotCloned { request: 1, key, stage: stage(), errno: 1 }),
         4 => any_key().prop_map(|key| Event::ExecReached { key }),
         2 => any_key().prop_map(move |key| Event::StepFailed { key, stage: stage(), errno: 1 }),
