@@ -175,11 +175,19 @@ pub struct Images {
     pub layer_entries_max: u64,
     /// Layers fetched at the same time.
     pub parallel: u32,
+    /// How long an image that no generation needs stays, while there is room.
+    pub keep_unused: Span,
 }
 
 impl Default for Images {
     fn default() -> Self {
-        Self { policy: ImagePolicy::Signature, layer_max: Bytes::mebi(4096), layer_entries_max: 500_000, parallel: 3 }
+        Self {
+            policy: ImagePolicy::Signature,
+            layer_max: Bytes::mebi(4096),
+            layer_entries_max: 500_000,
+            parallel: 3,
+            keep_unused: Span::from_secs(86_400),
+        }
     }
 }
 

@@ -49,6 +49,12 @@ pub enum Request {
         workload: WorkloadName,
     },
     Generations,
+    /// What takes the disk.
+    Df,
+    /// Takes away what no generation needs, young or not.
+    Prune {
+        dry_run: bool,
+    },
     /// A signed envelope, as pushed.
     Apply {
         #[serde(with = "crate::keeper::serde_bytes_vec")]
@@ -67,11 +73,14 @@ impl Request {
             | Self::Inspect { .. }
             | Self::Logs { .. }
             | Self::Events { .. }
+            | Self::Df
+            | Self::Prune { dry_run: true }
             | Self::Generations => true,
             Self::Start { .. }
             | Self::Stop { .. }
             | Self::Restart { .. }
             | Self::Apply { .. }
+            | Self::Prune { dry_run: false }
             | Self::PowerOff
             | Self::Reboot => false,
         }
@@ -87,6 +96,8 @@ pub enum Answer {
     Log(LogLine),
     Event(Event),
     Generations(Vec<Generation>),
+    Df(DiskUse),
+    Pruned(Pruned),
     Accepted { what: String },
     Error(Reason),
     End,
@@ -98,6 +109,49 @@ pub struct VersionInfo {
     pub agent: String,
     pub keeper: String,
     pub arch: String,
+}
+
+/// What takes the disk, by what it is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskUse {
+    pub total: Bytes,
+    pub free: Bytes,
+    /// What no pull may take.
+    pub reserve: Bytes,
+    pub parts: Vec<DiskPart>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DiskPart {
+    /// `layers`, `documents`, `workloads`, `volumes`, `logs`, `state`.
+    pub what: String,
+    pub count: u64,
+    pub size: Bytes,
+    /// Of that, what `prune` would give back.
+    pub reclaimable: Bytes,
+}
+
+/// What a collection took away, or would.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Pruned {
+    pub dry_run: bool,
+    pub items: Vec<PrunedItem>,
+    pub size: Bytes,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PrunedItem {
+    /// `layer` or `document`.
+    pub kind: String,
+    pub digest: Digest,
+    pub size: Bytes,
+    /// The image that brought it, if it is still known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
 }
 
 /// All that `edgectl status` and `edgectl ps` print.

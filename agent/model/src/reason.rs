@@ -70,6 +70,7 @@ pub enum Code {
     Boot,
     StoreRebuilt,
     DiskFull,
+    Pruned,
     ClockMoved,
     FleetUnavailable,
     Network,

@@ -95,6 +95,19 @@ pub enum Verb {
         #[arg(short, long, default_value = "table")]
         output: Output,
     },
+    /// What takes the disk
+    Df {
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// Take away the images that no generation needs
+    Prune {
+        /// Only say what would go
+        #[arg(long)]
+        dry_run: bool,
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
     /// Give a signed manifest to the agent
     Apply { file: std::path::PathBuf },
     /// Versions of agent and keeper
@@ -136,6 +149,8 @@ impl Verb {
             | Self::Logs { output, .. }
             | Self::Events { output, .. }
             | Self::Generations { output }
+            | Self::Df { output }
+            | Self::Prune { output, .. }
             | Self::Version { output } => *output,
             _ => Output::Table,
         }
@@ -156,6 +171,8 @@ impl Verb {
             Self::Stop { workload } => Request::Stop { workload: workload.clone() },
             Self::Restart { workload } => Request::Restart { workload: workload.clone() },
             Self::Generations { .. } => Request::Generations,
+            Self::Df { .. } => Request::Df,
+            Self::Prune { dry_run, .. } => Request::Prune { dry_run: *dry_run },
             Self::Apply { file } => {
                 let envelope = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
                 Request::Apply { envelope }

@@ -54,6 +54,8 @@ fn is_elsewhere(verb: &Verb) -> bool {
         | Verb::Stop { .. }
         | Verb::Restart { .. }
         | Verb::Generations { .. }
+        | Verb::Df { .. }
+        | Verb::Prune { .. }
         | Verb::Version { .. }
         | Verb::Reboot
         | Verb::Poweroff => false,

@@ -3,6 +3,9 @@
 
 use std::fmt::Write;
 
+/// What takes the disk.
+mod disk;
+
 use edged_model::api::{Answer, Event, GenerationStatus, Inspect, LogLine, Status, WorkloadStatus};
 use edged_model::generation::{Generation, GenerationState};
 use edged_model::quantity::{Span, Timestamp};
@@ -47,6 +50,8 @@ pub fn answer(answer: &Answer, style: Style) -> String {
         Answer::Log(line) => log(line, style),
         Answer::Event(event) => self::event(event),
         Answer::Generations(list) => generations(list),
+        Answer::Df(used) => disk::used(used),
+        Answer::Pruned(pruned) => disk::pruned(pruned),
         Answer::Accepted { what } => format!("{}\n", clean(what)),
         Answer::Error(reason) => reason_text(reason) + "\n",
         Answer::End => String::new(),

@@ -33,6 +33,8 @@ pub mod layer;
 pub mod remove;
 /// Archive entries into a directory, whatever they try.
 pub mod unpack;
+/// What the disk holds, and what may go.
+pub mod usage;
 /// Zstandard frames as one stream.
 pub mod zstd;
 

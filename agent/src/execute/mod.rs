@@ -4,6 +4,8 @@
 pub mod place;
 /// An image from its registry to its layers.
 pub mod pull;
+/// Takes away what no generation needs.
+pub mod reclaim;
 /// A workload from its manifest to a running program.
 pub mod start;
 /// By which signal, within which time, after whom.

@@ -35,7 +35,8 @@ impl Agent {
     }
 
     fn pull(&mut self, image: String) {
-        if !self.under_way.pulls.insert(image.clone()) {
+        // What a collection takes away must not be what a pull has just found there.
+        if self.collected.under_way || !self.under_way.pulls.insert(image.clone()) {
             return;
         }
         let nothing = ImageStatus::Pulling { done: Bytes(0), total: Bytes(0) };
@@ -79,6 +80,7 @@ impl Agent {
                 let backoff = (PULL_RETRY_MS << attempts.min(10)).min(PULL_RETRY_MAX_MS);
                 let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
                 let retry_at_boot_ms = now.boot_ms.saturating_add(backoff.max(asked).min(PULL_RETRY_MAX_MS));
+                self.collected.room_is_short |= failure.reason.code == Code::DiskDoesNotFit;
                 self.tell(None, None, &failure.reason, "agent");
                 self.refuse(&image, &failure.reason);
                 let status = ImageStatus::Failed {
@@ -403,7 +405,7 @@ impl Agent {
         self.warn_if_busy(written);
     }
 
-    fn warn_if_busy(&self, written: Result<(), Busy>) {
+    pub(super) fn warn_if_busy(&self, written: Result<(), Busy>) {
         if let Err(busy) = written {
             tracing::error!("{busy}");
         }

@@ -38,6 +38,8 @@ impl Agent {
             Request::Generations => {
                 one(&answers, Answer::Generations(self.world.desired.generations.values().cloned().collect()));
             }
+            Request::Df => self.df(answers),
+            Request::Prune { dry_run } => self.prune(answers, dry_run),
             Request::Logs { workload, follow, tail } => self.logs(answers, workload, follow, tail),
             Request::Events { follow, workload, tail } => self.events(answers, workload, follow, tail),
             Request::Start { workload } => self.operate(&answers, &workload, None, &caller.name),
@@ -196,11 +198,11 @@ impl Agent {
 }
 
 /// One answer and the end. The channel of a new call is empty, so both fit.
-fn one(answers: &mpsc::Sender<Answer>, answer: Answer) {
+pub(super) fn one(answers: &mpsc::Sender<Answer>, answer: Answer) {
     let _ = answers.try_send(answer);
     let _ = answers.try_send(Answer::End);
 }
 
-fn error(answers: &mpsc::Sender<Answer>, why: Reason) {
+pub(super) fn error(answers: &mpsc::Sender<Answer>, why: Reason) {
     let _ = answers.try_send(Answer::Error(why));
 }

@@ -30,6 +30,7 @@ impl Agent {
             }
             Message::Started { workload, result } => self.started(workload, result).await,
             Message::Changed { change, failed, activated } => self.changed(*change, failed, activated),
+            Message::Collected { result, reply } => self.collected(result, reply),
             Message::Removed { workload, failed } => self.removed(&workload, failed),
             Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
             Message::Offer { envelope, by, reply } => self.offer(envelope, &by, reply),

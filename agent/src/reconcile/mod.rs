@@ -16,6 +16,8 @@ mod boot;
 pub mod clock;
 mod health;
 mod intake;
+/// What takes the disk, and when it goes.
+mod space;
 mod start_up;
 mod status;
 mod store_thread;
@@ -27,7 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use edged_model::action::Plan;
-use edged_model::api::Event as StoryEvent;
+use edged_model::api::{Answer, Event as StoryEvent, Pruned};
 use edged_model::generation::Generation;
 use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
 use edged_model::keeper::ChildExit;
@@ -82,6 +84,10 @@ enum Message {
     Removed {
         workload: WorkloadName,
         failed: Option<String>,
+    },
+    Collected {
+        result: Result<(Pruned, Vec<String>), String>,
+        reply: Option<mpsc::Sender<Answer>>,
     },
     Probed {
         workload: WorkloadName,
@@ -151,6 +157,7 @@ struct Agent {
     images: BTreeMap<String, ReadyImage>,
     runs: BTreeMap<WorkloadName, Run>,
     under_way: UnderWay,
+    collected: space::Collected,
     /// Failed tries of images that are being fetched again.
     pull_attempts: BTreeMap<String, u32>,
     pull_context: Arc<PullContext>,
@@ -226,6 +233,7 @@ impl Agent {
             tracing::warn!("heartbeat: {}", crate::store::inline_chain(&error));
         }
         self.sample();
+        self.collect_if_due();
         self.report_if_due();
     }
 

@@ -88,6 +88,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         images: images(&store, &content)?,
         runs: BTreeMap::new(),
         under_way: UnderWay::default(),
+        collected: super::space::Collected::default(),
         pull_attempts: BTreeMap::new(),
         pull_context: Arc::new(pull_context),
         start_context: StartContext { places: places.clone(), content, cgroups, allow: config.allow.clone() },

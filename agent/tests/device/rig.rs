@@ -61,8 +61,26 @@ impl Factory {
         self.dir.path().join(name)
     }
 
+    /// An image of busybox and one more layer, signed; its name for a manifest.
+    pub fn publish_over_busybox(&self, name: &str, own: &Path) -> String {
+        let (root, layout) = (self.busybox(), self.path(&format!("{name}.layout")));
+        process::run(self.keys.edgectl().args(["image", "build", "-o"]).arg(&layout).arg(root).arg(own)).unwrap();
+        let digest = self.registry.push(&layout, name, "latest").unwrap();
+        self.registry.sign(name, &digest, &self.keys.private("image"), SignatureForm::Bundle).unwrap();
+        format!("{}/{name}@{digest}", self.registry.seen_from_host())
+    }
+
     /// busybox under the names of its applets, packed by `edgectl image build` and pushed; the digest.
     pub fn push_busybox(&self) -> String {
+        let root = self.busybox();
+        let layout = self.path("busybox.layout");
+        let mut build = self.keys.edgectl();
+        build.args(["image", "build", "--cmd", "/bin/sh", "-o"]).arg(&layout).arg(&root);
+        process::run(&mut build).unwrap();
+        self.registry.push(&layout, "busybox", "latest").unwrap()
+    }
+
+    fn busybox(&self) -> PathBuf {
         let root = self.path("busybox");
         if !root.exists() {
             for dir in ["bin", "tmp", "www", "data"] {
@@ -74,11 +92,7 @@ impl Factory {
             }
             fs::write(root.join("www/index.html"), "here\n").unwrap();
         }
-        let layout = self.path("busybox.layout");
-        let mut build = self.keys.edgectl();
-        build.args(["image", "build", "--cmd", "/bin/sh", "-o"]).arg(&layout).arg(&root);
-        process::run(&mut build).unwrap();
-        self.registry.push(&layout, "busybox", "latest").unwrap()
+        root
     }
 
     /// The same, signed; its name for a manifest.

@@ -1,0 +1,91 @@
+//! Takes away what no generation needs. What that is was decided by [`edged_plan::garbage`]; here it is looked up and done.
+//! Nobody may be pulling meanwhile.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use edged_model::api::{Pruned, PrunedItem};
+use edged_model::id::Digest;
+use edged_model::quantity::{Bytes, Timestamp};
+use edged_plan::garbage::{Fate, fate};
+use oci_spec::image::ImageManifest;
+
+use super::pull::ReadyImage;
+use crate::content::usage::Item;
+use crate::content::{Content, ContentError};
+
+/// What is asked of a collection.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    /// Every image on record, by the name in its manifest.
+    pub images: BTreeMap<String, ReadyImage>,
+    /// The names that some generation needs.
+    pub needed: BTreeSet<String>,
+    pub now: Timestamp,
+    pub keep_unused_secs: u64,
+    /// Age saves nothing.
+    pub room_is_short: bool,
+    pub dry_run: bool,
+}
+
+impl Wish {
+    fn fate(&self, item: &Item, is_needed: bool) -> Fate {
+        let age = self.now.0.saturating_sub(item.since_unix_secs);
+        fate(is_needed, u64::try_from(age).unwrap_or(0), self.keep_unused_secs, self.room_is_short)
+    }
+
+    fn needed_images(&self) -> impl Iterator<Item = (&String, &ReadyImage)> {
+        self.images.iter().filter(|(name, _)| self.needed.contains(*name))
+    }
+}
+
+/// Collects, and says what went. The names of images that cannot be run any more come second: their records go too.
+pub fn collect(content: &Content, wish: &Wish) -> Result<(Pruned, Vec<String>), ContentError> {
+    let needed_layers: BTreeSet<Digest> =
+        wish.needed_images().flat_map(|(_, image)| image.layers.iter().copied()).collect();
+    let needed_documents: BTreeSet<Digest> =
+        wish.needed_images().flat_map(|(name, image)| documents_of(content, name, image)).collect();
+    let mut pruned = Pruned { dry_run: wish.dry_run, ..Pruned::default() };
+    for layer in content.layers()? {
+        if wish.fate(&layer, needed_layers.contains(&layer.digest)) == Fate::Goes {
+            let of = wish.images.iter().find(|(_, image)| image.layers.contains(&layer.digest));
+            if !wish.dry_run {
+                content.remove_layer(layer.digest)?;
+            }
+            note(&mut pruned, "layer", &layer, of.map(|(name, _)| name.clone()));
+        }
+    }
+    for document in content.documents()? {
+        if wish.fate(&document, needed_documents.contains(&document.digest)) == Fate::Goes {
+            if !wish.dry_run {
+                content.remove_document(document.digest)?;
+            }
+            note(&mut pruned, "document", &document, None);
+        }
+    }
+    let gone: BTreeSet<Digest> = pruned.items.iter().map(|item| item.digest).collect();
+    let is_broken = |image: &ReadyImage| image.layers.iter().any(|layer| gone.contains(layer));
+    let broken: Vec<String> =
+        wish.images.iter().filter(|(_, image)| is_broken(image)).map(|(name, _)| name.clone()).collect();
+    if !wish.dry_run {
+        for name in &broken {
+            content.remove_record(name)?;
+        }
+    }
+    Ok((pruned, broken))
+}
+
+fn note(pruned: &mut Pruned, kind: &str, item: &Item, image: Option<String>) {
+    pruned.size = Bytes(pruned.size.0 + item.bytes);
+    let size = Bytes(item.bytes);
+    pruned.items.push(PrunedItem { kind: kind.to_owned(), digest: item.digest, size, image });
+}
+
+/// An image's manifest, its configuration, and the index by which its name says it was found.
+fn documents_of(content: &Content, name: &str, image: &ReadyImage) -> Vec<Digest> {
+    let mut list = vec![image.digest];
+    list.extend(name.rsplit_once('@').and_then(|(_, digest)| Digest::parse(digest).ok()));
+    let manifest = content.document(image.digest);
+    let manifest = manifest.and_then(|bytes| serde_json::from_slice::<ImageManifest>(&bytes).ok());
+    list.extend(manifest.and_then(|manifest| Digest::parse(manifest.config().digest().as_ref()).ok()));
+    list
+}

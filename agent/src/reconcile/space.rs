@@ -1,0 +1,191 @@
+//! The disk: what takes it, and when what is not needed goes. By itself that happens when a generation has become good,
+//! every hour after, and when a pull found no room; never while an image is fetched or a generation is on its way.
+
+use std::path::PathBuf;
+
+use edged_model::api::{Answer, DiskPart, DiskUse, Pruned};
+use edged_model::generation::GenerationState;
+use edged_model::id::Sequence;
+use edged_model::observed::InstanceState;
+use edged_model::quantity::Bytes;
+use edged_model::reason::{Code, Reason};
+use edged_plan::garbage::needed_images;
+use tokio::sync::mpsc;
+
+use super::{Agent, Message, answer};
+use crate::config::Places;
+use crate::content::Content;
+use crate::content::usage::tree_bytes;
+use crate::execute::reclaim::{self, Wish};
+use crate::observe::disk;
+use crate::store::inline_chain;
+
+const EVERY_MS: u64 = 3_600_000;
+
+/// When it was collected, and for which generation.
+#[derive(Debug, Default)]
+pub struct Collected {
+    pub under_way: bool,
+    at_boot_ms: Option<u64>,
+    generation: Option<Sequence>,
+    /// A pull found no room: age saves nothing next time.
+    pub room_is_short: bool,
+}
+
+impl Agent {
+    /// Whether nothing is on its way that a collection could disturb.
+    fn is_settled(&self) -> bool {
+        let desired = &self.world.desired;
+        let is_good = self.active().is_some_and(|active| active.state == GenerationState::Good);
+        let mut instances = self.world.observed.workloads.values();
+        // The room that a candidate lacks is made while it waits: its pulls stand still.
+        (is_good && desired.pointers.candidate.is_none() || self.collected.room_is_short)
+            && self.under_way.pulls.is_empty()
+            && self.under_way.starts.is_empty()
+            && !self.under_way.change
+            && !self.collected.under_way
+            && !instances.any(|instance| matches!(instance.state, InstanceState::Stopping { .. }))
+    }
+
+    pub(super) fn collect_if_due(&mut self) {
+        let now = self.now().boot_ms;
+        let active = self.world.desired.pointers.active;
+        let is_old = self.collected.at_boot_ms.is_none_or(|at| now.saturating_sub(at) >= EVERY_MS);
+        let is_due = self.collected.room_is_short || is_old || self.collected.generation != active;
+        if !is_due || !self.is_settled() {
+            return;
+        }
+        let wish = self.wish(self.collected.room_is_short, false);
+        self.collected = super::space::Collected {
+            under_way: true,
+            at_boot_ms: Some(now),
+            generation: active,
+            room_is_short: false,
+        };
+        let (content, inbox) = (self.start_context.content.clone(), self.inbox.clone());
+        tokio::task::spawn_blocking(move || {
+            let result = reclaim::collect(&content, &wish).map_err(|error| inline_chain(&error));
+            let _ = inbox.blocking_send(Message::Collected { result, reply: None });
+        });
+    }
+
+    fn wish(&self, room_is_short: bool, dry_run: bool) -> Wish {
+        Wish {
+            images: self.images.clone(),
+            needed: needed_images(&self.world.desired).into_iter().map(str::to_owned).collect(),
+            now: self.now().wall,
+            keep_unused_secs: self.config.images.keep_unused.ms / 1000,
+            room_is_short,
+            dry_run,
+        }
+    }
+
+    /// An operator's `prune`.
+    pub(super) fn prune(&mut self, answers: mpsc::Sender<Answer>, dry_run: bool) {
+        if !dry_run && !self.is_settled() {
+            let why = Reason::new(Code::Busy, "a generation or an image is on its way, or none is good");
+            return answer::error(&answers, why.next("try again when `edgectl status` says `good`"));
+        }
+        self.collected.under_way |= !dry_run;
+        let wish = self.wish(true, dry_run);
+        let (content, inbox) = (self.start_context.content.clone(), self.inbox.clone());
+        tokio::task::spawn_blocking(move || {
+            let result = reclaim::collect(&content, &wish).map_err(|error| inline_chain(&error));
+            let _ = inbox.blocking_send(Message::Collected { result, reply: Some(answers) });
+        });
+    }
+
+    pub(super) fn collected(
+        &mut self,
+        result: Result<(Pruned, Vec<String>), String>,
+        reply: Option<mpsc::Sender<Answer>>,
+    ) {
+        let why = match &result {
+            Ok((pruned, _)) if pruned.dry_run => None,
+            Ok((pruned, _)) if pruned.items.is_empty() => None,
+            Ok((pruned, _)) => {
+                let text = format!("{} that no generation needs were taken away", pruned.size.human());
+                Some(Reason::new(Code::Pruned, text))
+            }
+            Err(error) => {
+                Some(Reason::new(Code::DiskFull, format!("what is not needed cannot be taken away: {error}")))
+            }
+        };
+        if let Some(why) = &why {
+            self.tell(None, None, why, if reply.is_some() { "operator" } else { "agent" });
+        }
+        if !result.as_ref().is_ok_and(|(pruned, _)| pruned.dry_run) {
+            self.collected.under_way = false;
+        }
+        if let Ok((Pruned { dry_run: false, .. }, broken)) = &result {
+            for name in broken {
+                self.images.remove(name);
+                self.world.observed.images.remove(name);
+            }
+            let names = broken.clone();
+            let written = self.writes.submit(move |store| {
+                for name in names {
+                    if let Err(error) = store.forget_image(&name) {
+                        tracing::error!("image record: {}", inline_chain(&error));
+                    }
+                }
+            });
+            self.warn_if_busy(written);
+        }
+        match (reply, result, why) {
+            (Some(reply), Ok((pruned, _)), _) => answer::one(&reply, Answer::Pruned(pruned)),
+            (Some(reply), Err(_), Some(why)) => answer::error(&reply, why),
+            _ => {}
+        }
+    }
+
+    /// An operator's `df`: looks at every file, on a thread of its own.
+    pub(super) fn df(&self, answers: mpsc::Sender<Answer>) {
+        let wish = self.wish(true, true);
+        let (places, content) = (self.start_context.places.clone(), self.start_context.content.clone());
+        let reserve = self.config.limits.disk_reserve;
+        tokio::task::spawn_blocking(move || match use_of(&places, &content, &wish, reserve) {
+            Ok(used) => answer::one(&answers, Answer::Df(used)),
+            Err(error) => answer::error(&answers, Reason::new(Code::DiskFull, inline_chain(&error))),
+        });
+    }
+}
+
+fn use_of(
+    places: &Places,
+    content: &Content,
+    wish: &Wish,
+    reserve: Bytes,
+) -> Result<DiskUse, crate::content::ContentError> {
+    let (pruned, _) = reclaim::collect(content, wish)?;
+    let reclaimable = |kind: &str| {
+        let items = pruned.items.iter().filter(|item| item.kind == kind);
+        Bytes(items.map(|item| item.size.0).sum())
+    };
+    let part = |what: &str, count: usize, bytes: u64, reclaimable: Bytes| DiskPart {
+        what: what.to_owned(),
+        count: count as u64,
+        size: Bytes(bytes),
+        reclaimable,
+    };
+    let (layers, documents) = (content.layers()?, content.documents()?);
+    let sum = |items: &[crate::content::usage::Item]| items.iter().map(|item| item.bytes).sum();
+    let mut parts = vec![
+        part("layers", layers.len(), sum(&layers), reclaimable("layer")),
+        part("documents", documents.len(), sum(&documents), reclaimable("document")),
+    ];
+    let directories: [(&str, PathBuf); 5] = [
+        ("workloads", places.workloads()),
+        ("volumes", places.volumes()),
+        ("logs", places.log()),
+        ("state", places.state()),
+        ("keep", places.keep()),
+    ];
+    for (what, path) in directories {
+        let count = std::fs::read_dir(&path).map_or(0, Iterator::count);
+        parts.push(part(what, count, tree_bytes(&path), Bytes(0)));
+    }
+    let space = disk::space(places.data());
+    let (total, free) = space.map_or((Bytes(0), Bytes(0)), |space| (space.total, space.free));
+    Ok(DiskUse { total, free, reserve, parts })
+}
