@@ -24,7 +24,7 @@ pub struct Item {
 impl Content {
     /// The unpacked layers. Costs a look at every file.
     pub fn layers(&self) -> Result<Vec<Item>, ContentError> {
-        items(&self.layers, |path| tree_bytes(path))
+        items(&self.layers, tree_bytes)
     }
 
     /// Manifests and configurations.
