@@ -48,6 +48,11 @@ pub enum Request {
     Restart {
         workload: WorkloadName,
     },
+    /// A command in a running workload; only over the local socket, which carries descriptors.
+    Exec {
+        workload: WorkloadName,
+        wish: ExecWish,
+    },
     Generations,
     /// What takes the disk.
     Df,
@@ -79,6 +84,7 @@ impl Request {
             Self::Start { .. }
             | Self::Stop { .. }
             | Self::Restart { .. }
+            | Self::Exec { .. }
             | Self::Apply { .. }
             | Self::Prune { dry_run: false }
             | Self::PowerOff
@@ -98,9 +104,34 @@ pub enum Answer {
     Generations(Vec<Generation>),
     Df(DiskUse),
     Pruned(Pruned),
-    Accepted { what: String },
+    Accepted {
+        what: String,
+    },
+    /// The command runs. Descriptors: its terminal's master, or the other ends of stdin, stdout and stderr.
+    ExecStarted,
+    /// Its exit code, or 128 and the signal.
+    ExecEnded {
+        code: i32,
+    },
     Error(Reason),
     End,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExecWish {
+    pub command: Vec<String>,
+    /// Beyond the workload's own.
+    pub env: Vec<String>,
+    /// With a terminal of this size.
+    pub terminal: Option<TerminalSize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TerminalSize {
+    pub rows: u16,
+    pub columns: u16,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -76,6 +76,8 @@ pub enum Code {
     Network,
     Busy,
     NoSuchWorkload,
+    NotRunning,
+    OperatorCommand,
 }
 
 /// Why something is as it is.

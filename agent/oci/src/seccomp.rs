@@ -7,9 +7,9 @@
 //! it does not exist: it answers ENOSYS, which every libc takes as "an older kernel" and falls back from. Compiled once.
 
 mod bpf;
+mod names;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::str::FromStr;
 use std::sync::OnceLock;
 
 use oci_spec::runtime::{
@@ -46,22 +46,18 @@ pub fn default_filter() -> Result<&'static [u8], SeccompError> {
 struct Abi {
     /// AUDIT_ARCH_* (linux/audit.h).
     audit: u32,
-    number_of: fn(&str) -> Option<u32>,
+    names: names::Table,
 }
 
 fn abi(arch: Arch) -> Option<Abi> {
-    let (audit, number_of): (u32, fn(&str) -> Option<u32>) = match arch {
-        Arch::ScmpArchX86_64 => (0xc000_003e, |name| number(syscalls::x86_64::Sysno::from_str(name).ok()?.id())),
-        Arch::ScmpArchX86 => (0x4000_0003, |name| number(syscalls::x86::Sysno::from_str(name).ok()?.id())),
-        Arch::ScmpArchAarch64 => (0xc000_00b7, |name| number(syscalls::aarch64::Sysno::from_str(name).ok()?.id())),
-        Arch::ScmpArchArm => (0x4000_0028, |name| number(syscalls::arm::Sysno::from_str(name).ok()?.id())),
+    let (audit, names) = match arch {
+        Arch::ScmpArchX86_64 => (0xc000_003e, names::x86_64()),
+        Arch::ScmpArchX86 => (0x4000_0003, names::x86()),
+        Arch::ScmpArchAarch64 => (0xc000_00b7, names::aarch64()),
+        Arch::ScmpArchArm => (0x4000_0028, names::arm()),
         _ => return None,
     };
-    Some(Abi { audit, number_of })
-}
-
-fn number(id: i32) -> Option<u32> {
-    u32::try_from(id).ok()
+    Some(Abi { audit, names })
 }
 
 const NATIVE: Arch = if cfg!(target_arch = "x86_64") {
@@ -123,7 +119,7 @@ fn calls(profile: &LinuxSeccomp, abi: &Abi, default: u32) -> Result<BTreeMap<u32
         let rules = rules(group.args().iter().flatten())?;
         for name in group.names() {
             // A name that this kernel's architecture does not have can be called by nobody.
-            let Some(number) = (abi.number_of)(name) else { continue };
+            let Some(number) = names::number(abi.names, name) else { continue };
             let decision = calls.entry(number).or_insert_with(|| Decision::Rules(Vec::new()));
             match decision {
                 Decision::Return(_) => {}

@@ -5,9 +5,10 @@
 //! One connection, one request: a frame (4-byte big-endian length, CBOR) in, frames out until `End` or `Error`.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use edged_model::api::{Answer, Request};
 use edged_model::reason::{Code, Reason};
@@ -49,7 +50,13 @@ pub struct Call {
     pub request: Request,
     pub caller: Caller,
     pub answers: mpsc::Sender<Answer>,
+    /// Where descriptors for the client are put before the answer that goes with them; a line that carries none has
+    /// none.
+    pub passing: Option<Passing>,
 }
+
+/// Descriptors on their way to a client.
+pub type Passing = Arc<Mutex<Vec<OwnedFd>>>;
 
 /// Listens at `path` until the runtime ends.
 pub fn listen(path: &Path, allowed: Allowed, calls: mpsc::Sender<Call>) -> io::Result<()> {
@@ -111,7 +118,8 @@ async fn serve(mut stream: UnixStream, allowed: &Allowed, calls: mpsc::Sender<Ca
         }
     };
     let caller = Caller { name: format!("operator uid={}", peer.uid), may_write: true };
-    let mut answers = ask(&calls, request, caller);
+    let passing = Passing::default();
+    let mut answers = ask_with(&calls, request, caller, Some(passing.clone()));
     let (mut from_client, mut to_client) = stream.into_split();
     let mut byte = [0; 1];
     // What the loop says by dropping a call it has not answered.
@@ -123,6 +131,10 @@ async fn serve(mut stream: UnixStream, allowed: &Allowed, calls: mpsc::Sender<Ca
             answer = answers.recv() => {
                 let answer = answer.unwrap_or_else(|| std::mem::replace(&mut at_the_end, Answer::End));
                 at_the_end = Answer::End;
+                if answer == Answer::ExecStarted {
+                    pass(to_client.as_ref(), &answer, &passing).await?;
+                    continue;
+                }
                 write(&mut to_client, &answer).await?;
                 if matches!(answer, Answer::End | Answer::Error(_)) {
                     return Ok(());
@@ -138,6 +150,16 @@ async fn write(stream: &mut (impl tokio::io::AsyncWrite + Unpin), answer: &Answe
     timeout(WRITE_TIMEOUT, frame::write(stream, answer)).await?
 }
 
+/// An answer that goes with descriptors: a small frame, whole, in one message.
+async fn pass(stream: &UnixStream, answer: &Answer, passing: &Passing) -> io::Result<()> {
+    let fds = std::mem::take(&mut *passing.lock().unwrap_or_else(PoisonError::into_inner));
+    let bytes = frame::of_answer(answer)?;
+    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let sent =
+        stream.async_io(tokio::io::Interest::WRITABLE, || edged_sys::fdpass::send(stream.as_fd(), &bytes, &borrowed));
+    timeout(WRITE_TIMEOUT, sent).await?
+}
+
 fn unanswered() -> Answer {
     let text = "the agent dropped the request without an answer";
     Answer::Error(Reason::new(Code::Busy, text).next("try again; its log says more"))
@@ -145,8 +167,17 @@ fn unanswered() -> Answer {
 
 /// Puts a request to the loop; a full queue is an answer too.
 pub fn ask(calls: &mpsc::Sender<Call>, request: Request, caller: Caller) -> mpsc::Receiver<Answer> {
+    ask_with(calls, request, caller, None)
+}
+
+fn ask_with(
+    calls: &mpsc::Sender<Call>,
+    request: Request,
+    caller: Caller,
+    passing: Option<Passing>,
+) -> mpsc::Receiver<Answer> {
     let (answers, receiver) = mpsc::channel(ANSWERS_DEPTH);
-    let call = Call { request, caller, answers: answers.clone() };
+    let call = Call { request, caller, answers: answers.clone(), passing };
     if calls.try_send(call).is_err() {
         let busy = Reason::new(Code::Busy, "the agent has more requests than it can take").next("try again");
         // The channel is new and empty.

@@ -5,6 +5,7 @@ use edged_model::api::Request;
 use edged_model::id::WorkloadName;
 
 use super::Show;
+use super::exec::ExecArgs;
 use crate::authoring::{
     image::ImageCommand, key::KeyCommand, manifest::ManifestCommand, push::PushCommand, trust::TrustCommand,
 };
@@ -90,6 +91,8 @@ pub enum Verb {
     Stop { workload: WorkloadName },
     /// Stop a workload and start it again
     Restart { workload: WorkloadName },
+    /// Run a command in a workload that runs; its exit code is ours
+    Exec(ExecArgs),
     /// The manifests this device has had
     Generations {
         #[arg(short, long, default_value = "table")]
@@ -170,6 +173,7 @@ impl Verb {
             Self::Start { workload } => Request::Start { workload: workload.clone() },
             Self::Stop { workload } => Request::Stop { workload: workload.clone() },
             Self::Restart { workload } => Request::Restart { workload: workload.clone() },
+            Self::Exec(exec) => exec.request(),
             Self::Generations { .. } => Request::Generations,
             Self::Df { .. } => Request::Df,
             Self::Prune { dry_run, .. } => Request::Prune { dry_run: *dry_run },

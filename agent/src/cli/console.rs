@@ -44,7 +44,8 @@ fn definition() -> clap::Command {
 
 fn is_elsewhere(verb: &Verb) -> bool {
     match verb {
-        Verb::Key(_) | Verb::Trust(_) | Verb::Manifest(_) | Verb::Image(_) | Verb::Push(_) | Verb::Apply { .. } => true,
+        Verb::Key(_) | Verb::Trust(_) | Verb::Manifest(_) | Verb::Image(_) | Verb::Push(_) => true,
+        Verb::Apply { .. } | Verb::Exec(_) => true,
         Verb::Status { .. }
         | Verb::Ps { .. }
         | Verb::Inspect { .. }

@@ -66,6 +66,12 @@ impl Host {
                 if let Some(port) = port {
                     ssh.arg("-p").arg(port.to_string());
                 }
+                let words: Vec<_> = words.collect();
+                // A terminal over there for a command that wants one.
+                if words.iter().any(|word| word == "exec") && std::io::IsTerminal::is_terminal(&io::stdin()) {
+                    ssh.arg("-t");
+                }
+                let words = words.into_iter();
                 let remote: Vec<_> = without_host(words).iter().map(|word| quoted(word)).collect();
                 let error = ssh.arg("--").arg(target).arg(format!("edgectl {}", remote.join(" "))).exec();
                 Err(format!("ssh: {error}: is the ssh program installed?"))

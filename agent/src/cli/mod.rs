@@ -4,6 +4,8 @@
 pub mod args;
 /// The verbs on the line console.
 pub mod console;
+/// A command in a workload, with our terminal.
+pub mod exec;
 /// How to reach an agent.
 pub mod host;
 /// The workstation's end of a serial line.
@@ -41,6 +43,7 @@ pub fn run() -> ExitCode {
         Verb::Manifest(command) => finish(command.run()),
         Verb::Image(command) => finish(command.run()),
         Verb::Push(command) => finish(command.run()),
+        Verb::Exec(exec) => exec.run(&args.host),
         verb => match verb.request() {
             Ok(request) => ask(&args.host, &request, verb.show()),
             Err(text) => fail(exit::USAGE, &text),

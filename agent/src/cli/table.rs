@@ -54,7 +54,8 @@ pub fn answer(answer: &Answer, style: Style) -> String {
         Answer::Pruned(pruned) => disk::pruned(pruned),
         Answer::Accepted { what } => format!("{}\n", clean(what)),
         Answer::Error(reason) => reason_text(reason) + "\n",
-        Answer::End => String::new(),
+        // What `exec` does with them is no text.
+        Answer::ExecStarted | Answer::ExecEnded { .. } | Answer::End => String::new(),
     }
 }
 

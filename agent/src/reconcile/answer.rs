@@ -17,7 +17,7 @@ const TAIL_MAX: u32 = 2000;
 
 impl Agent {
     pub(super) async fn answer(&mut self, call: Call) {
-        let Call { request, caller, answers } = call;
+        let Call { request, caller, answers, passing } = call;
         if !request.is_read() && !caller.may_write {
             return error(&answers, Reason::new(Code::NotAllowedHere, format!("{} may only read", caller.name)));
         }
@@ -45,6 +45,7 @@ impl Agent {
             Request::Start { workload } => self.operate(&answers, &workload, None, &caller.name),
             Request::Stop { workload } => self.operate(&answers, &workload, Some(Hold::Stopped), &caller.name),
             Request::Restart { workload } => self.operate(&answers, &workload, Some(Hold::Restart), &caller.name),
+            Request::Exec { workload, wish } => self.exec(answers, passing, workload, wish, &caller.name),
             Request::Apply { envelope } => {
                 let (reply, result) = oneshot::channel();
                 self.receive(Message::Offer { envelope, by: caller.name, reply: Some(reply) }).await;
@@ -62,7 +63,7 @@ impl Agent {
         }
     }
 
-    fn no_such(&self, name: &WorkloadName) -> Reason {
+    pub(super) fn no_such(&self, name: &WorkloadName) -> Reason {
         let known: Vec<_> = self
             .active()
             .map(|active| active.manifest.workloads.keys().map(WorkloadName::as_str).collect())

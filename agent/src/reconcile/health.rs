@@ -82,6 +82,35 @@ impl Agent {
     }
 }
 
+/// The keeper's name for one more process of a workload.
+pub(super) fn exec_key(name: &WorkloadName, kind: &str) -> String {
+    format!("{name}/{kind}-{}", EXEC_NUMBER.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A command with the identity, the wall and the filter of a workload that runs; its namespaces are entered, not made.
+pub(super) fn joining(spec: LaunchSpec, name: &WorkloadName, key: String, command: Vec<String>) -> LaunchSpec {
+    LaunchSpec {
+        key,
+        note: String::new(),
+        join: Some(name.to_string()),
+        namespaces: 0,
+        netns_fd: None,
+        rootfs: None,
+        mounts: Vec::new(),
+        device_nodes: Vec::new(),
+        symlinks: Vec::new(),
+        stop: StopPlan::default(),
+        masked_paths: Vec::new(),
+        readonly_paths: Vec::new(),
+        sysctls: Vec::new(),
+        hostname: None,
+        init: false,
+        argv: command,
+        stdio: Stdio::Pipes,
+        ..spec
+    }
+}
+
 type Describe = dyn Fn(&WorkloadName, &StartContext) -> Option<start::Prepared> + Send + Sync;
 
 /// A command inside the container.
@@ -100,29 +129,10 @@ impl ExecProbe {
         let (describe, name, context) = (self.describe.clone(), self.name.clone(), self.context.clone());
         let described = tokio::task::spawn_blocking(move || describe(&name, &context)).await;
         let Ok(Some(prepared)) = described else { return failed("the command could not be prepared".to_owned()) };
-        let key = format!("{}/probe-{}", self.name, EXEC_NUMBER.fetch_add(1, Ordering::Relaxed));
+        let key = exec_key(&self.name, "probe");
         let (sender, ended) = oneshot::channel();
         self.execs.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone(), sender);
-        // The same identity, wall and filter as the container; its namespaces are entered, not made.
-        let spec = LaunchSpec {
-            key: key.clone(),
-            note: String::new(),
-            join: Some(self.name.to_string()),
-            namespaces: 0,
-            netns_fd: None,
-            rootfs: None,
-            mounts: Vec::new(),
-            device_nodes: Vec::new(),
-            symlinks: Vec::new(),
-            stop: StopPlan::default(),
-            masked_paths: Vec::new(),
-            readonly_paths: Vec::new(),
-            sysctls: Vec::new(),
-            hostname: None,
-            argv: self.command.clone(),
-            stdio: Stdio::Pipes,
-            ..prepared.spec
-        };
+        let spec = joining(prepared.spec, &self.name, key.clone(), self.command.clone());
         let launched = match self.link.launch(spec, prepared.fds).await {
             Ok(launched) => launched,
             Err(error) => {

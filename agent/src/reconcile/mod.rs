@@ -14,6 +14,8 @@ mod answer;
 mod boot;
 /// The only reader of clocks.
 pub mod clock;
+/// Commands of operators in workloads.
+mod exec;
 mod health;
 mod intake;
 /// What takes the disk, and when it goes.

@@ -2,6 +2,7 @@
 //! a real fleet server. Needs root. One after another: two devices would compete for the machine's two cores.
 
 mod disk;
+mod exec;
 #[path = "../support/faults.rs"]
 #[expect(dead_code, reason = "the tests of the pull look closer at what was asked")]
 mod faults;

@@ -86,7 +86,7 @@ async fn answer_all(mut calls: mpsc::Receiver<Call>) {
     }
 }
 
-async fn answer(Call { request, caller, answers }: Call) {
+async fn answer(Call { request, caller, answers, .. }: Call) {
     let list = match request {
         Request::Version => {
             let text = |text: &str| text.to_owned();

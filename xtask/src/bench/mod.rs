@@ -8,6 +8,8 @@ mod device;
 mod memory;
 /// From a crash to running again, against podman.
 mod restart;
+/// One container after another, against other runtimes and the bare system calls.
+mod runtime;
 /// The static programs.
 mod sizes;
 
@@ -23,10 +25,12 @@ pub enum Bench {
     Memory,
     /// Crash to running again, against podman
     Restart,
+    /// A container from nothing to nothing, against crun, runc and the bare system calls
+    Runtime,
 }
 
 pub fn run(what: &[Bench]) -> Result<()> {
-    let all = [Bench::Sizes, Bench::Memory, Bench::Restart, Bench::Boot];
+    let all = [Bench::Sizes, Bench::Memory, Bench::Restart, Bench::Runtime, Bench::Boot];
     let what = if what.is_empty() { &all[..] } else { what };
     for bench in what {
         match bench {
@@ -34,6 +38,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
             Bench::Boot => boot::run()?,
             Bench::Memory => memory::run()?,
             Bench::Restart => restart::run()?,
+            Bench::Runtime => runtime::run()?,
         }
     }
     Ok(())

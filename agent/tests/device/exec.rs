@@ -1,0 +1,96 @@
+//! `edgectl exec`: pipes, terminals, codes, and what is refused.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
+
+use edged_qemu::process;
+
+use crate::rig::{Device, Factory, head, until};
+
+fn manifest(image: &str) -> String {
+    let resources = "resources: { memory: 16Mi, cpu: 200m }";
+    format!(
+        "{}workloads:\n  idle:\n    image: {image}\n    command: [/bin/sleep, \"1000\"]\n    {resources}\n  \
+         ended:\n    image: {image}\n    command: [\"/bin/true\"]\n    restart: {{ policy: never }}\n    {resources}\n",
+        head(1)
+    )
+}
+
+fn ready() -> (Factory, Device) {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let device = factory.device("");
+    device.take(&factory.sign("exec", &manifest(&image)));
+    device.running("idle");
+    (factory, device)
+}
+
+#[test]
+fn a_command_runs_inside_with_pipes_and_its_own_code() {
+    let (_factory, device) = ready();
+    let inside = device.edgectl(&["exec", "-e", "A=b", "idle", "sh", "-c", "echo $A; echo err >&2; exit 7"]);
+    assert_eq!(inside.status.code(), Some(7), "{inside:?}");
+    assert_eq!((inside.stdout.as_slice(), inside.stderr.as_slice()), (&b"b\n"[..], &b"err\n"[..]));
+
+    let mut cat = device.command();
+    cat.args(["exec", "-i", "idle", "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut cat = cat.spawn().unwrap();
+    cat.stdin.take().unwrap().write_all(b"through and back").unwrap();
+    let output = cat.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(0), &b"through and back"[..]));
+
+    // The operator's word is kept, and what cannot be is told.
+    until("the record", || device.events().iter().any(|text| text.contains("a command in idle: sh -c")).then_some(()));
+    for (words, why) in [
+        (&["exec", "nobody", "true"][..], "there is no workload nobody"),
+        (&["exec", "ended", "true"], "does not run"),
+        (&["exec", "idle", "no-such-program"], "no-such-program"),
+        (&["exec", "-t", "idle", "sh"], "no terminal"),
+    ] {
+        let refused = device.edgectl(words);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(matches!(refused.status.code(), Some(1 | 2)) && said.contains(why), "{words:?}: {refused:?}");
+    }
+}
+
+#[test]
+fn a_terminal_has_the_size_of_ours_and_a_client_that_leaves_hangs_up() {
+    let (_factory, device) = ready();
+    let size = nix::pty::Winsize { ws_row: 33, ws_col: 101, ws_xpixel: 0, ws_ypixel: 0 };
+    let pty = nix::pty::openpty(Some(&size), None).unwrap();
+    let mut command = device.command();
+    let end = |fd: &OwnedFd| Stdio::from(fd.try_clone().unwrap());
+    command.args(["exec", "-it", "idle", "sh"]).stdin(end(&pty.slave)).stdout(end(&pty.slave)).stderr(end(&pty.slave));
+    let mut client = command.spawn().unwrap();
+    drop(command);
+    drop(pty.slave);
+    let mut ours = File::from(pty.master);
+    let mut seen = String::new();
+    let mut read_until = |ours: &mut File, what: &str| {
+        let mut buffer = [0; 1024];
+        while !seen.contains(what) {
+            let count = ours.read(&mut buffer).unwrap();
+            assert!(count > 0, "{what} in {seen}");
+            seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+    };
+    ours.write_all(b"busybox stty size; busybox tty; echo ba''ck\n").unwrap();
+    read_until(&mut ours, "33 101");
+    read_until(&mut ours, "/dev/pts/");
+    read_until(&mut ours, "back");
+    let pid = device.pid("idle");
+    let others = || {
+        process::read(std::process::Command::new("ps").args(["-eo", "args"]))
+            .unwrap()
+            .lines()
+            .filter(|l| *l == "sh")
+            .count()
+    };
+    assert!(others() >= 1);
+    client.kill().unwrap();
+    client.wait().unwrap();
+    until("the end of the shell that was hung up on", || (others() == 0).then_some(()));
+    assert_eq!(device.pid("idle"), pid, "the workload itself goes on");
+}
