@@ -115,6 +115,9 @@ pub struct Workload {
     /// Makes the root file system read-only.
     #[serde(default)]
     pub read_only: bool,
+    /// A tiny init as the first process: it passes signals on, reaps, and ends with the program's code.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub init: bool,
     /// Device nodes of the host to pass in.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<Device>,
@@ -126,6 +129,10 @@ pub struct Workload {
     pub stop_timeout: Span,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn default_stop_timeout() -> Span {
@@ -449,6 +456,7 @@ impl Workload {
             capabilities: Capabilities::default(),
             seccomp: Seccomp::default(),
             read_only: false,
+            init: false,
             devices: Vec::new(),
             stop_signal: None,
             stop_timeout: default_stop_timeout(),

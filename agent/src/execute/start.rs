@@ -164,6 +164,7 @@ pub fn prepare(
         cgroups: CgroupView::Namespace,
     };
     let mut spec = launch_spec(&spec, place).map_err(|error| fail(&error))?;
+    spec.init = workload.init;
     spec.stop = super::stop::plan(manifest, name, workload, Some(image));
     Ok(Prepared { spec, fds: netns.into_iter().chain(cgroup_fds).collect(), cgroup })
 }

@@ -20,6 +20,8 @@ pub const STORIES: &[Story] = &[
     ("power_is_given_up", power_is_given_up),
     ("a_filter_forbids_with_and_without_no_new_privs", a_filter_forbids_with_and_without_no_new_privs),
     ("exec_joins_a_living_container", exec_joins_a_living_container),
+    ("an_init_passes_signals_on_reaps_and_tells_the_code", an_init_passes_signals_on_reaps_and_tells_the_code),
+    ("a_user_namespace_is_mapped_and_entered", a_user_namespace_is_mapped_and_entered),
     ("a_terminal_is_the_containers_own", a_terminal_is_the_containers_own),
     ("a_given_network_namespace_is_entered", a_given_network_namespace_is_entered),
     ("cgroups_of_both_versions_are_entered", cgroups_of_both_versions_are_entered),
@@ -293,4 +295,55 @@ fn cgroups_of_both_versions_are_entered() {
         assert_eq!(line(&mut outputs[0]), "0::/");
         group.holds_alone(pid);
     }
+}
+
+fn an_init_passes_signals_on_reaps_and_tells_the_code() {
+    let (rig, mut link) = Rig::start();
+    let with_init = |key: &str, script: &str| LaunchSpec { init: true, ..rig.spec(key, script) };
+    // Not process 1; what it leaves behind is nobody's zombie; its code is told.
+    let orphans = "(sh -c 'exit 3' &); (sh -c 'exit 3' &); echo $$; \
+        while grep -q ') Z' /proc/[0-9]*/stat 2>/dev/null; do sleep 0.01; done; echo reaped; exit 7";
+    let (code, out, err) = link.run(with_init("orphans", orphans));
+    assert_eq!((code, out.as_str(), err.as_str()), (Some(7), "2\nreaped\n", ""));
+
+    let (_, mut outputs) = link.launch(with_init("asked", "trap 'exit 6' TERM; echo up; while :; do sleep 0.01; done"));
+    assert_eq!(line(&mut outputs[0]), "up");
+    link.ask(RequestBody::Signal { key: "asked".into(), signal: 15 }, &[]);
+    assert_eq!(link.exit_of("asked").code, Some(6));
+    let (code, ..) = link.run(with_init("killed", "kill -9 $$"));
+    assert_eq!(code, Some(128 + 9));
+
+    // A program that cannot be executed is told by its step, as without an init.
+    let mut spec = with_init("x", "");
+    spec.argv = vec!["/etc".into()];
+    assert_eq!(link.fails(spec), ("exec (/etc)".into(), 13));
+}
+
+fn a_user_namespace_is_mapped_and_entered() {
+    use edged_model::keeper::IdMapping;
+    const NEW_USER: u64 = 0x1000_0000;
+    let (rig, mut link) = Rig::start();
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(rig.dir.path(), open).unwrap();
+    let map = vec![IdMapping { inside: 0, outside: 300_000, count: 1000 }];
+    let mut spec = rig.spec("mapped", "id -u; cat /proc/self/uid_map; echo up; exec sleep 1000");
+    spec.namespaces |= NEW_USER;
+    (spec.uid_map, spec.gid_map) = (map.clone(), map);
+    spec.device_nodes.clear();
+    let (_, mut outputs) = link.launch(spec);
+    assert_eq!(line(&mut outputs[0]), "0");
+    assert!(line(&mut outputs[0]).split_whitespace().eq(["0", "300000", "1000"]));
+    assert_eq!(line(&mut outputs[0]), "up");
+    // A second process in it is in the same user namespace.
+    let mut inside = rig.spec("mapped/exec-1", "cat /proc/self/uid_map");
+    inside.join = Some("mapped".into());
+    (inside.namespaces, inside.rootfs, inside.hostname) = (0, None, None);
+    inside.mounts.clear();
+    inside.device_nodes.clear();
+    inside.symlinks.clear();
+    let (code, out, _) = link.run(inside);
+    assert_eq!(code, Some(0));
+    assert!(out.split_whitespace().eq(["0", "300000", "1000"]), "{out}");
+    link.ask(RequestBody::Signal { key: "mapped".into(), signal: 9 }, &[]);
+    assert_eq!(link.exit_of("mapped").signal, Some(9));
 }
