@@ -56,7 +56,6 @@ fn each_problem_names_its_field() {
         source: MountSource::Tmpfs { size: Bytes(1) },
         target: target.to_owned(),
         read_only: false,
-        init: false,
     };
     assert_eq!(texts(|_, web| web.mounts = vec![mount("/a/../b")]).len(), 1);
     assert_eq!(texts(|_, web| web.mounts = vec![mount("/a"), mount("/a")]).len(), 1);
