@@ -138,6 +138,14 @@ pub struct Accepted {
     pub warnings: Vec<String>,
 }
 
+/// A device took a newer trust root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TrustTaken {
+    /// The version that is in force now.
+    pub trust_root: u64,
+}
+
 /// A report was taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use edged_model::cbor;
 use edged_model::envelope::{self, Kind};
-use edged_model::fleet::{Accepted, Problem};
+use edged_model::fleet::{Accepted, Problem, TrustTaken};
 use edged_model::id::{DeviceId, GroupName};
 use edged_model::manifest::Manifest;
 
@@ -16,7 +16,7 @@ use crate::registry;
 
 #[derive(Debug, Args)]
 pub struct PushCommand {
-    /// What `edgectl manifest sign` wrote
+    /// What `edgectl manifest sign` wrote, or a newer trust root
     file: PathBuf,
     /// https://HOST[:PORT] of a device, or of a fleet with --device or --group
     #[arg(long)]
@@ -53,9 +53,14 @@ impl PushCommand {
     pub fn run(&self) -> Result<String> {
         let bytes = read(&self.file)?;
         let context = || self.file.display().to_string();
-        let opened = envelope::open(&bytes, Kind::Manifest).with_context(context)?;
-        let manifest: Manifest = cbor::decode_signed(&opened.signed_by(&[])?.payload).with_context(context)?;
-        self.is_for(&manifest).with_context(context)?;
+        let is_root = envelope::open(&bytes, Kind::TrustRoot).is_ok();
+        if !is_root {
+            let opened = envelope::open(&bytes, Kind::Manifest).with_context(context)?;
+            let manifest: Manifest = cbor::decode_signed(&opened.signed_by(&[])?.payload).with_context(context)?;
+            self.is_for(&manifest).with_context(context)?;
+        } else if self.device.is_some() || self.group.is_some() {
+            bail!("{}: a trust root is pushed to a device itself, not left at a fleet", self.file.display());
+        }
         if !self.to.starts_with("https://") {
             bail!("{}: only https:// is spoken, so that the token stays between the two", self.to);
         }
@@ -93,6 +98,9 @@ impl PushCommand {
 
 /// What became of it: an endpoint that only stores bytes says nothing more than that it took them.
 fn taken(url: &str, text: &str) -> String {
+    if let Ok(TrustTaken { trust_root }) = serde_json::from_str(text) {
+        return format!("{url}: trust root version {trust_root} is in force\n");
+    }
     let Ok(accepted) = serde_json::from_str::<Accepted>(text) else { return format!("{url}: taken\n") };
     let mut said = format!("{url}: generation {} taken ({})\n", accepted.sequence, accepted.digest.short());
     for warning in &accepted.warnings {

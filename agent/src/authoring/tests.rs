@@ -368,7 +368,7 @@ fn device_port(desk: &Desk) -> String {
                     }
                     facts.highest_sequence
                 });
-                reply.send(verdict).unwrap();
+                reply.send(verdict.map(crate::report::Taken::Generation)).unwrap();
             }
         });
     });

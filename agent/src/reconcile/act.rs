@@ -15,6 +15,7 @@ use super::world::Began;
 use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, health, transition};
 use crate::execute::{place, pull, start, stop};
 use crate::network::netns;
+use crate::report::Taken;
 use crate::runtime::keeper_link::{LaunchError, Launched};
 use crate::store::{Durability, SavedHistory, inline_chain};
 
@@ -359,7 +360,7 @@ impl Agent {
             Reason::new(Code::DiskFull, format!("a generation's state cannot be written: {error}"))
         });
         if let Some((sequence, reply)) = offered {
-            let _ = reply.send(why.clone().map_or(Ok(sequence), Err));
+            let _ = reply.send(why.clone().map_or(Ok(Taken::Generation(sequence)), Err));
         }
         if let Some(why) = why {
             return self.tell(None, None, &why, "agent");

@@ -52,7 +52,7 @@ impl Agent {
                 // The verdict comes when the loop has turned on.
                 tokio::spawn(async move {
                     match result.await {
-                        Ok(Ok(sequence)) => one(&answers, Answer::Accepted { what: format!("generation {sequence}") }),
+                        Ok(Ok(taken)) => one(&answers, Answer::Accepted { what: taken.to_string() }),
                         Ok(Err(reason)) => error(&answers, reason),
                         Err(_) => error(&answers, Reason::new(Code::Busy, "the agent is ending")),
                     }

@@ -10,10 +10,11 @@ use tokio::sync::oneshot;
 
 use super::{Agent, Message, clock, transition};
 use crate::execute::start;
+use crate::report::Taken;
 use crate::verify::{self, DeviceFacts, Verdict};
 
 /// A manifest that was not refused.
-enum Taken {
+enum Considered {
     BeingWritten(Sequence),
     /// The very one that the device has.
     Known(Sequence),
@@ -31,6 +32,7 @@ impl Agent {
             Message::Started { workload, result } => self.started(workload, result).await,
             Message::Changed { change, failed, activated } => self.changed(*change, failed, activated),
             Message::Collected { result, reply } => self.collected(result, reply),
+            Message::RootWritten { root, by, failed, reply } => self.root_written(*root, &by, failed, reply),
             Message::Removed { workload, failed } => self.removed(&workload, failed),
             Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
             Message::Offer { envelope, by, reply } => self.offer(envelope, &by, reply),
@@ -48,14 +50,17 @@ impl Agent {
         }
     }
 
-    fn offer(&mut self, envelope: Vec<u8>, by: &str, reply: Option<oneshot::Sender<Result<Sequence, Reason>>>) {
+    fn offer(&mut self, envelope: Vec<u8>, by: &str, reply: Option<oneshot::Sender<Result<Taken, Reason>>>) {
+        if edged_model::envelope::open(&envelope, edged_model::envelope::Kind::TrustRoot).is_ok() {
+            return self.offer_root(envelope, by, reply);
+        }
         let verdict = match self.consider(envelope, by) {
             // Taken is what is on the disk: until then nobody is told so.
-            Ok(Taken::BeingWritten(sequence)) => {
+            Ok(Considered::BeingWritten(sequence)) => {
                 self.under_way.acknowledge = reply.map(|reply| (sequence, reply));
                 return;
             }
-            Ok(Taken::Known(sequence)) => Ok(sequence),
+            Ok(Considered::Known(sequence)) => Ok(Taken::Generation(sequence)),
             Err(reason) => Err(reason),
         };
         if let Some(reply) = reply {
@@ -65,7 +70,7 @@ impl Agent {
     }
 
     /// Verifies and takes a manifest. What runs is not touched by a refusal.
-    fn consider(&mut self, envelope: Vec<u8>, by: &str) -> Result<Taken, Reason> {
+    fn consider(&mut self, envelope: Vec<u8>, by: &str) -> Result<Considered, Reason> {
         let busy = || Reason::new(Code::Busy, "another change is being written").next("push it again");
         if self.under_way.change {
             return Err(busy());
@@ -88,7 +93,7 @@ impl Agent {
         });
         let verified = match verdict {
             Ok(Verdict::Accepted(verified)) => verified,
-            Ok(Verdict::Known { .. }) => return self.known(pointers.highest_sequence).map(Taken::Known),
+            Ok(Verdict::Known { .. }) => return self.known(pointers.highest_sequence).map(Considered::Known),
             Err(reason) => {
                 self.refuse(&format!("manifest {}", edged_model::id::Digest::of(&envelope).short()), &reason);
                 self.tell(None, None, &reason, by);
@@ -118,7 +123,7 @@ impl Agent {
             return Err(busy());
         }
         self.raise_floor(issued);
-        Ok(Taken::BeingWritten(sequence))
+        Ok(Considered::BeingWritten(sequence))
     }
 
     /// A new generation begins without the failures of the one before: the operator may have signed the image, or put

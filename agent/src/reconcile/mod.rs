@@ -24,6 +24,8 @@ mod start_up;
 mod status;
 mod store_thread;
 mod transition;
+/// The trust root in force, and the next one.
+mod trust_root;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,7 +50,7 @@ use crate::execute::start::StartContext;
 use crate::network::ports::Ports;
 use crate::observe::ProbeOutcome;
 use crate::observe::logs::Logs;
-use crate::report::FleetLine;
+use crate::report::{FleetLine, Taken};
 use crate::runtime::cgroup::Cgroup;
 use crate::runtime::keeper_link::{KeeperLink, LaunchError, Launched};
 use crate::store::Store;
@@ -91,6 +93,12 @@ enum Message {
         result: Result<(Pruned, Vec<String>), String>,
         reply: Option<mpsc::Sender<Answer>>,
     },
+    RootWritten {
+        root: Box<TrustRoot>,
+        by: String,
+        failed: Option<String>,
+        reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
+    },
     Probed {
         workload: WorkloadName,
         pid: i32,
@@ -100,7 +108,7 @@ enum Message {
     Offer {
         envelope: Vec<u8>,
         by: String,
-        reply: Option<oneshot::Sender<Result<Sequence, Reason>>>,
+        reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
     },
     Network(String),
 }
@@ -120,7 +128,7 @@ struct UnderWay {
     signalled: BTreeSet<WorkloadName>,
     change: bool,
     /// Who offered the generation that is being written, and hears of it when it is on the disk.
-    acknowledge: Option<(Sequence, oneshot::Sender<Result<Sequence, Reason>>)>,
+    acknowledge: Option<(Sequence, oneshot::Sender<Result<Taken, Reason>>)>,
 }
 
 /// A start that was ordered and not answered yet.

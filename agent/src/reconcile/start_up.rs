@@ -11,12 +11,12 @@ use edged_model::keeper::ChildState;
 use edged_model::observed::{Capacity, Desired, ImageStatus, Instance, InstanceState};
 use edged_model::quantity::{Bytes, MilliCpu, Timestamp};
 use edged_model::reason::{Code, Reason};
-use edged_model::trust::{RoleName, TrustRoot};
+use edged_model::trust::RoleName;
 use tokio::sync::{broadcast, mpsc};
 
 use super::boot;
 use super::world::{Began, World};
-use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock};
+use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock, trust_root};
 use crate::api::{self, console};
 use crate::config::{Config, Places};
 use crate::content::Content;
@@ -27,7 +27,7 @@ use crate::observe::{logs::Logs, pressure};
 use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
-use crate::store::{Store, StoreError, opened_reason};
+use crate::store::{Store, opened_reason};
 use crate::verify::trust;
 
 /// Manifests that may wait for the loop: one of the fleet and a few pushes, each of at most 1 MiB.
@@ -48,7 +48,10 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     let opening = (places.clone(), config.fleet.outbox_max);
     let (store, opened) = tokio::task::spawn_blocking(move || Store::open(&opening.0, opening.1)).await??;
     link.heartbeat().await?;
-    let (root, root_problem) = trust_root(&places, &config, &store)?;
+    let floor = store.time_floor()?.max(Timestamp(crate::BUILT_AT));
+    let beside = places.config_file.with_file_name("trust.cose");
+    let factory = config.device.trust_root.clone().unwrap_or(beside);
+    let (root, root_problem) = trust_root::first(&factory, &store, clock::now(floor).wall)?;
     let instance = (!is_device).then(|| Digest::of(places.data().as_os_str().as_encoded_bytes()).short());
     let cgroups = CgroupRoot::detect(instance.as_deref())?;
     let content = Content::open(&places)?;
@@ -62,17 +65,15 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     let (inbox, messages) = mpsc::channel(MESSAGES_DEPTH);
     let (story, _) = broadcast::channel(STORY_DEPTH);
     let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
-    let image_threshold = root.roles.get(&RoleName::Image).map_or(1, |role| role.threshold as usize);
     let pull_context = PullContext {
         content: content.clone(),
         registries: config.registry.clone(),
         images: config.images.clone(),
         keys: trust::role_spki(&root, RoleName::Image),
-        threshold: image_threshold,
+        threshold: trust_root::image_threshold(&root),
         data: places.data().to_owned(),
         disk_reserve: config.limits.disk_reserve,
     };
-    let floor = store.time_floor()?.max(Timestamp(crate::BUILT_AT));
     let mut agent = Agent {
         device: config.device.id.clone(),
         boot_cause: if is_device { boot::cause(&store, &places.keep(), &boot_id) } else { None },
@@ -109,39 +110,6 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     let calls = agent.open_doors(&places, is_device).await?;
     agent.turn(messages, exits, calls).await;
     Ok(())
-}
-
-/// The newest trust root: the stored one if there is one, else the factory's.
-fn trust_root(places: &Places, config: &Config, store: &Store) -> anyhow::Result<(TrustRoot, Option<Reason>)> {
-    if let Some(stored) = store.trust_root().ok().flatten() {
-        if let Ok(root) = trust::factory(&stored) {
-            return Ok((root, None));
-        }
-    }
-    let beside = places.config_file.with_file_name("trust.cose");
-    let path = config.device.trust_root.clone().unwrap_or(beside);
-    let empty = |why: Reason| {
-        (TrustRoot { version: 0, expires: Timestamp(0), keys: BTreeMap::new(), roles: BTreeMap::new() }, Some(why))
-    };
-    match std::fs::read(&path) {
-        Ok(bytes) => match trust::factory(&bytes) {
-            Ok(root) => match store.set_trust_root(root.version, &bytes) {
-                Ok(()) => Ok((root, None)),
-                // The newer root is lost and the factory's may not come back: believe nobody, but do run.
-                Err(error @ StoreError::TrustRollback { .. }) => {
-                    let text = format!("{}: {error}", path.display());
-                    Ok(empty(Reason::new(Code::TrustRollback, text).next("give the device its newest trust root")))
-                }
-                Err(error) => Err(error.into()),
-            },
-            Err(why) => Ok(empty(why)),
-        },
-        // Without a root nothing is believed; the device still runs and can be asked why.
-        Err(error) => {
-            let text = format!("no trust root: {}: {error}", path.display());
-            Ok(empty(Reason::new(Code::UnknownSigner, text).next("`edgectl trust init` makes one")))
-        }
-    }
 }
 
 /// What this machine has to give.

@@ -40,12 +40,29 @@ use crate::store::{Durability, Store, inline_chain};
 /// An error document is read no further than this.
 const PROBLEM_MAX_BYTES: u64 = 16 << 10;
 
-/// A signed manifest on its way to the agent's loop, and where its verdict goes.
+/// What an offered document has become, once that is on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    Generation(Sequence),
+    /// The version that is in force now.
+    TrustRoot(u64),
+}
+
+impl std::fmt::Display for Taken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Generation(sequence) => write!(f, "generation {sequence}"),
+            Self::TrustRoot(version) => write!(f, "trust root version {version} is in force"),
+        }
+    }
+}
+
+/// A signed manifest or trust root on its way to the agent's loop, and where its verdict goes.
 pub struct Offer {
     pub envelope: Vec<u8>,
     /// `fleet`, or `push from <address>`.
     pub by: String,
-    pub reply: oneshot::Sender<Result<Sequence, Reason>>,
+    pub reply: oneshot::Sender<Result<Taken, Reason>>,
 }
 
 /// However much changes, reports are no closer than this.

@@ -1,4 +1,4 @@
-//! The agent's own HTTPS port: `PUT /v1/manifest`. TLS is the transport, the signature is the authority: anybody may
+//! The agent's own HTTPS port: `PUT /v1/manifest`, where a newer trust root is taken as well. TLS is the transport, the signature is the authority: anybody may
 //! push, and nothing is believed for it. Bytes are handed on unread; the verdict is the answer.
 
 use std::net::SocketAddr;
@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use edged_model::fleet::{Accepted, MANIFEST_MAX_BYTES, Problem};
+use edged_model::fleet::{Accepted, MANIFEST_MAX_BYTES, Problem, TrustTaken};
 use edged_model::generation::GenerationState;
 use edged_model::id::{DeviceId, Digest};
 use edged_model::reason::Code;
@@ -21,8 +21,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_rustls::TlsAcceptor;
 
-use super::Offer;
 use super::certificate::{self, CertificateError};
+use super::{Offer, Taken};
 use crate::config::Api;
 
 /// Pushes at one time: each may hold a manifest of 1 MiB. More wait in the kernel's queue.
@@ -111,7 +111,10 @@ async fn serve(stream: TcpStream, peer: SocketAddr, acceptor: &TlsAcceptor, offe
 
 async fn answer(request: Request<Incoming>, peer: SocketAddr, offers: &mpsc::Sender<Offer>) -> Response<Full<Bytes>> {
     match take(request, peer, offers).await {
-        Ok(accepted) => json(StatusCode::ACCEPTED, "application/json", &accepted),
+        Ok(Answered::Generation(accepted)) => json(StatusCode::ACCEPTED, "application/json", &accepted),
+        Ok(Answered::TrustRoot(version)) => {
+            json(StatusCode::OK, "application/json", &TrustTaken { trust_root: version })
+        }
         Err(problem) => {
             let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             let mut response = json(status, "application/problem+json", &*problem);
@@ -131,11 +134,17 @@ fn json(status: StatusCode, content_type: &'static str, value: &impl serde::Seri
     response
 }
 
+/// What the peer is told.
+enum Answered {
+    Generation(Accepted),
+    TrustRoot(u64),
+}
+
 async fn take(
     request: Request<Incoming>,
     peer: SocketAddr,
     offers: &mpsc::Sender<Offer>,
-) -> Result<Accepted, Box<Problem>> {
+) -> Result<Answered, Box<Problem>> {
     if request.uri().path() != PATH {
         return Err(Box::new(Problem::new(404, "Not Found", format!("there is only {PATH}"))));
     }
@@ -149,9 +158,13 @@ async fn take(
     let offer = Offer { envelope, by: format!("push from {}", peer.ip()), reply };
     offers.try_send(offer).map_err(|_| busy("other manifests are being looked at; push it again"))?;
     match tokio::time::timeout(VERDICT_TIMEOUT, verdict).await {
-        Ok(Ok(Ok(sequence))) => {
-            Ok(Accepted { sequence, digest, state: Some(GenerationState::Received), warnings: Vec::new() })
-        }
+        Ok(Ok(Ok(Taken::Generation(sequence)))) => Ok(Answered::Generation(Accepted {
+            sequence,
+            digest,
+            state: Some(GenerationState::Received),
+            warnings: Vec::new(),
+        })),
+        Ok(Ok(Ok(Taken::TrustRoot(version)))) => Ok(Answered::TrustRoot(version)),
         Ok(Ok(Err(reason))) if reason.code == Code::Busy => Err(busy(&reason.to_string())),
         Ok(Ok(Err(reason))) => Err(Box::new(Problem::refused(&reason))),
         Ok(Err(_)) | Err(_) => Err(busy("the agent gave no verdict; look at `edgectl status`")),

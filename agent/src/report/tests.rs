@@ -245,7 +245,7 @@ fn a_new_manifest_is_offered_until_it_is_judged_and_then_no_more() {
     let _: Accepted = fleet.operator(directory.path(), "PUT", path, &manifest(3));
     let accepted = next(&mut offers);
     assert_eq!(accepted.envelope, manifest(3), "a refused one is not offered again");
-    accepted.reply.send(Ok(Sequence(3))).unwrap();
+    accepted.reply.send(Ok(Taken::Generation(Sequence(3)))).unwrap();
     assert!(device.line.status(None, 0).problem.is_none());
 }
 
@@ -267,7 +267,7 @@ fn a_push_is_answered_with_the_verdict() {
                 // The agent dies under it.
                 _ => continue,
             };
-            let _ = offer.reply.send(verdict);
+            let _ = offer.reply.send(verdict.map(Taken::Generation));
         }
     });
 

@@ -11,3 +11,4 @@ mod journal;
 mod life;
 mod refusals;
 mod rig;
+mod rotation;

@@ -104,8 +104,12 @@ impl Factory {
 
     /// Signs a manifest; its workloads are given little time to end, because as PID 1 busybox hears no SIGTERM.
     pub fn sign(&self, name: &str, yaml: &str) -> PathBuf {
+        self.sign_with(name, yaml, &self.keys.private("manifest"))
+    }
+
+    pub fn sign_with(&self, name: &str, yaml: &str, key: &Path) -> PathBuf {
         let brief = yaml.replace("    resources:", "    stopTimeout: 300ms\n    resources:");
-        self.keys.sign(name, &brief).unwrap()
+        self.keys.sign_with(name, &brief, key).unwrap()
     }
 
     pub fn fleet(&self) -> Fleet {
