@@ -465,3 +465,35 @@ fn labels_of_modules_that_are_not_here_are_refused() {
         assert!(text.contains("security label"), "{text}");
     }
 }
+
+/// cgroup v2's way, on the part of a hybrid hierarchy that is v2 too: the kernel takes the program and obeys it.
+#[test]
+fn a_bpf_program_keeps_devices_away() {
+    use edged_sys::device_filter::{DeviceRule, attach};
+    use std::os::fd::AsFd;
+    let top = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(std::path::Path::new);
+    let top = top.into_iter().find(|path| path.join("cgroup.procs").exists()).expect("a cgroup v2 mount on this host");
+    let group = top.join(format!("edged-devices-{}", std::process::id()));
+    fs::create_dir(&group).unwrap();
+    let all = DeviceRule { allow: false, kind: None, major: None, minor: None, read: true, write: true, mknod: true };
+    let null = DeviceRule { allow: true, kind: Some('c'), major: Some(1), minor: Some(3), ..all };
+    let read_zero = DeviceRule { write: false, minor: Some(5), ..null };
+    let directory = fs::File::open(&group).unwrap();
+    let look = || {
+        let script = format!(
+            "echo 0 > {}/cgroup.procs; head -c 1 /dev/full >/dev/null 2>&1 && echo full; : > /dev/null && echo null; \
+             head -c 1 /dev/zero > /dev/null && echo read; (: > /dev/zero) 2>/dev/null && echo write; true",
+            group.display()
+        );
+        let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(look(), "full\nnull\nread\nwrite\n", "before there are rules");
+    attach(directory.as_fd(), &[all, null, read_zero]).unwrap();
+    let seen = look();
+    // The next rules replace them.
+    attach(directory.as_fd(), &[all, null]).unwrap();
+    let later = look();
+    crate::rig::until("the group is empty", || fs::remove_dir(&group).ok());
+    assert_eq!((seen.as_str(), later.as_str()), ("null\nread\n", "null\n"));
+}
