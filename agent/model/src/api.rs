@@ -48,6 +48,13 @@ pub enum Request {
     Restart {
         workload: WorkloadName,
     },
+    /// Freezes a running workload where it is.
+    Pause {
+        workload: WorkloadName,
+    },
+    Resume {
+        workload: WorkloadName,
+    },
     /// A command in a running workload; only over the local socket, which carries descriptors.
     Exec {
         workload: WorkloadName,
@@ -84,6 +91,8 @@ impl Request {
             Self::Start { .. }
             | Self::Stop { .. }
             | Self::Restart { .. }
+            | Self::Pause { .. }
+            | Self::Resume { .. }
             | Self::Exec { .. }
             | Self::Apply { .. }
             | Self::Prune { dry_run: false }

@@ -78,6 +78,8 @@ pub enum Code {
     NoSuchWorkload,
     NotRunning,
     OperatorCommand,
+    OperatorPaused,
+    OperatorResumed,
 }
 
 /// Why something is as it is.

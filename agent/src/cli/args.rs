@@ -91,6 +91,10 @@ pub enum Verb {
     Stop { workload: WorkloadName },
     /// Stop a workload and start it again
     Restart { workload: WorkloadName },
+    /// Freeze a workload where it is, until it is resumed, stopped or restarted
+    Pause { workload: WorkloadName },
+    /// Let a paused workload go on
+    Resume { workload: WorkloadName },
     /// Run a command in a workload that runs; its exit code is ours
     Exec(ExecArgs),
     /// The manifests this device has had
@@ -173,6 +177,8 @@ impl Verb {
             Self::Start { workload } => Request::Start { workload: workload.clone() },
             Self::Stop { workload } => Request::Stop { workload: workload.clone() },
             Self::Restart { workload } => Request::Restart { workload: workload.clone() },
+            Self::Pause { workload } => Request::Pause { workload: workload.clone() },
+            Self::Resume { workload } => Request::Resume { workload: workload.clone() },
             Self::Exec(exec) => exec.request(),
             Self::Generations { .. } => Request::Generations,
             Self::Df { .. } => Request::Df,

@@ -54,6 +54,8 @@ fn is_elsewhere(verb: &Verb) -> bool {
         | Verb::Start { .. }
         | Verb::Stop { .. }
         | Verb::Restart { .. }
+        | Verb::Pause { .. }
+        | Verb::Resume { .. }
         | Verb::Generations { .. }
         | Verb::Df { .. }
         | Verb::Prune { .. }

@@ -260,6 +260,7 @@ impl Agent {
     }
 
     async fn stop(&mut self, name: &WorkloadName, why: &Reason, now: Now) {
+        self.let_go_on(name);
         let workload = self.active().and_then(|active| active.manifest.workloads.get(name));
         let image = workload.and_then(|workload| self.images.get(&workload.image));
         let sigterm = nix::sys::signal::Signal::SIGTERM as i32;

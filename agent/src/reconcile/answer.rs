@@ -45,6 +45,8 @@ impl Agent {
             Request::Start { workload } => self.operate(&answers, &workload, None, &caller.name),
             Request::Stop { workload } => self.operate(&answers, &workload, Some(Hold::Stopped), &caller.name),
             Request::Restart { workload } => self.operate(&answers, &workload, Some(Hold::Restart), &caller.name),
+            Request::Pause { workload } => self.pause(&answers, &workload, true, &caller.name),
+            Request::Resume { workload } => self.pause(&answers, &workload, false, &caller.name),
             Request::Exec { workload, wish } => self.exec(answers, passing, workload, wish, &caller.name),
             Request::Apply { envelope } => {
                 let (reply, result) = oneshot::channel();

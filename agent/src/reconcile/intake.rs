@@ -43,6 +43,10 @@ impl Agent {
     fn probed(&mut self, name: &edged_model::id::WorkloadName, pid: i32, outcome: &crate::observe::ProbeOutcome) {
         let check = self.active().and_then(|active| active.manifest.workloads.get(name)?.health.clone());
         let Some(check) = check else { return };
+        // One that is frozen cannot answer.
+        if self.is_paused(name) {
+            return;
+        }
         let now = self.now();
         if let Some(why) = self.world.probed(name, pid, &check, outcome, now) {
             self.world.instance(name).history.last_reason = Some(why.clone());

@@ -18,6 +18,8 @@ pub mod clock;
 mod exec;
 mod health;
 mod intake;
+/// The freezer.
+mod pause;
 /// What takes the disk, and when it goes.
 mod space;
 mod start_up;

@@ -75,7 +75,7 @@ impl Agent {
             cpu_milli: run.and_then(|run| run.cpu_milli),
             cpu_max_milli: workload.resources.cpu.map(|cpu| cpu.0),
             address: None,
-            why: why.or_else(|| history.last_reason.filter(|_| history.in_a_row > 0)),
+            why: self.paused(name).or(why).or_else(|| history.last_reason.filter(|_| history.in_a_row > 0)),
         }
     }
 

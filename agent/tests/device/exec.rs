@@ -94,3 +94,21 @@ fn a_terminal_has_the_size_of_ours_and_a_client_that_leaves_hangs_up() {
     until("the end of the shell that was hung up on", || (others() == 0).then_some(()));
     assert_eq!(device.pid("idle"), pid, "the workload itself goes on");
 }
+
+/// On cgroup v1, where this test mostly runs, the answer is why not; on v2 it stands still and goes on.
+#[test]
+fn a_workload_is_paused_and_goes_on_or_it_is_told_why_not() {
+    let (_factory, device) = ready();
+    let paused = device.edgectl(&["pause", "idle"]);
+    if !std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        let said = String::from_utf8_lossy(&paused.stderr).into_owned();
+        assert!(paused.status.code() == Some(1) && said.contains("cgroup v2"), "{paused:?}");
+    } else {
+        assert_eq!(paused.status.code(), Some(0), "{paused:?}");
+        assert!(device.workload("idle")["why"]["text"].as_str().unwrap().contains("paused by an operator"));
+        device.ask(&["resume", "idle"]);
+        assert_eq!(device.edgectl(&["exec", "idle", "true"]).status.code(), Some(0));
+    }
+    assert_eq!(device.edgectl(&["pause", "nobody"]).status.code(), Some(1));
+    assert_eq!(device.edgectl(&["resume", "idle"]).status.code(), Some(1), "it is not paused");
+}

@@ -51,6 +51,8 @@ pub struct Usage {
 
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
+    #[error("workloads are frozen by cgroup v2 alone, and this host has v1")]
+    NoFreezer,
     #[error("no cgroup file system is mounted")]
     NotMounted,
     #[error("the `{controller}` controller is missing: no workload starts without it ({hint})")]
@@ -169,6 +171,21 @@ impl Cgroup {
         match self {
             Self::V2(path) => path,
             Self::V1(group) => group.memory_path(),
+        }
+    }
+
+    /// Stops everything in it where it is, or lets it go on (`cgroup.freeze`).
+    pub fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
+        match self {
+            Self::V2(path) => v2::write(path, "cgroup.freeze", if frozen { "1" } else { "0" }),
+            Self::V1(_) => Err(CgroupError::NoFreezer),
+        }
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        match self {
+            Self::V2(path) => read_pair(path, "cgroup.freeze").is_some_and(|(_, text)| text == "1"),
+            Self::V1(_) => false,
         }
     }
 

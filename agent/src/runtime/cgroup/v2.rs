@@ -127,4 +127,28 @@ mod tests {
         assert_eq!(io_max(&io).as_deref(), Some("254:0 wbps=1048576"));
         assert_eq!(io_max(&IoLimits::default()), None);
     }
+
+    /// On a host whose hierarchy is hybrid too: `cgroup.freeze` is there with every v2 mount.
+    #[test]
+    fn what_is_frozen_stands_still_until_it_is_let_go() {
+        use super::super::Cgroup;
+        let top = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(Path::new);
+        let top = top.into_iter().find(|path| path.join("cgroup.procs").exists());
+        let Some(top) = top.filter(|_| rustix::process::geteuid().is_root()) else { return };
+        let path = top.join(format!("edged-freeze-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        let group = Cgroup::V2(path.clone());
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        write(&path, "cgroup.procs", &child.id().to_string()).unwrap();
+        let events = || fs::read_to_string(path.join("cgroup.events")).unwrap();
+        let settles = |word: &str| (0..100_000).any(|_| events().contains(word));
+        assert!(!group.is_frozen());
+        group.freeze(true).unwrap();
+        assert!(group.is_frozen() && settles("frozen 1"));
+        group.freeze(false).unwrap();
+        assert!(!group.is_frozen() && settles("frozen 0"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!((0..100_000).any(|_| group.remove().is_ok() && !path.exists()));
+    }
 }
