@@ -80,6 +80,8 @@ pub enum InstanceState {
     /// The order to start was given; the keeper has not answered yet.
     Starting {
         since_boot_ms: u64,
+        /// What is being started: the manifest may change before the answer comes.
+        spec: Digest,
     },
     Running {
         pid: i32,
@@ -106,4 +108,8 @@ pub struct RestartHistory {
     pub last_exit: Option<Exit>,
     /// Why the last run ended or was ended, in words.
     pub last_reason: Option<Reason>,
+    /// Why the present run was told to end: kept, so that an agent that was restarted meanwhile does not take its end for
+    /// a failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ordered: Option<Reason>,
 }

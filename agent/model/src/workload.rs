@@ -92,3 +92,13 @@ pub enum Phase {
     Stopped,
     Paused,
 }
+
+/// What one probe found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProbeOutcome {
+    Passed,
+    /// In words: `connection refused`, `status 503`, `exit 1`, `no answer in 3s`.
+    Failed {
+        why: String,
+    },
+}

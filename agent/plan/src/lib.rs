@@ -13,7 +13,7 @@
 //! - a workload has one run at a time, of one generation;
 //! - a workload starts only when what it depends on has got that far;
 //! - whoever waits says why, and either a time or an event ends the wait;
-//! - a transition of a generation stands alone: nothing that depends on it is ordered before it was written down.
+//! - a transition that switches generations stands alone: nothing that depends on it is ordered before it was written.
 
 #![forbid(unsafe_code)]
 
@@ -29,10 +29,19 @@ pub mod phase;
 pub mod restart;
 /// The life of generations.
 pub mod rollout;
+/// Room in the middle of a switch.
+mod room;
+/// What a generation's step means for the records.
+pub mod transition;
+/// How many may be down at once.
+mod turns;
 /// What one workload needs.
 mod workload;
+/// How events become what the planner sees.
+pub mod world;
 
-use edged_model::action::Plan;
+use edged_model::action::{Action, Plan};
+use edged_model::generation::GenerationState;
 use edged_model::observed::{Desired, Observed};
 use edged_model::quantity::Now;
 
@@ -41,8 +50,13 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Now) -> Plan {
     let mut plan = Plan::default();
     rollout::candidate(desired, observed, now, &mut plan);
     rollout::active(desired, observed, now, &mut plan);
-    let transition = plan.actions.iter().any(|action| matches!(action, edged_model::action::Action::Transition { .. }));
-    if !transition {
+    // Only a transition that makes another generation the active one changes what the workloads need. Nobody waits for
+    // the others: a disk that is full must not delay a restart.
+    let switches = plan.actions.iter().any(|action| match action {
+        Action::Transition { to, .. } => matches!(to, GenerationState::Activating | GenerationState::RolledBack),
+        _ => false,
+    });
+    if !switches {
         workload::all(desired, observed, now, &mut plan);
     }
     plan

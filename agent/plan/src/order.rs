@@ -1,11 +1,14 @@
 //! Dependencies first. A cycle is refused when a manifest is validated; should one come here all the same, its members
 //! come last, in the order of their names, and wait for each other with a reason.
 
+use edged_model::action::{Action, Plan};
 use edged_model::id::WorkloadName;
 use edged_model::manifest::{DependsOn, Manifest};
 use edged_model::observed::{InstanceState, Observed};
 use edged_model::reason::{Code, Reason};
 use edged_model::workload::Health;
+
+use crate::restart;
 
 /// The workloads of `manifest`, each after what it depends on.
 pub fn start_order(manifest: &Manifest) -> Vec<&WorkloadName> {
@@ -31,7 +34,9 @@ pub fn start_order(manifest: &Manifest) -> Vec<&WorkloadName> {
 pub fn unmet(manifest: &Manifest, observed: &Observed, name: &WorkloadName) -> Option<Reason> {
     let workload = manifest.workloads.get(name)?;
     workload.depends_on.iter().find_map(|(need, condition)| {
-        let instance = observed.workloads.get(need);
+        // What still runs as an older generation had it does not count: it is about to be taken down.
+        let wanted = manifest.workloads.get(need).map(edged_model::manifest::Workload::digest);
+        let instance = observed.workloads.get(need).filter(|instance| instance.spec == wanted);
         let running = instance.is_some_and(|i| matches!(i.state, InstanceState::Running { .. }));
         let (met, word) = match condition {
             DependsOn::Started => (running, "be started"),
@@ -42,12 +47,26 @@ pub fn unmet(manifest: &Manifest, observed: &Observed, name: &WorkloadName) -> O
             DependsOn::Completed => {
                 let done = instance.is_some_and(|i| {
                     i.state == InstanceState::Ended
+                        && !restart::ended_by_us(&i.history)
                         && i.history.last_exit.as_ref().is_some_and(|exit| exit.cause.is_success())
                 });
                 (done, "end with exit code 0")
             }
         };
         (!met).then(|| Reason::new(Code::WaitingForDependency, format!("{name} waits for {need} to {word}")))
+    })
+}
+
+/// What `name` needs and this very plan stops or starts anew: it is up no longer.
+pub fn moved(manifest: &Manifest, plan: &Plan, name: &WorkloadName) -> Option<Reason> {
+    let workload = manifest.workloads.get(name)?;
+    workload.depends_on.keys().find_map(|need| {
+        let is_moved = plan.actions.iter().any(|action| match action {
+            Action::Start { workload, .. } | Action::Stop { workload, .. } => workload == need,
+            Action::Pull { .. } | Action::Kill { .. } | Action::Remove { .. } | Action::Transition { .. } => false,
+        });
+        is_moved
+            .then(|| Reason::new(Code::WaitingForDependency, format!("{name} waits for {need}, which is restarted")))
     })
 }
 

@@ -4,6 +4,7 @@ use edged_model::id::WorkloadName;
 use edged_model::manifest::{Restart, RestartPolicy};
 use edged_model::observed::RestartHistory;
 use edged_model::quantity::Span;
+use edged_model::reason::Code;
 use edged_model::workload::ExitCause;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,16 +18,28 @@ pub enum Verdict {
     Never,
 }
 
+/// Whether the last run was ended for a reason of ours that says nothing about the program: a change, an operator.
+pub fn ended_by_us(history: &RestartHistory) -> bool {
+    use Code::{NotInManifest, OperatorRestarted, OperatorStopped, SpecChanged};
+    let code = history.last_reason.as_ref().map(|why| why.code);
+    matches!(code, Some(SpecChanged | NotInManifest | OperatorStopped | OperatorRestarted))
+}
+
 /// What follows the last end of `name`.
 pub fn verdict(name: &WorkloadName, policy: &Restart, history: &RestartHistory) -> Verdict {
     let Some(exit) = &history.last_exit else { return Verdict::Now };
+    if ended_by_us(history) {
+        return Verdict::Now;
+    }
+    // A program that exits with 0 because we stopped it for its bad health has failed all the same.
+    let unhealthy = history.last_reason.as_ref().is_some_and(|why| why.code == Code::Unhealthy);
     let final_code = match exit.cause {
-        ExitCause::Code { code } => policy.no_restart_exit_codes.contains(&code),
+        ExitCause::Code { code } if !unhealthy => policy.no_restart_exit_codes.contains(&code),
         _ => false,
     };
     let again = match policy.policy {
         RestartPolicy::Always => true,
-        RestartPolicy::OnFailure => !exit.cause.is_success(),
+        RestartPolicy::OnFailure => unhealthy || !exit.cause.is_success(),
         RestartPolicy::Never => false,
     };
     if !again || final_code {
@@ -90,6 +103,23 @@ mod tests {
         for (policy, cause, expected) in cases {
             assert_eq!(verdict(&name(), &policy, &history(cause.clone(), 1)), expected, "{policy:?} {cause:?}");
         }
+    }
+
+    #[test]
+    fn what_we_ended_ourselves_starts_again_whatever_its_policy_says() {
+        use edged_model::reason::Reason;
+        let ended = |code| RestartHistory {
+            last_reason: Some(Reason::new(code, "ended")),
+            ..history(ExitCause::Code { code: 0 }, 1)
+        };
+        let of = |policy| Restart { policy, ..Restart::default() };
+        for code in [Code::SpecChanged, Code::NotInManifest, Code::OperatorStopped, Code::OperatorRestarted] {
+            for policy in [RestartPolicy::Never, RestartPolicy::OnFailure, RestartPolicy::Always] {
+                assert_eq!(verdict(&name(), &of(policy), &ended(code)), Verdict::Now, "{policy:?} {code:?}");
+            }
+        }
+        assert_eq!(verdict(&name(), &of(RestartPolicy::OnFailure), &ended(Code::Unhealthy)), Verdict::Now);
+        assert_eq!(verdict(&name(), &of(RestartPolicy::OnFailure), &ended(Code::Exited)), Verdict::Never);
     }
 
     proptest! {

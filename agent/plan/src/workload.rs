@@ -1,7 +1,7 @@
 //! What one workload needs now: start, stop, kill, remove, or a reason to wait.
 
 use edged_model::action::{Action, Plan, Wait};
-use edged_model::generation::{Generation, GenerationState};
+use edged_model::generation::Generation;
 use edged_model::id::{Digest, WorkloadName};
 use edged_model::manifest::{HealthAction, Workload};
 use edged_model::observed::{Desired, Hold, Instance, InstanceState, Observed};
@@ -12,6 +12,8 @@ use edged_model::workload::Health;
 use crate::order;
 use crate::restart::{self, Verdict};
 use crate::rollout;
+use crate::room;
+use crate::turns::Turns;
 
 pub fn all(desired: &Desired, observed: &Observed, now: Now, plan: &mut Plan) {
     let active = desired.pointers.active.and_then(|sequence| desired.generations.get(&sequence));
@@ -22,36 +24,10 @@ pub fn all(desired: &Desired, observed: &Observed, now: Now, plan: &mut Plan) {
         }
     }
     let Some(active) = active else { return };
-    let mut turns = Turns::new(active, observed);
+    let mut turns = Turns::new(active, desired, observed);
     for name in order::start_order(&active.manifest) {
         let step = OneWorkload { active, name, workload: &active.manifest.workloads[name], desired, observed, now };
         step.plan(&mut turns, plan);
-    }
-}
-
-/// How many changed workloads may still be taken down in this round.
-struct Turns {
-    left: usize,
-}
-
-impl Turns {
-    fn new(active: &Generation, observed: &Observed) -> Self {
-        let max = usize::try_from(active.manifest.update.max_unavailable.max(1)).unwrap_or(usize::MAX);
-        let down = active.manifest.workloads.iter().filter(|(name, _)| {
-            observed.workloads.get(*name).is_some_and(|instance| {
-                // What has never run takes nobody's turn: only one that was taken down for a change does.
-                instance.spec.is_some()
-                    && !matches!(instance.state, InstanceState::Running { .. })
-                    && active.state == GenerationState::Activating
-            })
-        });
-        Self { left: max.saturating_sub(down.count()) }
-    }
-
-    fn take(&mut self) -> bool {
-        let had = self.left > 0;
-        self.left = self.left.saturating_sub(1);
-        had
     }
 }
 
@@ -184,7 +160,12 @@ impl OneWorkload<'_> {
                 return plan.waits.push(Wait { workload: Some(self.name.clone()), why, until_boot_ms: None });
             }
         }
-        if let Some(why) = order::unmet(&self.active.manifest, self.observed, self.name) {
+        let manifest = &self.active.manifest;
+        let unmet = order::unmet(manifest, self.observed, self.name);
+        if let Some(why) = unmet.or_else(|| order::moved(manifest, plan, self.name)) {
+            return plan.waits.push(Wait { workload: Some(self.name.clone()), why, until_boot_ms: None });
+        }
+        if let Some(why) = room::missing(self.active, self.name, self.desired, self.observed, plan) {
             return plan.waits.push(Wait { workload: Some(self.name.clone()), why, until_boot_ms: None });
         }
         let generation = self.active.sequence;

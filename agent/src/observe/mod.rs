@@ -25,12 +25,4 @@ pub enum Event {
     },
 }
 
-/// What one probe found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ProbeOutcome {
-    Passed,
-    /// In words: `connection refused`, `status 503`, `exit 1`, `no answer in 3s`.
-    Failed {
-        why: String,
-    },
-}
+pub use edged_model::workload::ProbeOutcome;

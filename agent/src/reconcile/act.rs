@@ -4,15 +4,16 @@ use edged_model::action::Action;
 use edged_model::generation::GenerationState;
 use edged_model::id::{Sequence, WorkloadName};
 use edged_model::keeper::ChildExit;
-use edged_model::manifest::Restart;
+use edged_model::manifest::{Restart, Workload};
 use edged_model::observed::{Hold, ImageStatus, InstanceState};
 use edged_model::quantity::{Bytes, Now};
 use edged_model::reason::{Code, Reason};
 use edged_model::workload::{Exit, ExitCause};
+use edged_plan::transition;
+use edged_plan::world::Began;
 
 use super::store_thread::Busy;
-use super::world::Began;
-use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, health, transition};
+use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, health};
 use crate::execute::{place, pull, start, stop};
 use crate::network::netns;
 use crate::report::Taken;
@@ -107,8 +108,9 @@ impl Agent {
         let oom_kills_before = self.start_context.cgroups.open(workload.as_str()).usage().oom_kills;
         self.under_way.starts.insert(workload.clone(), StartUnderWay { oom_kills_before, ended_already: None });
         tracing::debug!(%workload, "start: {why}");
-        self.world.starting(&workload, now);
+        self.world.starting(&workload, spec.digest(), now);
         let (context, link, inbox) = (self.start_context.clone(), self.link.clone(), self.inbox.clone());
+        let started = Box::new(spec.clone());
         tokio::spawn(async move {
             let name = workload.clone();
             let note = spec.digest().to_string();
@@ -120,20 +122,23 @@ impl Agent {
                 Err(error) => Err(StartFailure::Reason(Reason::new(Code::StartFailed, error.to_string()))),
             };
             // The loop has ended only when the agent ends.
-            let _ = inbox.send(Message::Started { workload, result }).await;
+            let _ = inbox.send(Message::Started { workload, spec: started, result }).await;
         });
     }
 
-    pub(super) async fn started(&mut self, name: WorkloadName, result: Result<Launched, StartFailure>) {
+    pub(super) async fn started(
+        &mut self,
+        name: WorkloadName,
+        spec: &Workload,
+        result: Result<Launched, StartFailure>,
+    ) {
         let start = self.under_way.starts.remove(&name);
         let (oom_kills_before, ended_already) =
             start.map_or((0, None), |start| (start.oom_kills_before, start.ended_already));
         self.under_way.signalled.remove(&name);
         let now = self.now();
-        let spec = self.active().and_then(|active| active.manifest.workloads.get(&name)).cloned();
         match result {
             Ok(launched) => {
-                let Some(spec) = spec else { return };
                 self.take_outputs(&name, launched.outputs);
                 let began = Began {
                     pid: launched.pid,
@@ -165,9 +170,7 @@ impl Agent {
                     StartFailure::Launch(LaunchError::Failed { stage, errno }) => (stage, errno),
                     StartFailure::Launch(LaunchError::Link(error)) => (inline_chain(&error), 0),
                 };
-                if let Some(spec) = &spec {
-                    self.world.instance(&name).spec = Some(spec.digest());
-                }
+                self.world.not_started(&name, spec.digest());
                 let cause = ExitCause::NotStarted { stage, errno };
                 let exit = Exit { cause, at: now.wall, at_boot_ms: now.boot_ms, ran_ms: 0, peak_memory: None };
                 self.ended(&name, exit);
@@ -267,6 +270,7 @@ impl Agent {
         let number = workload.map_or(sigterm, |workload| stop::signal(workload, image));
         self.tell(Some(name), self.world.desired.pointers.active, why, "planner");
         self.world.stopping(name, why, now);
+        self.save_history(name, Durability::Soon);
         if let Err(error) = self.link.signal(name.as_str(), number).await {
             tracing::warn!(workload = %name, "stop: {}", inline_chain(&error));
         }

@@ -8,7 +8,9 @@ use edged_model::reason::{Code, Reason};
 use edged_model::report::Refusal;
 use tokio::sync::oneshot;
 
-use super::{Agent, Message, clock, transition};
+use edged_plan::transition;
+
+use super::{Agent, Message, clock};
 use crate::execute::start;
 use crate::report::Taken;
 use crate::verify::{self, DeviceFacts, Verdict};
@@ -29,7 +31,7 @@ impl Agent {
                     (*done, *total) = (progress.done, progress.total);
                 }
             }
-            Message::Started { workload, result } => self.started(workload, result).await,
+            Message::Started { workload, spec, result } => self.started(workload, &spec, result).await,
             Message::Changed { change, failed, activated } => self.changed(*change, failed, activated),
             Message::Collected { result, reply } => self.collected(result, reply),
             Message::RootWritten { root, by, failed, reply } => self.root_written(*root, &by, failed, reply),

@@ -25,10 +25,8 @@ mod space;
 mod start_up;
 mod status;
 mod store_thread;
-mod transition;
 /// The trust root in force, and the next one.
 mod trust_root;
-mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -39,6 +37,7 @@ use edged_model::api::{Answer, Event as StoryEvent, Pruned};
 use edged_model::generation::Generation;
 use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
 use edged_model::keeper::ChildExit;
+use edged_model::manifest::Workload;
 use edged_model::quantity::{Now, Timestamp};
 use edged_model::reason::Reason;
 use edged_model::report::{BootCause, Refusal};
@@ -57,10 +56,10 @@ use crate::runtime::cgroup::Cgroup;
 use crate::runtime::keeper_link::{KeeperLink, LaunchError, Launched};
 use crate::store::Store;
 
+use edged_plan::transition::Change;
+use edged_plan::world::World;
 pub use start_up::run;
 use store_thread::StoreThread;
-use transition::Change;
-use world::World;
 
 /// Messages that may wait for the loop: each running task has at most a few under way.
 const MESSAGES_DEPTH: usize = 1024;
@@ -80,6 +79,8 @@ enum Message {
     },
     Started {
         workload: WorkloadName,
+        /// What was started: another generation may have become the active one meanwhile.
+        spec: Box<Workload>,
         result: Result<Launched, StartFailure>,
     },
     Changed {

@@ -15,7 +15,6 @@ use edged_model::trust::RoleName;
 use tokio::sync::{broadcast, mpsc};
 
 use super::boot;
-use super::world::{Began, World};
 use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock, trust_root};
 use crate::api::{self, console};
 use crate::config::{Config, Places};
@@ -29,6 +28,7 @@ use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
 use crate::store::{Store, opened_reason};
 use crate::verify::trust;
+use edged_plan::world::{Began, World};
 
 /// Manifests that may wait for the loop: one of the fleet and a few pushes, each of at most 1 MiB.
 const OFFERS_DEPTH: usize = 4;

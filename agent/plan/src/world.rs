@@ -1,4 +1,4 @@
-//! Events become [`Observed`]. Pure: the clock comes in, nothing goes out.
+//! Events become [`Observed`]: how an event of the world changes what the planner is shown.
 
 use edged_model::id::{Digest, WorkloadName};
 use edged_model::manifest::{Health as HealthCheck, Restart};
@@ -7,7 +7,7 @@ use edged_model::quantity::Now;
 use edged_model::reason::{Code, Reason};
 use edged_model::workload::{Exit, ExitCause, Health};
 
-use crate::observe::ProbeOutcome;
+use edged_model::workload::ProbeOutcome;
 
 /// What is wanted, what is seen, and the probe failures counted so far.
 #[derive(Debug, Default)]
@@ -39,8 +39,18 @@ impl World {
     }
 
     /// The order to start was given.
-    pub fn starting(&mut self, name: &WorkloadName, now: Now) {
-        self.instance(name).state = InstanceState::Starting { since_boot_ms: now.boot_ms };
+    pub fn starting(&mut self, name: &WorkloadName, spec: Digest, now: Now) {
+        self.instance(name).state = InstanceState::Starting { since_boot_ms: now.boot_ms, spec };
+    }
+
+    /// The start failed: what follows counts for the specification that was tried, not for the one before it.
+    pub fn not_started(&mut self, name: &WorkloadName, spec: Digest) {
+        let instance = self.instance(name);
+        if instance.spec != Some(spec) {
+            instance.history = RestartHistory::default();
+        }
+        instance.history.ordered = None;
+        instance.spec = Some(spec);
     }
 
     /// The program runs (exec was reached, or a living one was adopted).
@@ -52,6 +62,7 @@ impl World {
         } else if instance.history.last_exit.is_some() {
             instance.history.total += 1;
         }
+        instance.history.ordered = None;
         instance.spec = Some(began.spec);
         instance.stop_timeout_ms = began.stop_timeout_ms;
         instance.health = if began.checked { Health::Starting } else { Health::Unchecked };
@@ -74,6 +85,7 @@ impl World {
         if let InstanceState::Running { pid, .. } = instance.state {
             let kill_at_boot_ms = now.boot_ms.saturating_add(instance.stop_timeout_ms);
             instance.state = InstanceState::Stopping { pid, kill_at_boot_ms, why: why.clone() };
+            instance.history.ordered = Some(why.clone());
         }
     }
 
@@ -81,10 +93,8 @@ impl World {
     pub fn ended(&mut self, name: &WorkloadName, exit: Exit, policy: &Restart) -> Reason {
         self.probes.remove(name);
         let instance = self.instance(name);
-        let ordered = match &instance.state {
-            InstanceState::Stopping { why, .. } => Some(why.clone()),
-            _ => None,
-        };
+        // From the history, not from the state: an agent that was restarted meanwhile knows it too.
+        let ordered = instance.history.ordered.take();
         instance.state = InstanceState::Ended;
         instance.health = Health::Unchecked;
         let history = &mut instance.history;
@@ -174,9 +184,15 @@ fn exit_reason(name: &WorkloadName, exit: &Exit) -> Reason {
     }
 }
 
-/// `SIGTERM` for 15.
-pub fn signal_name(signal: i32) -> String {
-    nix::sys::signal::Signal::try_from(signal).map_or_else(|_| format!("signal {signal}"), |s| s.as_str().to_owned())
+/// `SIGTERM` for 15: signal(7), the numbers of x86 and ARM.
+fn signal_name(signal: i32) -> String {
+    const NAMES: [&str; 31] = [
+        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE", "ALRM",
+        "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF",
+        "WINCH", "IO", "PWR", "SYS",
+    ];
+    let name = usize::try_from(signal).ok().and_then(|signal| NAMES.get(signal.checked_sub(1)?));
+    name.map_or_else(|| format!("signal {signal}"), |name| format!("SIG{name}"))
 }
 
 #[cfg(test)]

@@ -1,0 +1,135 @@
+//! Single moments of a switch that a simulated history found to go wrong.
+
+use std::collections::BTreeMap;
+
+use edged_model::action::{Action, Plan};
+use edged_model::generation::{Generation, GenerationState, Pointers};
+use edged_model::id::{Digest, Sequence, WorkloadName};
+use edged_model::manifest::{DependsOn, Manifest, RestartPolicy, Workload};
+use edged_model::observed::{Capacity, Desired, ImageStatus, Instance, InstanceState, Observed};
+use edged_model::quantity::{Bytes, MilliCpu, Now, Timestamp};
+use edged_model::reason::{Code, Reason};
+use edged_model::workload::{Exit, ExitCause};
+
+const IMAGE: &str = "r.example/image:1";
+const NOW: Now = Now { boot_ms: 10_000, wall: Timestamp(0) };
+
+fn name(text: &str) -> WorkloadName {
+    WorkloadName::parse(text).unwrap()
+}
+
+fn workload(version: &str, memory: u64) -> Workload {
+    let mut workload = Workload::of_image(IMAGE);
+    workload.env.insert("VERSION".to_owned(), version.to_owned());
+    workload.resources.memory = Some(Bytes(memory));
+    workload.resources.cpu = Some(MilliCpu(1));
+    workload
+}
+
+fn generation(n: u64, state: GenerationState, workloads: &[(&str, &Workload)]) -> Generation {
+    let workloads = workloads.iter().map(|(text, workload)| (name(text), (*workload).clone())).collect();
+    Generation {
+        sequence: Sequence(n),
+        digest: Digest::of(&n.to_le_bytes()),
+        manifest: Manifest { sequence: Sequence(n), workloads, ..Manifest::empty() },
+        state,
+        since: Timestamp(0),
+        reason: None,
+    }
+}
+
+/// Generation 1 was good; generation 2 is being switched to.
+fn switching(old: &[(&str, &Workload)], new: &[(&str, &Workload)]) -> Desired {
+    let (old, new) = (generation(1, GenerationState::Good, old), generation(2, GenerationState::Activating, new));
+    let pointers = Pointers { active: Some(Sequence(2)), last_good: Some(Sequence(1)), ..Pointers::default() };
+    Desired { pointers, generations: BTreeMap::from([(Sequence(1), old), (Sequence(2), new)]), ..Desired::default() }
+}
+
+fn observed(workloads: &[(&str, InstanceState, &Workload)]) -> Observed {
+    let instance = |state: &InstanceState, of: &Workload| Instance {
+        state: state.clone(),
+        spec: Some(of.digest()),
+        ..Instance::default()
+    };
+    Observed {
+        workloads: workloads.iter().map(|(text, state, of)| (name(text), instance(state, of))).collect(),
+        images: BTreeMap::from([(IMAGE.to_owned(), ImageStatus::Ready { digest: Digest::of(b"image") })]),
+        capacity: Capacity { memory_total: Bytes(100), cpu_total: MilliCpu(1000), ..Capacity::default() },
+        active_since_boot_ms: Some(NOW.boot_ms),
+        all_well_since_boot_ms: None,
+    }
+}
+
+fn running() -> InstanceState {
+    InstanceState::Running { pid: 7, since_boot_ms: 1 }
+}
+
+fn starts(plan: &Plan, text: &str) -> bool {
+    plan.actions.iter().any(|action| matches!(action, Action::Start { workload, .. } if *workload == name(text)))
+}
+
+fn stops(plan: &Plan, text: &str) -> bool {
+    plan.actions.iter().any(|action| matches!(action, Action::Stop { workload, .. } if *workload == name(text)))
+}
+
+#[test]
+fn a_dependency_that_still_runs_as_it_was_does_not_count() {
+    let (old, new) = (workload("1", 10), workload("2", 10));
+    let mut user = workload("1", 10);
+    user.depends_on.insert(name("db"), DependsOn::Started);
+    let desired = switching(&[("db", &old)], &[("db", &new), ("user", &user)]);
+    let plan = edged_plan::plan(&desired, &observed(&[("db", running(), &old)]), NOW);
+    assert!(stops(&plan, "db") && !starts(&plan, "user"), "{plan:?}");
+}
+
+#[test]
+fn one_that_crashed_and_waits_for_a_dependency_leaves_it_its_turn() {
+    let (old, new) = (workload("1", 10), workload("2", 10));
+    let (mut user_old, mut user_new) = (old.clone(), new.clone());
+    for user in [&mut user_old, &mut user_new] {
+        user.depends_on.insert(name("db"), DependsOn::Started);
+    }
+    let desired = switching(&[("db", &old), ("user", &user_old)], &[("db", &new), ("user", &user_new)]);
+    let world = observed(&[("db", running(), &old), ("user", InstanceState::Ended, &user_old)]);
+    assert!(stops(&edged_plan::plan(&desired, &world, NOW), "db"));
+}
+
+#[test]
+fn a_job_that_is_done_holds_nobody_up() {
+    let (old, new) = (workload("1", 10), workload("2", 10));
+    let mut job = workload("1", 10);
+    job.restart.policy = RestartPolicy::OnFailure;
+    let desired = switching(&[("job", &job), ("web", &old)], &[("job", &job), ("web", &new)]);
+    let mut world = observed(&[("job", InstanceState::Ended, &job), ("web", running(), &old)]);
+    let history = &mut world.workloads.get_mut(&name("job")).unwrap().history;
+    let cause = ExitCause::Code { code: 0 };
+    history.last_exit = Some(Exit { cause, at: Timestamp(0), at_boot_ms: 5, ran_ms: 1, peak_memory: None });
+    history.last_reason = Some(Reason::new(Code::Exited, "job ended"));
+    assert!(stops(&edged_plan::plan(&desired, &world, NOW), "web"));
+}
+
+#[test]
+fn what_grows_waits_until_what_shrinks_has_made_room() {
+    let (small, large) = (workload("1", 20), workload("2", 70));
+    let desired = switching(&[("a", &small), ("b", &large)], &[("a", &large), ("b", &small)]);
+    let plan =
+        edged_plan::plan(&desired, &observed(&[("a", InstanceState::Ended, &small), ("b", running(), &large)]), NOW);
+    assert!(!starts(&plan, "a") && stops(&plan, "b"), "{plan:?}");
+    let plan =
+        edged_plan::plan(&desired, &observed(&[("a", InstanceState::Ended, &small), ("b", running(), &small)]), NOW);
+    assert!(starts(&plan, "a"), "{plan:?}");
+}
+
+#[test]
+fn a_record_that_cannot_be_written_does_not_delay_a_restart() {
+    let web = workload("1", 10);
+    let mut desired = switching(&[], &[("web", &web)]);
+    let mut job = workload("1", 10);
+    job.restart.policy = RestartPolicy::Always;
+    desired.generations.get_mut(&Sequence(2)).unwrap().manifest.workloads.insert(name("job"), job.clone());
+    // Both were started, so the generation goes into probation: that is to be written, and `job` is down.
+    let plan =
+        edged_plan::plan(&desired, &observed(&[("web", running(), &web), ("job", InstanceState::Ended, &job)]), NOW);
+    let moves = plan.actions.iter().any(|action| matches!(action, Action::Transition { .. }));
+    assert!(moves && starts(&plan, "job"), "{plan:?}");
+}
