@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::generation::{Generation, GenerationState};
+use crate::difference::Difference;
+use crate::generation::GenerationState;
 use crate::id::{DeviceId, Digest, Sequence, WorkloadName};
 use crate::observed::RestartHistory;
 use crate::quantity::{Bytes, Timestamp};
@@ -67,6 +68,19 @@ pub enum Request {
     Prune {
         dry_run: bool,
     },
+    /// What differs between two manifests.
+    Diff {
+        from: Sequence,
+        to: Sequence,
+    },
+    /// Back to a generation that is still stored; to the one before the active one if none is named.
+    Rollback {
+        to: Option<Sequence>,
+    },
+    /// Once more a generation that failed: the one named, or the newest.
+    Retry {
+        sequence: Option<Sequence>,
+    },
     /// A signed envelope, as pushed.
     Apply {
         #[serde(with = "crate::keeper::serde_bytes_vec")]
@@ -87,12 +101,15 @@ impl Request {
             | Self::Events { .. }
             | Self::Df
             | Self::Prune { dry_run: true }
+            | Self::Diff { .. }
             | Self::Generations => true,
             Self::Start { .. }
             | Self::Stop { .. }
             | Self::Restart { .. }
             | Self::Pause { .. }
             | Self::Resume { .. }
+            | Self::Rollback { .. }
+            | Self::Retry { .. }
             | Self::Exec { .. }
             | Self::Apply { .. }
             | Self::Prune { dry_run: false }
@@ -110,7 +127,8 @@ pub enum Answer {
     Inspect(Box<Inspect>),
     Log(LogLine),
     Event(Event),
-    Generations(Vec<Generation>),
+    Generations(Vec<GenerationInfo>),
+    Diff(Vec<Difference>),
     Df(DiskUse),
     Pruned(Pruned),
     Accepted {
@@ -226,6 +244,29 @@ pub struct GenerationStatus {
     pub state: GenerationState,
     pub since: Timestamp,
     pub reason: Option<Reason>,
+}
+
+/// One line of `edgectl generations`. Without the manifest: many of them would not fit into a frame.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GenerationInfo {
+    #[serde(flatten)]
+    pub status: GenerationStatus,
+    pub role: Option<GenerationRole>,
+    pub workloads: u64,
+    /// It failed here and is not tried again until an operator says so.
+    pub refused: bool,
+    /// Its manifest is stored as it was signed: a rollback can go there.
+    pub stored: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum GenerationRole {
+    Active,
+    /// Where a failed update goes back to; the active one may be it too, and is called active then.
+    LastGood,
+    Candidate,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

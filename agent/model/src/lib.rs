@@ -33,6 +33,9 @@ pub mod manifest;
 /// What must hold in a manifest beyond its shape.
 pub mod validate;
 
+/// What differs between two manifests.
+pub mod difference;
+
 /// A manifest's life on the device.
 pub mod generation;
 

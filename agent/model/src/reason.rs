@@ -65,6 +65,9 @@ pub enum Code {
     ProbationFailed,
     RolledBack,
     Superseded,
+    NoSuchGeneration,
+    OperatorRollback,
+    OperatorRetry,
     // The device.
     AgentRestarted,
     Boot,

@@ -2,7 +2,7 @@
 
 use edged_model::generation::{Generation, GenerationState, Pointers};
 use edged_model::id::Sequence;
-use edged_model::observed::Desired;
+use edged_model::observed::{Desired, InstanceState, Observed};
 use edged_model::quantity::Timestamp;
 use edged_model::reason::{Code, Reason};
 
@@ -26,6 +26,35 @@ pub fn received(desired: &Desired, mut generation: Generation, now: Timestamp) -
     change.pointers.highest_sequence = change.pointers.highest_sequence.max(generation.sequence);
     change.generations.push(generation);
     change
+}
+
+/// Generations kept in memory beside those that are needed.
+const RECENT: usize = 4;
+
+/// Lets go of what neither a pointer nor a living workload needs; the store remembers more.
+pub fn forget_old(desired: &mut Desired, observed: &Observed) {
+    let pointers = desired.pointers;
+    let pointed = [pointers.active, pointers.last_good, pointers.candidate, Some(pointers.highest_sequence)];
+    let others = desired.generations.keys().rev().filter(|sequence| !pointed.contains(&Some(**sequence)));
+    for old in others.skip(RECENT).copied().collect::<Vec<_>>() {
+        if !lives(&desired.generations[&old], observed) {
+            desired.generations.remove(&old);
+        }
+    }
+}
+
+/// Whether something runs, or is being started, as this generation has it.
+fn lives(generation: &Generation, observed: &Observed) -> bool {
+    generation.manifest.workloads.iter().any(|(name, workload)| {
+        observed.workloads.get(name).is_some_and(|instance| {
+            let spec = match instance.state {
+                InstanceState::Absent | InstanceState::Ended => None,
+                InstanceState::Starting { spec, .. } => Some(spec),
+                InstanceState::Running { .. } | InstanceState::Stopping { .. } => instance.spec,
+            };
+            spec == Some(workload.digest())
+        })
+    })
 }
 
 /// A step the planner ordered; `None` for a generation that is not there.
@@ -128,6 +157,18 @@ mod tests {
         walk(&mut desired, 3, &[Staged, Activating, Probation, Good]);
         assert_eq!(desired.generations[&Sequence(1)].state, Superseded);
         assert_eq!(desired.generations[&Sequence(2)].state, Superseded);
+    }
+
+    #[test]
+    fn memory_is_bounded_and_keeps_what_is_pointed_at() {
+        let mut desired = Desired::default();
+        walk(&mut desired, 1, &[Staged, Activating, Probation, Good]);
+        for n in 2..50 {
+            walk(&mut desired, n, &[Staged, Activating, RolledBack]);
+            forget_old(&mut desired, &Observed::default());
+        }
+        assert!(desired.generations.len() <= RECENT + 4, "{}", desired.generations.len());
+        assert!(desired.generations.contains_key(&Sequence(1)) && desired.generations.contains_key(&Sequence(49)));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 use edged_model::api::Request;
-use edged_model::id::WorkloadName;
+use edged_model::id::{Sequence, WorkloadName};
 
 use super::Show;
 use super::exec::ExecArgs;
@@ -115,6 +115,17 @@ pub enum Verb {
         #[arg(short, long, default_value = "table")]
         output: Output,
     },
+    /// What differs between two of them
+    Diff {
+        from: u64,
+        to: u64,
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// Go back to an earlier manifest; without a number to the one before the present one
+    Rollback { sequence: Option<u64> },
+    /// Try a manifest once more that failed here; without a number the newest such
+    Retry { sequence: Option<u64> },
     /// Give a signed manifest to the agent
     Apply { file: std::path::PathBuf },
     /// Versions of agent and keeper
@@ -158,6 +169,7 @@ impl Verb {
             | Self::Generations { output }
             | Self::Df { output }
             | Self::Prune { output, .. }
+            | Self::Diff { output, .. }
             | Self::Version { output } => *output,
             _ => Output::Table,
         }
@@ -183,6 +195,9 @@ impl Verb {
             Self::Generations { .. } => Request::Generations,
             Self::Df { .. } => Request::Df,
             Self::Prune { dry_run, .. } => Request::Prune { dry_run: *dry_run },
+            Self::Diff { from, to, .. } => Request::Diff { from: Sequence(*from), to: Sequence(*to) },
+            Self::Rollback { sequence } => Request::Rollback { to: sequence.map(Sequence) },
+            Self::Retry { sequence } => Request::Retry { sequence: sequence.map(Sequence) },
             Self::Apply { file } => {
                 let envelope = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
                 Request::Apply { envelope }

@@ -59,6 +59,9 @@ fn is_elsewhere(verb: &Verb) -> bool {
         | Verb::Generations { .. }
         | Verb::Df { .. }
         | Verb::Prune { .. }
+        | Verb::Diff { .. }
+        | Verb::Rollback { .. }
+        | Verb::Retry { .. }
         | Verb::Version { .. }
         | Verb::Reboot
         | Verb::Poweroff => false,

@@ -7,12 +7,15 @@ use std::fmt::Write;
 mod disk;
 
 use edged_model::api::{Answer, Event, GenerationStatus, Inspect, LogLine, Status, WorkloadStatus};
-use edged_model::generation::{Generation, GenerationState};
+use edged_model::generation::GenerationState;
 use edged_model::quantity::{Span, Timestamp};
 use edged_model::reason::Reason;
 use edged_model::report::BootCause;
 use edged_model::workload::{Health, Phase};
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
+
+/// The manifests of a device.
+mod generations;
 
 const WIDTH: usize = 80;
 
@@ -49,9 +52,10 @@ pub fn answer(answer: &Answer, style: Style) -> String {
         Answer::Inspect(inspect) => self::inspect(inspect, style),
         Answer::Log(line) => log(line, style),
         Answer::Event(event) => self::event(event),
-        Answer::Generations(list) => generations(list),
         Answer::Df(used) => disk::used(used),
         Answer::Pruned(pruned) => disk::pruned(pruned),
+        Answer::Generations(list) => generations::generations(list),
+        Answer::Diff(list) => generations::differences(list),
         Answer::Accepted { what } => format!("{}\n", clean(what)),
         Answer::Error(reason) => reason_text(reason) + "\n",
         // What `exec` does with them is no text.
@@ -276,30 +280,6 @@ fn event(event: &Event) -> String {
     let mut out = String::new();
     let generation = event.generation.map(|generation| format!(" [{generation}]")).unwrap_or_default();
     wrapped(&mut out, &format!("{}{generation} ", event.at), &format!("{} ({})", event.why, event.by));
-    out
-}
-
-fn generations(list: &[Generation]) -> String {
-    let header = ["SEQUENCE", "STATE", "SINCE", "DIGEST"].map(str::to_owned);
-    let row = |generation: &Generation| {
-        [
-            generation.sequence.to_string(),
-            state_text(generation.state).to_owned(),
-            generation.since.to_string(),
-            generation.digest.short(),
-        ]
-    };
-    let rows: Vec<_> = list.iter().map(row).collect();
-    let widths = widths(&header, &rows);
-    let mut out = String::new();
-    line(&mut out, &aligned(&header, &widths));
-    for (generation, row) in list.iter().zip(&rows) {
-        line(&mut out, &aligned(row, &widths));
-        let tells = matches!(generation.state, GenerationState::Rejected | GenerationState::RolledBack);
-        if let Some(why) = generation.reason.as_ref().filter(|_| tells) {
-            reason(&mut out, why);
-        }
-    }
     out
 }
 

@@ -374,6 +374,7 @@ impl Agent {
         let desired = &mut self.world.desired;
         desired.pointers = change.pointers;
         desired.generations.extend(change.generations.into_iter().map(|generation| (generation.sequence, generation)));
+        transition::forget_old(desired, &self.world.observed);
         if activated {
             self.world.observed.active_since_boot_ms = Some(now.boot_ms);
             self.world.observed.all_well_since_boot_ms = None;

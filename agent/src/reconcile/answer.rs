@@ -35,11 +35,12 @@ impl Agent {
                 Some(inspect) => one(&answers, Answer::Inspect(Box::new(inspect))),
                 None => error(&answers, self.no_such(&workload)),
             },
-            Request::Generations => {
-                one(&answers, Answer::Generations(self.world.desired.generations.values().cloned().collect()));
-            }
             Request::Df => self.df(answers),
             Request::Prune { dry_run } => self.prune(answers, dry_run),
+            Request::Generations => self.list_generations(answers),
+            Request::Diff { from, to } => self.diff(answers, from, to),
+            Request::Rollback { to } => self.want_again(answers, Code::OperatorRollback, to, caller.name),
+            Request::Retry { sequence } => self.want_again(answers, Code::OperatorRetry, sequence, caller.name),
             Request::Logs { workload, follow, tail } => self.logs(answers, workload, follow, tail),
             Request::Events { follow, workload, tail } => self.events(answers, workload, follow, tail),
             Request::Start { workload } => self.operate(&answers, &workload, None, &caller.name),

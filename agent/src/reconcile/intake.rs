@@ -38,6 +38,7 @@ impl Agent {
             Message::Removed { workload, failed } => self.removed(&workload, failed),
             Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
             Message::Offer { envelope, by, reply } => self.offer(envelope, &by, reply),
+            Message::Again(again) => self.again(*again),
             Message::Network(text) => self.tell(None, None, &Reason::new(Code::Network, text), "agent"),
         }
     }
@@ -134,7 +135,7 @@ impl Agent {
 
     /// A new generation begins without the failures of the one before: the operator may have signed the image, or put
     /// the registry right, and that is why there is a new one.
-    fn try_images_anew(&mut self, manifest: &Manifest) {
+    pub(super) fn try_images_anew(&mut self, manifest: &Manifest) {
         let images = &mut self.world.observed.images;
         for workload in manifest.workloads.values() {
             if matches!(images.get(&workload.image), Some(ImageStatus::Failed { .. })) {
@@ -152,8 +153,10 @@ impl Agent {
             Some(why) => (why.code, format!("generation {sequence} was tried already: {}", why.text)),
             None => (Code::RolledBack, format!("generation {sequence} was tried already")),
         };
-        Err(Reason::new(code, text)
-            .next(format!("correct it and sign it with sequence {} or higher", sequence.0.saturating_add(1))))
+        Err(Reason::new(code, text).next(format!(
+            "correct it and sign it with sequence {} or higher, or `edgectl retry {sequence}`",
+            sequence.0.saturating_add(1)
+        )))
     }
 
     /// The time floor: no earlier than the newest verified document, nor than the clock once was.

@@ -16,6 +16,7 @@ mod boot;
 pub mod clock;
 /// Commands of operators in workloads.
 mod exec;
+mod generations;
 mod health;
 mod intake;
 /// The freezer.
@@ -113,6 +114,7 @@ enum Message {
         by: String,
         reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
     },
+    Again(Box<generations::Again>),
     Network(String),
 }
 

@@ -168,6 +168,7 @@ impl Agent {
         for (child, outputs) in children {
             self.adopt_one(child, outputs).await;
         }
+        edged_plan::transition::forget_old(&mut self.world.desired, &self.world.observed);
         let (code, text) = match adopted {
             0 => {
                 let cause = self.boot_cause.map(|cause| format!("; {cause}")).unwrap_or_default();

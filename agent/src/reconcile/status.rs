@@ -12,7 +12,7 @@ use edged_plan::phase::phase_of;
 use super::{Agent, clock};
 use crate::observe::{disk, pressure};
 
-fn generation_status(generation: &Generation) -> GenerationStatus {
+pub(super) fn generation_status(generation: &Generation) -> GenerationStatus {
     GenerationStatus {
         sequence: generation.sequence,
         digest: generation.digest,

@@ -103,7 +103,8 @@ fn of_a_start(sim: &Sim, name: &WorkloadName) -> Law {
     Ok(())
 }
 
-/// No generation is active before it is complete, and one that failed never is again.
+/// No generation is active before it is complete, and one that failed never is again (unless an operator says so: then
+/// it is a candidate anew).
 fn of_a_transition(sim: &Sim, plan: &Plan, generation: &Generation, to: GenerationState) -> Law {
     let from = generation.state;
     let sequence = generation.sequence;
@@ -193,7 +194,9 @@ pub fn it_has_converged(sim: &Sim, plan: &Plan) -> Law {
             format!("{name} does not run: {:?}", sim.world.observed.workloads.get(name))
         })?;
     }
-    let settled = active.state == GenerationState::Good || active.manifest.workloads.keys().any(helpless);
+    // A generation that cannot become good goes back, if there is where to.
+    let nowhere = desired.pointers.last_good.is_none();
+    let settled = active.state == GenerationState::Good || (nowhere && active.manifest.workloads.keys().any(helpless));
     law(settled, || format!("generation {} stays {:?}: {:?}", active.sequence, active.state, plan.waits))
 }
 

@@ -447,6 +447,7 @@ impl Sim {
             desired.pointers = change.pointers;
             desired.generations.extend(change.generations.iter().map(|g| (g.sequence, g.clone())));
         }
+        transition::forget_old(&mut self.world.desired, &self.world.observed);
         if activated {
             self.world.observed.active_since_boot_ms = Some(self.boot_ms);
             self.world.observed.all_well_since_boot_ms = None;
@@ -482,7 +483,8 @@ impl Sim {
                 self.wall += self.dice.below(200_000_000) as i64 - 100_000_000;
                 self.tell(|| "the clock jumps".to_owned());
             }
-            4..=7 => self.operate(),
+            4..=6 => self.operate(),
+            7 => self.want_again(),
             8..=11 => self.offer(),
             12..=14 => self.crash_one(),
             15 => self.boot_ms += self.dice.below(120_000),
@@ -539,6 +541,24 @@ impl Sim {
             since: Timestamp(0),
             reason: None,
         };
+        let change = transition::received(&self.world.desired, generation, self.now().wall);
+        self.under_way.change = true;
+        self.send(Mail::Changed { change: Box::new(change), activated: false });
+    }
+
+    /// `edgectl rollback` and `retry`: an old generation is a candidate again.
+    fn want_again(&mut self) {
+        let pointers = self.world.desired.pointers;
+        let known: Vec<Sequence> = self.world.desired.generations.keys().copied().collect();
+        if self.under_way.change || known.is_empty() {
+            return;
+        }
+        let sequence = known[self.dice.below(known.len() as u64) as usize];
+        if pointers.active == Some(sequence) || pointers.candidate == Some(sequence) {
+            return;
+        }
+        self.tell(|| format!("operator: generation {sequence} again"));
+        let generation = self.world.desired.generations[&sequence].clone();
         let change = transition::received(&self.world.desired, generation, self.now().wall);
         self.under_way.change = true;
         self.send(Mail::Changed { change: Box::new(change), activated: false });
@@ -686,6 +706,7 @@ impl Sim {
                 self.mail.push((self.boot_ms + 1_000, Mail::Probed { name, pid }));
             }
         }
+        transition::forget_old(&mut self.world.desired, &self.world.observed);
     }
 
     /// The storm is over: what does not answer will not answer better, but nothing goes wrong any more. Whoever was to
