@@ -20,6 +20,7 @@ use crate::verify::cosign;
 use layers::Layer;
 
 mod claims;
+mod depth;
 mod layers;
 
 /// An image that can be run. What the store remembers of it.
@@ -248,9 +249,7 @@ impl OneImage<'_> {
         if descriptors.len() != diff_ids.len() {
             return Err(self.unusable(&format!("{} layers, but {} diff ids", descriptors.len(), diff_ids.len())));
         }
-        // All layers have names of the same length.
-        let name_bytes = self.ctx.content.layer(Digest::of(b"")).as_os_str().len() + 1;
-        let layers_max = LOWER_DIRS_MAX_BYTES / name_bytes;
+        let layers_max = self.layers_max(descriptors.len());
         if descriptors.is_empty() || descriptors.len() > layers_max {
             return Err(self.unusable(&format!("{} layers; 1 to {layers_max} are possible here", descriptors.len())));
         }
@@ -265,6 +264,17 @@ impl OneImage<'_> {
             Ok(Layer { digest: self.digest(descriptor)?, diff_id, chain, size: descriptor.size(), compression })
         };
         descriptors.iter().zip(diff_ids).map(layer).collect()
+    }
+
+    /// The kernel is asked only about an image that does not fit into one mount(2).
+    fn layers_max(&self, wanted: usize) -> usize {
+        let name_bytes = self.ctx.content.layer(Digest::of(b"")).as_os_str().len();
+        let in_one_page = depth::layers_max(name_bytes, false);
+        if wanted <= in_one_page {
+            return in_one_page;
+        }
+        let (layers, content) = (self.ctx.data.join("layers"), self.ctx.data.join("content"));
+        depth::layers_max(name_bytes, depth::takes_one_by_one(&layers, &content))
     }
 
     fn unusable(&self, why: &str) -> PullFailure {
@@ -283,10 +293,6 @@ impl OneImage<'_> {
         serde_json::from_slice(bytes).map_err(|error| self.unusable(&format!("its {what} cannot be read: {error}")))
     }
 }
-
-/// The names of an overlay's lower directories: mount(2) takes one page of options, some of it for the other options. An
-/// image of more layers would be fetched in vain.
-const LOWER_DIRS_MAX_BYTES: usize = 4096 - 512;
 
 fn is_image(manifest: &ImageManifest) -> bool {
     let config = manifest.config().media_type().to_string();

@@ -12,6 +12,7 @@ use edged_model::observed::{Capacity, Desired, ImageStatus, Instance, InstanceSt
 use edged_model::quantity::{Bytes, MilliCpu, Timestamp};
 use edged_model::reason::{Code, Reason};
 use edged_model::trust::RoleName;
+use edged_plan::garbage::needed_images;
 use tokio::sync::{broadcast, mpsc};
 
 use super::boot;
@@ -19,7 +20,7 @@ use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock, trust_root};
 use crate::api::{self, console};
 use crate::config::{Config, Places};
 use crate::content::Content;
-use crate::execute::pull::{PullContext, ReadyImage, is_whole};
+use crate::execute::pull::{self, PullContext, ReadyImage, is_whole};
 use crate::execute::start::StartContext;
 use crate::network::{interface, ports::Ports};
 use crate::observe::{logs::Logs, pressure};
@@ -131,6 +132,17 @@ fn images(store: &Store, content: &Content) -> anyhow::Result<BTreeMap<String, R
 }
 
 impl Agent {
+    /// Images that a generation needs and that a store made anew does not know: the records beside the layers do.
+    fn recall_images(&mut self) {
+        for name in needed_images(&self.world.desired) {
+            if !self.images.contains_key(name) {
+                if let Some(image) = pull::ready(&self.pull_context, name) {
+                    self.images.insert(name.to_owned(), image);
+                }
+            }
+        }
+    }
+
     /// The world as the store remembers it.
     fn load(&mut self, capacity: Capacity) -> anyhow::Result<()> {
         self.world.desired = Desired {
@@ -139,6 +151,7 @@ impl Agent {
             held: self.store.held()?.into_iter().collect(),
         };
         self.world.observed.capacity = capacity;
+        self.recall_images();
         for (name, image) in &self.images {
             self.world.observed.images.insert(name.clone(), ImageStatus::Ready { digest: image.digest });
         }

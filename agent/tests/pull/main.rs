@@ -4,6 +4,7 @@
 mod support;
 
 mod broken_registry;
+mod many_layers;
 mod real_registry;
 
 use std::collections::BTreeMap;
