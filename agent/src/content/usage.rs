@@ -89,7 +89,7 @@ pub fn tree_bytes(path: &Path) -> u64 {
 }
 
 fn directory_blocks(directory: &OwnedFd, relative: &Path, seen: &mut BTreeSet<u64>, waiting: &mut Vec<PathBuf>) -> u64 {
-    let mut blocks = rustix::fs::fstat(directory).map_or(0, |stat| stat.st_blocks.unsigned_abs());
+    let mut blocks = rustix::fs::fstat(directory).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
     for entry in Dir::read_from(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
         if name == c"." || name == c".." {
@@ -100,7 +100,7 @@ fn directory_blocks(directory: &OwnedFd, relative: &Path, seen: &mut BTreeSet<u6
             use std::os::unix::ffi::OsStrExt;
             waiting.push(relative.join(OsStr::from_bytes(name.to_bytes())));
         } else if stat.st_nlink < 2 || seen.insert(stat.st_ino) {
-            blocks += stat.st_blocks.unsigned_abs();
+            blocks += u64::try_from(stat.st_blocks).unwrap_or(0);
         }
     }
     blocks

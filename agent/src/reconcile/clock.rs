@@ -1,6 +1,7 @@
 //! The only place of the agent that reads clocks. Everything else is handed a [`Now`].
 
 use edged_model::quantity::{Now, Timestamp};
+use nix::sys::time::TimeValLike as _;
 use nix::time::{ClockId, clock_gettime};
 
 /// Both clocks, the wall clock never behind the time floor (a device without a battery wakes up in 1970).
@@ -17,5 +18,5 @@ pub fn boot_ms() -> u64 {
 
 /// The wall clock as it is, in milliseconds: for log lines.
 pub fn unix_ms() -> i64 {
-    clock_gettime(ClockId::CLOCK_REALTIME).map_or(0, |t| t.tv_sec() * 1000 + t.tv_nsec() / 1_000_000)
+    clock_gettime(ClockId::CLOCK_REALTIME).map_or(0, |t| t.num_milliseconds())
 }

@@ -79,7 +79,21 @@ fn podman() -> Result<Vec<f64>> {
 
 fn podman_runs(name: &str, root: &Path) -> Result<Vec<f64>> {
     let mut run = Command::new("podman");
-    run.args(["run", "-d", "--name", name, "--restart", "always", "--network", "none", "--ulimit", "nofile=1024:1024"]);
+    // Its default, crun, refuses a host with both versions of cgroups.
+    run.args([
+        "--runtime",
+        "runc",
+        "run",
+        "-d",
+        "--name",
+        name,
+        "--restart",
+        "always",
+        "--network",
+        "none",
+        "--ulimit",
+        "nofile=1024:1024",
+    ]);
     run.args(["--ulimit", "nproc=1024:1024", "--memory", "8m", "--rootfs"]).arg(root).args(["/sample", "hang"]);
     process::run(&mut run)?;
     let pid = || -> Result<u32> {
