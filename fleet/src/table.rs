@@ -93,6 +93,9 @@ fn problems(report: &Report) -> Vec<String> {
     if let Some(reason) = report.generation.as_ref().and_then(|generation| generation.reason.as_ref()) {
         lines.push(format!("generation: {reason}"));
     }
+    for why in report.trust.iter().flat_map(|trust| &trust.concerns) {
+        lines.push(format!("trust: {why}"));
+    }
     if let Some(refused) = &report.refused {
         lines.push(format!("refused {} at {}: {}", refused.what, refused.at, refused.why));
     }

@@ -11,7 +11,7 @@ use crate::id::{DeviceId, Digest, Sequence, WorkloadName};
 use crate::observed::RestartHistory;
 use crate::quantity::{Bytes, Timestamp};
 use crate::reason::Reason;
-use crate::report::{BootCause, DiskReport, Pressure, Refusal};
+use crate::report::{BootCause, DiskReport, Pressure, Refusal, TrustReport};
 use crate::workload::{ExitCause, Health, Phase};
 
 /// The largest frame either side accepts.
@@ -234,6 +234,8 @@ pub struct Status {
     pub memory_available: Bytes,
     pub pressure: Option<Pressure>,
     pub refused: Option<Refusal>,
+    #[serde(default)]
+    pub trust: TrustReport,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -83,6 +83,8 @@ pub enum Code {
     OperatorCommand,
     OperatorPaused,
     OperatorResumed,
+    /// A document in force will expire soon.
+    Expiring,
 }
 
 /// Why something is as it is.

@@ -40,6 +40,8 @@ pub struct Report {
     /// What was refused last, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trust: Option<TrustReport>,
     /// Reports dropped from a full outbox, counted over the device's whole life: a difference between two is a gap.
     #[serde(default)]
     pub dropped: u64,
@@ -71,6 +73,21 @@ impl std::fmt::Display for BootCause {
             Self::PowerLoss => "its power had gone, or it was reset",
         })
     }
+}
+
+/// What the device believes, and until when.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrustReport {
+    /// Version of the trust root in force; 0: there is none.
+    pub root: u64,
+    pub root_expires: Timestamp,
+    /// Of the active manifest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest_expires: Option<Timestamp>,
+    /// What of it has expired, will soon, or cannot be used.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub concerns: Vec<Reason>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -44,3 +44,10 @@ pub struct TrustRoot {
     pub keys: BTreeMap<KeyId, String>,
     pub roles: BTreeMap<RoleName, Role>,
 }
+
+impl TrustRoot {
+    /// That of a device that has none: nobody is believed, and nothing can follow from it.
+    pub const fn none() -> Self {
+        Self { version: 0, expires: Timestamp(0), keys: BTreeMap::new(), roles: BTreeMap::new() }
+    }
+}

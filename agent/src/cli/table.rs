@@ -9,7 +9,7 @@ mod disk;
 use edged_model::api::{Answer, Event, GenerationStatus, Inspect, LogLine, Status, WorkloadStatus};
 use edged_model::generation::GenerationState;
 use edged_model::quantity::{Span, Timestamp};
-use edged_model::reason::Reason;
+use edged_model::reason::{Code, Reason};
 use edged_model::report::BootCause;
 use edged_model::workload::{Health, Phase};
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
@@ -71,9 +71,18 @@ pub fn verdict(status: &Status) -> Result<(), String> {
     let unwell: Vec<_> = status.workloads.iter().filter(|workload| !is_well(workload)).collect();
     match unwell.as_slice() {
         [] if status.generation.is_none() => Err("it has no manifest yet".to_owned()),
-        [] => Ok(()),
+        [] => believed(status),
         [one] => Err(format!("{} {}", one.name, state_word(one))),
         many => Err(format!("{} of {} workloads are not well", many.len(), status.workloads.len())),
+    }
+}
+
+/// What runs may be well and what is believed not: nothing new can come, or something keeps it away.
+fn believed(status: &Status) -> Result<(), String> {
+    let mut concerns = status.trust.concerns.iter();
+    match concerns.find(|why| why.code != Code::Expiring) {
+        Some(why) => Err(why.text.split(", and ").next().unwrap_or(&why.text).to_owned()),
+        None => Ok(()),
     }
 }
 
@@ -140,6 +149,10 @@ fn status(status: &Status, style: Style) -> String {
         ),
     );
     line(&mut out, &format!("  fleet       {}", fleet_text(status)));
+    for why in &status.trust.concerns {
+        wrapped(&mut out, "  trust       ", &why.text);
+        wrapped(&mut out, "           -> ", &why.next);
+    }
     if let Some(refused) = &status.refused {
         wrapped(&mut out, "  refused     ", &format!("{} at {}: {}", refused.what, refused.at, refused.why));
     }

@@ -16,6 +16,8 @@ mod boot;
 pub mod clock;
 /// Commands of operators in workloads.
 mod exec;
+/// What runs out.
+mod expiry;
 mod generations;
 mod health;
 mod intake;
@@ -179,6 +181,7 @@ struct Agent {
     start_context: StartContext,
     floor: Timestamp,
     refused: Option<Refusal>,
+    concerns: expiry::Concerns,
     /// The device's story, for whoever follows it.
     story: broadcast::Sender<StoryEvent>,
     execs: health::Execs,
@@ -249,6 +252,7 @@ impl Agent {
         }
         self.sample();
         self.collect_if_due();
+        self.look_at_expiry();
         self.report_if_due();
     }
 

@@ -96,6 +96,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         start_context: StartContext { places: places.clone(), content, cgroups, allow: config.allow.clone() },
         floor,
         refused: None,
+        concerns: super::expiry::Concerns::recall(&store, root_problem.clone()),
         story,
         execs: super::health::Execs::default(),
         fleet,

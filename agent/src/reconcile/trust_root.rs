@@ -1,7 +1,6 @@
 //! The trust root in force, and how a newer one takes its place: by a threshold of the old root's keys and of its own, and
 //! never back. It is on the disk, twice, before anything is judged by it.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -62,6 +61,7 @@ impl Agent {
                     ..PullContext::clone(&self.pull_context)
                 });
                 self.root = root;
+                self.concerns.factory = None;
                 self.tell(None, None, &Reason::new(Code::Verified, text), by);
                 Ok(Taken::TrustRoot(self.root.version))
             }
@@ -87,16 +87,20 @@ pub fn first(factory: &Path, store: &Store, now: Timestamp) -> anyhow::Result<(T
     let (root, bytes) = match (stored, read) {
         (None, Ok(bytes)) => match trust::factory(&bytes) {
             Ok(root) => (root, bytes),
-            Err(why) => return Ok((nobody(), Some(why))),
+            Err(why) => return Ok((TrustRoot::none(), Some(unusable(factory, why)))),
         },
         (Some(stored), Ok(bytes)) => {
-            let Ok(shipped) = trust::factory(&bytes) else { return Ok((stored, None)) };
+            let shipped = match trust::factory(&bytes) {
+                Ok(shipped) => shipped,
+                // The stored one is in force; but a newer firmware's was meant to take its place, or the file is broken.
+                Err(why) => return Ok((stored, Some(unusable(factory, why)))),
+            };
             if shipped.version <= stored.version {
                 return Ok((stored, None));
             }
             match trust::rotate(&stored, &bytes, now) {
                 Ok(root) => (root, bytes),
-                Err(why) => return Ok((stored, Some(why))),
+                Err(why) => return Ok((stored, Some(unusable(factory, why)))),
             }
         }
         (Some(stored), Err(_)) => return Ok((stored, None)),
@@ -104,7 +108,7 @@ pub fn first(factory: &Path, store: &Store, now: Timestamp) -> anyhow::Result<(T
         (None, Err(error)) => {
             let text = format!("no trust root: {}: {error}", factory.display());
             let why = Reason::new(Code::UnknownSigner, text).next("`edgectl trust init` makes one");
-            return Ok((nobody(), Some(why)));
+            return Ok((TrustRoot::none(), Some(why)));
         }
     };
     match store.set_trust_root(root.version, &bytes) {
@@ -113,12 +117,12 @@ pub fn first(factory: &Path, store: &Store, now: Timestamp) -> anyhow::Result<(T
         Err(error @ StoreError::TrustRollback { .. }) => {
             let text = format!("{}: {error}", factory.display());
             let why = Reason::new(Code::TrustRollback, text).next("give the device its newest trust root");
-            Ok((nobody(), Some(why)))
+            Ok((TrustRoot::none(), Some(why)))
         }
         Err(error) => Err(error.into()),
     }
 }
 
-fn nobody() -> TrustRoot {
-    TrustRoot { version: 0, expires: Timestamp(0), keys: BTreeMap::new(), roles: BTreeMap::new() }
+fn unusable(factory: &Path, why: Reason) -> Reason {
+    Reason { text: format!("{}: {}", factory.display(), why.text), ..why }
 }

@@ -5,6 +5,8 @@
 
 /// Image signatures as cosign writes them.
 pub mod cosign;
+/// What runs out.
+pub mod expiry;
 /// Trust roots: the first one, and from one to the next.
 pub mod trust;
 

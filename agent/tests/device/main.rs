@@ -7,6 +7,7 @@ mod exec;
 #[expect(dead_code, reason = "the tests of the pull look closer at what was asked")]
 mod faults;
 mod fleet;
+mod frozen;
 mod generations;
 mod journal;
 mod life;

@@ -168,5 +168,6 @@ fn status() -> Status {
         memory_available: Bytes(0),
         pressure: None,
         refused: None,
+        trust: Default::default(),
     }
 }

@@ -3,7 +3,7 @@ use edged_model::api::FleetStatus;
 use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
 use edged_model::quantity::Bytes;
 use edged_model::reason::Code;
-use edged_model::report::DiskReport;
+use edged_model::report::{DiskReport, TrustReport};
 
 fn workload(name: &str, phase: Phase) -> WorkloadStatus {
     let running = phase == Phase::Running;
@@ -50,7 +50,22 @@ fn device(workloads: Vec<WorkloadStatus>) -> Status {
         memory_available: Bytes(128 << 20),
         pressure: None,
         refused: None,
+        trust: TrustReport::default(),
     }
+}
+
+#[test]
+fn what_has_expired_is_not_well_and_what_will_soon_is_only_said() {
+    let mut status = device(vec![workload("web", Phase::Running)]);
+    let soon = Reason::new(Code::Expiring, "manifest 4 expires at X, and no newer one has come").next("sign one");
+    status.trust.concerns = vec![soon];
+    assert_eq!(verdict(&status), Ok(()));
+    let shown = super::status(&status, PLAIN);
+    let said = "  trust       manifest 4 expires at X, and no newer one has come\n           -> sign one\n";
+    assert!(shown.contains(said), "{shown}");
+    let expired = Reason::new(Code::Expired, "manifest 4 expired at X, and no newer one has come").next("sign one");
+    status.trust.concerns = vec![expired];
+    assert_eq!(verdict(&status).unwrap_err(), "manifest 4 expired at X");
 }
 
 const PLAIN: Style = Style { color: false, raw_logs: false };
