@@ -49,6 +49,7 @@ fn child_writer() {
             state: GenerationState::Good,
             since: Timestamp(0),
             reason: None,
+            ailing: std::collections::BTreeSet::new(),
         };
         let pointers = Pointers {
             active: Some(sequence),

@@ -6,9 +6,11 @@
 //!     └───────────┴──────────┴─> Rejected └────────────┴─> RolledBack
 //! ```
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
-use crate::id::{Digest, Sequence};
+use crate::id::{Digest, Sequence, WorkloadName};
 use crate::manifest::Manifest;
 use crate::quantity::Timestamp;
 use crate::reason::Reason;
@@ -43,6 +45,10 @@ pub struct Generation {
     pub state: GenerationState,
     pub since: Timestamp,
     pub reason: Option<Reason>,
+    /// Workloads that were not well when this generation took over, and that it has just as the last good one has them:
+    /// what becomes of them is not its fault, and to go back would not help them.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub ailing: BTreeSet<WorkloadName>,
 }
 
 /// Which generation is which. Moved in one store transaction that is flushed before the first container is touched.

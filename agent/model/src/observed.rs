@@ -25,8 +25,11 @@ pub struct Desired {
 #[serde(rename_all = "camelCase")]
 pub enum Hold {
     Stopped,
-    /// Stop it once and start it again; cleared when that was done.
-    Restart,
+    /// Stop the run that began before this time and start it again; cleared when that was tried.
+    #[serde(rename_all = "camelCase")]
+    Restart {
+        asked_boot_ms: u64,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -111,5 +114,14 @@ pub struct RestartHistory {
     /// Why the present run was told to end: kept, so that an agent that was restarted meanwhile does not take its end for
     /// a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ordered: Option<Reason>,
+    pub ordered: Option<Ordered>,
+}
+
+/// An end that was ordered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ordered {
+    pub why: Reason,
+    /// A run that began later is not meant.
+    pub at_boot_ms: u64,
 }

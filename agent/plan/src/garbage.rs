@@ -54,6 +54,7 @@ mod tests {
             state: GenerationState::Good,
             since: Timestamp(0),
             reason: None,
+            ailing: std::collections::BTreeSet::new(),
         };
         (Sequence(number), generation)
     }

@@ -131,13 +131,14 @@ pub fn active(desired: &Desired, observed: &Observed, now: Now, plan: &mut Plan)
     }
 }
 
-/// A workload that failed too often in a row.
+/// A workload that failed too often in a row, and was well before.
 fn failure(active: &Generation, observed: &Observed) -> Option<Reason> {
     active.manifest.workloads.iter().find_map(|(name, workload)| {
         let instance = observed.workloads.get(name)?;
         let history = &instance.history;
         let is_this_spec = instance.spec == Some(workload.digest());
-        (is_this_spec && history.in_a_row > workload.restart.attempts).then(|| {
+        let is_to_blame = is_this_spec && !active.ailing.contains(name);
+        (is_to_blame && history.in_a_row > workload.restart.attempts).then(|| {
             let last = history.last_reason.as_ref().map_or("unknown", |reason| &reason.text);
             let text = format!("{name} failed {} times in a row: {last}", history.in_a_row);
             Reason::new(Code::ProbationFailed, text).next(format!("see `edgectl logs {name}`"))
@@ -164,11 +165,11 @@ fn all_started(active: &Generation, desired: &Desired, observed: &Observed) -> b
     })
 }
 
-/// The first workload of the active generation that is not well; `None` when all are.
+/// The first workload of the active generation that is not well and was before it; `None` when all are.
 pub fn unwell<'g>(active: &'g Generation, desired: &Desired, observed: &Observed) -> Option<&'g WorkloadName> {
     let mut names = active.manifest.workloads.iter();
     names.find_map(|(name, workload)| {
-        if desired.held.get(name) == Some(&Hold::Stopped) {
+        if desired.held.get(name) == Some(&Hold::Stopped) || active.ailing.contains(name) {
             return None;
         }
         let well = observed.workloads.get(name).is_some_and(|instance| {

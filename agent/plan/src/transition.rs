@@ -1,10 +1,15 @@
 //! What a generation's step means for the records and the pointers. Pure; the store writes what comes out as one.
 
+use std::collections::BTreeSet;
+
 use edged_model::generation::{Generation, GenerationState, Pointers};
-use edged_model::id::Sequence;
+use edged_model::id::{Sequence, WorkloadName};
 use edged_model::observed::{Desired, InstanceState, Observed};
 use edged_model::quantity::Timestamp;
 use edged_model::reason::{Code, Reason};
+use edged_model::workload::Health;
+
+use crate::restart;
 
 /// Records to write together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +65,7 @@ fn lives(generation: &Generation, observed: &Observed) -> bool {
 /// A step the planner ordered; `None` for a generation that is not there.
 pub fn step(
     desired: &Desired,
+    observed: &Observed,
     sequence: Sequence,
     to: GenerationState,
     why: &Reason,
@@ -74,6 +80,8 @@ pub fn step(
     match to {
         GenerationState::Activating => {
             let before = change.pointers.active.replace(sequence);
+            let good = change.pointers.last_good.and_then(|good| desired.generations.get(&good));
+            generation.ailing = good.map(|good| ailing(good, &generation, observed)).unwrap_or_default();
             change.pointers.candidate = change.pointers.candidate.filter(|candidate| *candidate != sequence);
             // The last good one stays what it is: it is where a rollback goes.
             if let Some(before) =
@@ -102,10 +110,30 @@ pub fn step(
     Some(change)
 }
 
+/// What is not well although it runs as the last good generation has it, and `next` leaves as it is.
+fn ailing(good: &Generation, next: &Generation, observed: &Observed) -> BTreeSet<WorkloadName> {
+    let unchanged = next.manifest.workloads.iter().filter(|(name, workload)| {
+        good.manifest.workloads.get(*name).is_some_and(|known| known.digest() == workload.digest())
+    });
+    let unwell = unchanged.filter(|(name, workload)| {
+        observed.workloads.get(*name).is_some_and(|instance| {
+            let history = &instance.history;
+            let has_failed = instance.state == InstanceState::Ended
+                && !restart::ended_by_us(history)
+                && history.last_exit.as_ref().is_some_and(|exit| !exit.cause.is_success());
+            let fails = history.in_a_row > 1 || instance.health == Health::Unhealthy || has_failed;
+            fails && instance.spec == Some(workload.digest())
+        })
+    });
+    unwell.map(|(name, _)| name.clone()).collect()
+}
+
 fn supersede(desired: &Desired, sequence: Sequence, why: Reason, now: Timestamp, change: &mut Change) {
     if let Some(generation) = desired.generations.get(&sequence) {
         let mut generation = generation.clone();
-        generation.state = GenerationState::Superseded;
+        // An operator had asked for the last good one again: it stays where a rollback goes.
+        let is_good = change.pointers.last_good == Some(sequence);
+        generation.state = if is_good { GenerationState::Good } else { GenerationState::Superseded };
         generation.since = now;
         generation.reason = Some(why);
         change.generations.push(generation);
@@ -126,6 +154,7 @@ mod tests {
             state: GenerationState::Received,
             since: Timestamp(0),
             reason: None,
+            ailing: BTreeSet::new(),
         }
     }
 
@@ -139,7 +168,7 @@ mod tests {
         apply(desired, change);
         for to in steps {
             let why = Reason::new(Code::Activated, "test");
-            let change = step(desired, Sequence(n), *to, &why, Timestamp(1)).unwrap();
+            let change = step(desired, &Observed::default(), Sequence(n), *to, &why, Timestamp(1)).unwrap();
             apply(desired, change);
         }
     }

@@ -60,7 +60,7 @@ fn has_a_turn(
         InstanceState::Ended | InstanceState::Absent => {
             let history = &instance.history;
             let stays = is_as_wanted
-                && desired.held.get(name) != Some(&Hold::Restart)
+                && !matches!(desired.held.get(name), Some(Hold::Restart { .. }))
                 && (history.in_a_row > workload.restart.attempts
                     || restart::verdict(name, &workload.restart, history) == Verdict::Never);
             !stays

@@ -96,7 +96,9 @@ impl OneWorkload<'_> {
         let why = match self.hold() {
             Some(Hold::Stopped) => Reason::new(Code::OperatorStopped, format!("{name} was stopped by an operator"))
                 .next(format!("`edgectl start {name}` starts it")),
-            Some(Hold::Restart) => Reason::new(Code::OperatorRestarted, format!("{name} is restarted by an operator")),
+            Some(Hold::Restart { .. }) => {
+                Reason::new(Code::OperatorRestarted, format!("{name} is restarted by an operator"))
+            }
             None if instance.spec != Some(wanted) => {
                 if !turns.take() {
                     return wait(plan, name, Code::WaitingForTurn, "it changes when the one before it is up", None);
@@ -120,7 +122,7 @@ impl OneWorkload<'_> {
         let why = instance.history.last_reason.clone();
         let why = why.unwrap_or_else(|| Reason::new(Code::Exited, format!("{name} ended")));
         match (self.hold(), restart::verdict(name, &self.workload.restart, &instance.history)) {
-            (Some(Hold::Restart), _) | (None, Verdict::Now) => self.start(why, plan),
+            (Some(Hold::Restart { .. }), _) | (None, Verdict::Now) => self.start(why, plan),
             (None, Verdict::At { boot_ms }) if boot_ms <= self.now.boot_ms => self.start(why, plan),
             (None, Verdict::At { boot_ms }) => {
                 let left = Span::from_ms(boot_ms - self.now.boot_ms).human();

@@ -2,7 +2,7 @@
 
 use edged_model::id::{Digest, WorkloadName};
 use edged_model::manifest::{Health as HealthCheck, Restart};
-use edged_model::observed::{Desired, Instance, InstanceState, Observed, RestartHistory};
+use edged_model::observed::{Desired, Hold, Instance, InstanceState, Observed, Ordered, RestartHistory};
 use edged_model::quantity::Now;
 use edged_model::reason::{Code, Reason};
 use edged_model::workload::{Exit, ExitCause, Health};
@@ -69,10 +69,25 @@ impl World {
         instance.state = InstanceState::Running { pid: began.pid, since_boot_ms: began.since_boot_ms };
     }
 
+    /// Whether the operator's wish to restart `name` was fulfilled by a run that began at this time: an agent that ended
+    /// before it could write that down must not restart it twice.
+    pub fn was_restarted(&self, name: &WorkloadName, since_boot_ms: u64) -> bool {
+        matches!(self.desired.held.get(name), Some(Hold::Restart { asked_boot_ms }) if *asked_boot_ms < since_boot_ms)
+    }
+
+    /// Whether this end is written down already: the agent before us ended before the keeper could be told to forget it.
+    pub fn knows_end(&self, name: &WorkloadName, at_boot_ms: u64) -> bool {
+        let known = self.observed.workloads.get(name).and_then(|instance| instance.history.last_exit.as_ref());
+        known.is_some_and(|exit| exit.at_boot_ms == at_boot_ms)
+    }
+
     /// A living run found after the agent itself was restarted: nothing began, so nothing is counted.
     pub fn adopted(&mut self, name: &WorkloadName, began: &Began) {
         let checked = began.checked;
         let instance = self.instance(name);
+        // What is written down may be of the run before.
+        instance.history.ordered =
+            instance.history.ordered.take_if(|ordered| ordered.at_boot_ms >= began.since_boot_ms);
         instance.spec = Some(began.spec);
         instance.stop_timeout_ms = began.stop_timeout_ms;
         instance.health = if checked { Health::Starting } else { Health::Unchecked };
@@ -85,7 +100,7 @@ impl World {
         if let InstanceState::Running { pid, .. } = instance.state {
             let kill_at_boot_ms = now.boot_ms.saturating_add(instance.stop_timeout_ms);
             instance.state = InstanceState::Stopping { pid, kill_at_boot_ms, why: why.clone() };
-            instance.history.ordered = Some(why.clone());
+            instance.history.ordered = Some(Ordered { why: why.clone(), at_boot_ms: now.boot_ms });
         }
     }
 
@@ -94,7 +109,7 @@ impl World {
         self.probes.remove(name);
         let instance = self.instance(name);
         // From the history, not from the state: an agent that was restarted meanwhile knows it too.
-        let ordered = instance.history.ordered.take();
+        let ordered = instance.history.ordered.take().map(|ordered| ordered.why);
         instance.state = InstanceState::Ended;
         instance.health = Health::Unchecked;
         let history = &mut instance.history;

@@ -1,6 +1,6 @@
 //! Single moments of a switch that a simulated history found to go wrong.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use edged_model::action::{Action, Plan};
 use edged_model::generation::{Generation, GenerationState, Pointers};
@@ -10,6 +10,7 @@ use edged_model::observed::{Capacity, Desired, ImageStatus, Instance, InstanceSt
 use edged_model::quantity::{Bytes, MilliCpu, Now, Timestamp};
 use edged_model::reason::{Code, Reason};
 use edged_model::workload::{Exit, ExitCause};
+use edged_plan::transition::step;
 
 const IMAGE: &str = "r.example/image:1";
 const NOW: Now = Now { boot_ms: 10_000, wall: Timestamp(0) };
@@ -35,6 +36,7 @@ fn generation(n: u64, state: GenerationState, workloads: &[(&str, &Workload)]) -
         state,
         since: Timestamp(0),
         reason: None,
+        ailing: BTreeSet::new(),
     }
 }
 
@@ -132,4 +134,47 @@ fn a_record_that_cannot_be_written_does_not_delay_a_restart() {
         edged_plan::plan(&desired, &observed(&[("web", running(), &web), ("job", InstanceState::Ended, &job)]), NOW);
     let moves = plan.actions.iter().any(|action| matches!(action, Action::Transition { .. }));
     assert!(moves && starts(&plan, "job"), "{plan:?}");
+}
+
+/// Generation 2 is to take over; `web` runs as generation 1 has it, and crashes all the time.
+fn taking_over(new: &[(&str, &Workload)], web: &Workload) -> (Desired, Observed) {
+    let old = generation(1, GenerationState::Good, &[("web", web)]);
+    let new = generation(2, GenerationState::Staged, new);
+    let pointers = Pointers {
+        active: Some(Sequence(1)),
+        last_good: Some(Sequence(1)),
+        candidate: Some(Sequence(2)),
+        ..Pointers::default()
+    };
+    let generations = BTreeMap::from([(Sequence(1), old), (Sequence(2), new)]);
+    let mut observed = observed(&[("web", InstanceState::Ended, web)]);
+    observed.workloads.get_mut(&name("web")).unwrap().history.in_a_row = 40;
+    (Desired { pointers, generations, ..Desired::default() }, observed)
+}
+
+fn take_over(desired: &mut Desired, observed: &Observed) {
+    let why = Reason::new(Code::Activated, "test");
+    let change = step(desired, observed, Sequence(2), GenerationState::Activating, &why, Timestamp(1)).unwrap();
+    desired.pointers = change.pointers;
+    let watched = |generation| Generation { state: GenerationState::Probation, ..generation };
+    desired.generations.extend(change.generations.into_iter().map(|g| (g.sequence, watched(g))));
+}
+
+#[test]
+fn a_generation_is_not_blamed_for_what_it_left_as_it_was() {
+    let (web, other) = (workload("1", 10), workload("1", 10));
+    let (mut desired, mut observed) = taking_over(&[("web", &web), ("other", &other)], &web);
+    take_over(&mut desired, &observed);
+    observed.workloads.get_mut(&name("web")).unwrap().history.in_a_row = 41;
+    let rolls_back = |desired: &Desired, observed: &Observed| {
+        let plan = edged_plan::plan(desired, observed, NOW);
+        plan.actions.iter().any(|a| matches!(a, Action::Transition { to: GenerationState::RolledBack, .. }))
+    };
+    assert!(!rolls_back(&desired, &observed), "web crashed before, too");
+
+    let changed = workload("2", 10);
+    let (mut desired, mut observed) = taking_over(&[("web", &changed)], &web);
+    take_over(&mut desired, &observed);
+    observed.workloads.get_mut(&name("web")).unwrap().spec = Some(changed.digest());
+    assert!(rolls_back(&desired, &observed), "this web is the new generation's");
 }

@@ -3,9 +3,8 @@
 use edged_model::action::Action;
 use edged_model::generation::GenerationState;
 use edged_model::id::{Sequence, WorkloadName};
-use edged_model::keeper::ChildExit;
-use edged_model::manifest::{Restart, Workload};
-use edged_model::observed::{Hold, ImageStatus, InstanceState};
+use edged_model::manifest::Workload;
+use edged_model::observed::{Hold, ImageStatus};
 use edged_model::quantity::{Bytes, Now};
 use edged_model::reason::{Code, Reason};
 use edged_model::workload::{Exit, ExitCause};
@@ -13,7 +12,7 @@ use edged_plan::transition;
 use edged_plan::world::Began;
 
 use super::store_thread::Busy;
-use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, health};
+use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock};
 use crate::execute::{place, pull, start, stop};
 use crate::network::netns;
 use crate::report::Taken;
@@ -24,7 +23,14 @@ use crate::store::{Durability, SavedHistory, inline_chain};
 const PULL_RETRY_MAX_MS: u64 = 300_000;
 const PULL_RETRY_MS: u64 = 2_000;
 
+/// The key of generations' changes among what failed; no workload has such a name.
+const CHANGE: &str = "(change)";
+
 impl Agent {
+    fn try_later(&mut self, what: &str) {
+        self.under_way.failed.entry(what.to_owned()).or_default().failed(clock::boot_ms());
+    }
+
     pub(super) async fn act(&mut self, action: Action, now: Now) {
         match action {
             Action::Pull { image } => self.pull(image),
@@ -102,7 +108,8 @@ impl Agent {
         };
         let Some(spec) = manifest.workloads.get(&workload).cloned() else { return };
         let Some(image) = self.images.get(&spec.image).cloned() else { return };
-        if self.under_way.starts.contains_key(&workload) {
+        // Its last end is still being written: until then the keeper has it in its table.
+        if self.under_way.starts.contains_key(&workload) || self.under_way.ends.contains(&workload) {
             return;
         }
         let oom_kills_before = self.start_context.cgroups.open(workload.as_str()).usage().oom_kills;
@@ -148,9 +155,7 @@ impl Agent {
                     checked: spec.health.is_some(),
                 };
                 self.world.began(&name, &began);
-                if self.world.desired.held.get(&name) == Some(&Hold::Restart) {
-                    self.hold(&name, None);
-                }
+                self.restart_was_tried(&name);
                 self.watch(&name, launched.pid, Some(oom_kills_before)).await;
                 let text = format!("{name} runs (pid {})", launched.pid);
                 self.tell(
@@ -171,6 +176,8 @@ impl Agent {
                     StartFailure::Launch(LaunchError::Link(error)) => (inline_chain(&error), 0),
                 };
                 self.world.not_started(&name, spec.digest());
+                // It is asked for once: what fails now goes the way of every failure, back-off included.
+                self.restart_was_tried(&name);
                 let cause = ExitCause::NotStarted { stage, errno };
                 let exit = Exit { cause, at: now.wall, at_boot_ms: now.boot_ms, ran_ms: 0, peak_memory: None };
                 self.ended(&name, exit);
@@ -206,62 +213,6 @@ impl Agent {
         }
     }
 
-    /// The keeper says that a child ended.
-    pub(super) async fn exited(&mut self, exit: ChildExit) {
-        let key = exit.key.clone();
-        let starting = WorkloadName::parse(&key).ok().and_then(|name| self.under_way.starts.get_mut(&name));
-        if let Some(start) = starting {
-            start.ended_already = Some(exit);
-            return;
-        }
-        if !health::finish(&self.execs, &exit) {
-            if let Ok(name) = WorkloadName::parse(&key) {
-                let cause = self.cause(&name, &exit);
-                let since = match self.world.instance(&name).state {
-                    InstanceState::Running { since_boot_ms, .. } => since_boot_ms,
-                    _ => exit.boot_ms,
-                };
-                let peak = self.runs.get(&name).and_then(|run| run.cgroup.usage().memory_peak_bytes).map(Bytes);
-                let exit = Exit {
-                    cause,
-                    at: self.now().wall,
-                    at_boot_ms: exit.boot_ms,
-                    ran_ms: exit.boot_ms.saturating_sub(since),
-                    peak_memory: peak,
-                };
-                self.ended(&name, exit);
-            }
-        }
-        if let Err(error) = self.link.forget(&key).await {
-            tracing::warn!(key, "forget: {}", inline_chain(&error));
-        }
-    }
-
-    fn cause(&self, name: &WorkloadName, exit: &ChildExit) -> ExitCause {
-        let oom = self.runs.get(name).is_some_and(|run| run.cgroup.usage().oom_kills > run.oom_kills_before);
-        match (exit.code, exit.signal) {
-            (Some(0), _) => ExitCause::Code { code: 0 },
-            _ if oom => ExitCause::OutOfMemory,
-            (Some(code), _) => ExitCause::Code { code },
-            (None, Some(signal)) => ExitCause::Signal { signal, core_dumped: exit.core_dumped },
-            (None, None) => ExitCause::Unknown,
-        }
-    }
-
-    pub(super) fn ended(&mut self, name: &WorkloadName, exit: Exit) {
-        let policy = self.active().and_then(|active| active.manifest.workloads.get(name));
-        let policy = policy.map_or_else(Restart::default, |workload| workload.restart.clone());
-        if let Some(probe) = self.runs.get_mut(name).and_then(|run| run.probe.take()) {
-            probe.abort();
-        }
-        self.under_way.signalled.remove(name);
-        let by = if exit.cause == ExitCause::OutOfMemory { "kernel" } else { "workload" };
-        let why = self.world.ended(name, exit, &policy);
-        let generation = self.world.desired.pointers.active;
-        self.tell(Some(name), generation, &why, by);
-        self.save_history(name, Durability::Soon);
-    }
-
     async fn stop(&mut self, name: &WorkloadName, why: &Reason, now: Now) {
         self.let_go_on(name);
         let workload = self.active().and_then(|active| active.manifest.workloads.get(name));
@@ -288,7 +239,8 @@ impl Agent {
     }
 
     fn remove(&mut self, workload: WorkloadName) {
-        if !self.under_way.removals.insert(workload.clone()) {
+        let may = self.under_way.failed.get(workload.as_str()).is_none_or(|backoff| backoff.is_over(clock::boot_ms()));
+        if !may || !self.under_way.removals.insert(workload.clone()) {
             return;
         }
         self.ports.close(&workload);
@@ -312,20 +264,27 @@ impl Agent {
         self.under_way.removals.remove(workload);
         match failed {
             None => {
+                self.under_way.failed.remove(workload.as_str());
                 self.world.observed.workloads.remove(workload);
                 let text = format!("{workload} was removed; its volumes stay");
                 self.tell(Some(workload), None, &Reason::new(Code::NotInManifest, text), "planner");
             }
-            // Tried again with the next plan.
-            Some(error) => tracing::warn!(%workload, "remove: {error}"),
+            Some(error) => {
+                self.try_later(workload.as_str());
+                tracing::warn!(%workload, "remove: {error}");
+            }
         }
     }
 
     fn change(&mut self, generation: Sequence, to: GenerationState, why: &Reason, now: Now) {
-        if self.under_way.change {
+        let may = self.under_way.failed.get(CHANGE).is_none_or(|backoff| backoff.is_over(now.boot_ms));
+        if self.under_way.change || !may {
             return;
         }
-        let Some(change) = transition::step(&self.world.desired, generation, to, why, now.wall) else { return };
+        let Some(change) = transition::step(&self.world.desired, &self.world.observed, generation, to, why, now.wall)
+        else {
+            return;
+        };
         self.tell(None, Some(generation), why, "planner");
         let failed_digest = self.world.desired.generations.get(&generation).map(|generation| generation.digest);
         let is_failure = matches!(to, GenerationState::RolledBack | GenerationState::Rejected);
@@ -362,6 +321,7 @@ impl Agent {
         let offered = self.under_way.acknowledge.take();
         let why = failed.map(|error| {
             // Nothing was acted on; the planner orders it again.
+            self.try_later(CHANGE);
             Reason::new(Code::DiskFull, format!("a generation's state cannot be written: {error}"))
         });
         if let Some((sequence, reply)) = offered {
@@ -370,6 +330,7 @@ impl Agent {
         if let Some(why) = why {
             return self.tell(None, None, &why, "agent");
         }
+        self.under_way.failed.remove(CHANGE);
         let now = self.now();
         let desired = &mut self.world.desired;
         desired.pointers = change.pointers;

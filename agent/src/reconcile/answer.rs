@@ -7,7 +7,7 @@ use edged_model::observed::Hold;
 use edged_model::reason::{Code, Reason};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::{Agent, Message};
+use super::{Agent, Message, clock};
 use crate::api::Call;
 use crate::store::inline_chain;
 
@@ -45,7 +45,10 @@ impl Agent {
             Request::Events { follow, workload, tail } => self.events(answers, workload, follow, tail),
             Request::Start { workload } => self.operate(&answers, &workload, None, &caller.name),
             Request::Stop { workload } => self.operate(&answers, &workload, Some(Hold::Stopped), &caller.name),
-            Request::Restart { workload } => self.operate(&answers, &workload, Some(Hold::Restart), &caller.name),
+            Request::Restart { workload } => {
+                let hold = Hold::Restart { asked_boot_ms: clock::boot_ms() };
+                self.operate(&answers, &workload, Some(hold), &caller.name);
+            }
             Request::Pause { workload } => self.pause(&answers, &workload, true, &caller.name),
             Request::Resume { workload } => self.pause(&answers, &workload, false, &caller.name),
             Request::Exec { workload, wish } => self.exec(answers, passing, workload, wish, &caller.name),
@@ -89,10 +92,11 @@ impl Agent {
             instance.history.in_a_row = 0;
         }
         // To start what its policy would leave ended is a restart.
-        let hold = if hold.is_none() && !is_running { Some(Hold::Restart) } else { hold };
+        let anew = Hold::Restart { asked_boot_ms: clock::boot_ms() };
+        let hold = if hold.is_none() && !is_running { Some(anew) } else { hold };
         let (code, text) = match hold {
             Some(Hold::Stopped) => (Code::OperatorStopped, format!("{name} shall stop and stay so")),
-            Some(Hold::Restart) => (Code::OperatorRestarted, format!("{name} shall start anew")),
+            Some(Hold::Restart { .. }) => (Code::OperatorRestarted, format!("{name} shall start anew")),
             None => (Code::OperatorRestarted, format!("{name} runs already")),
         };
         self.hold(name, hold);

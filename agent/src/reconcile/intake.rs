@@ -35,6 +35,7 @@ impl Agent {
             Message::Changed { change, failed, activated } => self.changed(*change, failed, activated),
             Message::Collected { result, reply } => self.collected(result, reply),
             Message::RootWritten { root, by, failed, reply } => self.root_written(*root, &by, failed, reply),
+            Message::EndWritten { workload } => self.end_written(&workload).await,
             Message::Removed { workload, failed } => self.removed(&workload, failed),
             Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
             Message::Offer { envelope, by, reply } => self.offer(envelope, &by, reply),
@@ -116,6 +117,7 @@ impl Agent {
             state: GenerationState::Received,
             since: now,
             reason: None,
+            ailing: std::collections::BTreeSet::new(),
         };
         let signers = verified.signers.iter().map(edged_model::id::Digest::short).collect::<Vec<_>>().join(", ");
         let why = Reason::new(

@@ -10,10 +10,12 @@
 
 mod act;
 mod answer;
+mod backoff;
 /// Why the machine was started.
 mod boot;
 /// The only reader of clocks.
 pub mod clock;
+mod ends;
 /// Commands of operators in workloads.
 mod exec;
 /// What runs out.
@@ -91,6 +93,10 @@ enum Message {
         failed: Option<String>,
         activated: bool,
     },
+    /// The end of a run is on the disk.
+    EndWritten {
+        workload: WorkloadName,
+    },
     Removed {
         workload: WorkloadName,
         failed: Option<String>,
@@ -133,6 +139,10 @@ struct UnderWay {
     starts: BTreeMap<WorkloadName, StartUnderWay>,
     removals: BTreeSet<WorkloadName>,
     signalled: BTreeSet<WorkloadName>,
+    /// Ends that are being written; the keeper has them until then.
+    ends: BTreeSet<WorkloadName>,
+    /// What failed and is tried again later.
+    failed: BTreeMap<String, backoff::Backoff>,
     change: bool,
     /// Who offered the generation that is being written, and hears of it when it is on the disk.
     acknowledge: Option<(Sequence, oneshot::Sender<Result<Taken, Reason>>)>,

@@ -215,7 +215,13 @@ impl Agent {
             stop_timeout_ms: spec.as_ref().map_or(10_000, |spec| spec.stop_timeout.ms),
             checked: spec.as_ref().is_some_and(|spec| spec.health.is_some()),
         };
+        if child.exit.as_ref().is_some_and(|exit| self.world.knows_end(&name, exit.boot_ms)) {
+            return self.forget(&child.key).await;
+        }
         self.world.adopted(&name, &began);
+        if self.world.was_restarted(&name, began.since_boot_ms) {
+            self.hold(&name, None);
+        }
         match child.exit {
             Some(exit) => self.exited(exit).await,
             None => self.watch(&name, child.pid, None).await,

@@ -30,6 +30,7 @@ fn generation(sequence: u64, state: GenerationState) -> Generation {
         state,
         since: Timestamp(1),
         reason: None,
+        ailing: std::collections::BTreeSet::new(),
     }
 }
 

@@ -126,6 +126,16 @@ fn of_a_transition(sim: &Sim, plan: &Plan, generation: &Generation, to: Generati
             }
         }
         GenerationState::RolledBack => {
+            let to_blame = generation.manifest.workloads.iter().any(|(name, workload)| {
+                let here = sim.world.observed.workloads.get(name);
+                let is_well = here.is_some_and(|instance| {
+                    let lives = matches!(instance.state, InstanceState::Running { .. });
+                    let unwell = matches!(instance.health, Health::Unhealthy | Health::Starting);
+                    is_as_wanted(instance, workload) && lives && !unwell && instance.history.in_a_row == 0
+                });
+                !is_well && !generation.ailing.contains(name)
+            });
+            law(to_blame, || format!("generation {sequence} goes back for what ailed before it"))?;
             let good = sim.world.desired.pointers.last_good;
             law(good.is_some_and(|good| good != sequence), || format!("generation {sequence} goes back to {good:?}"))?;
         }
@@ -139,9 +149,10 @@ fn of_a_transition(sim: &Sim, plan: &Plan, generation: &Generation, to: Generati
     law(!switches || alone, || format!("a switch to {sequence} and what depends on it are ordered at once: {plan:?}"))
 }
 
-/// One run of a workload at a time, and all walls together fit the device at every moment.
+/// One run of a workload at a time, no job that is done a second time, and all walls together fit the device at every moment.
 pub fn of_a_launch(sim: &Sim, name: &WorkloadName, spec: &Workload) -> Law {
     law(sim.living().all(|(living, _)| living != name), || format!("{name} is started beside a living one"))?;
+    law(sim.done.get(name) != Some(&spec.digest()), || format!("{name} was done, and nobody asked for it again"))?;
     let memory: u64 =
         sim.living().map(|(_, spec)| spec).chain([spec]).filter_map(|s| s.resources.memory).map(|m| m.0).sum();
     let total = sim.world.observed.capacity.memory_total.0;

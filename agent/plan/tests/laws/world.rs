@@ -15,6 +15,7 @@ use edged_model::observed::{Capacity, Desired, Hold, ImageStatus, Instance, Inst
 use edged_model::quantity::{Bytes, MilliCpu, Now, Span, Timestamp};
 use edged_model::reason::{Code, Reason};
 use edged_model::workload::{Exit, ExitCause, ProbeOutcome};
+use edged_plan::restart::{self, Verdict};
 use edged_plan::transition::{self, Change};
 use edged_plan::world::{Began, World};
 
@@ -75,6 +76,10 @@ enum Mail {
         name: WorkloadName,
         pid: i32,
     },
+    /// The end of a run is on the disk: the keeper may forget it.
+    Written {
+        name: WorkloadName,
+    },
     Pulled {
         image: String,
     },
@@ -113,6 +118,7 @@ struct UnderWay {
     pulls: BTreeSet<String>,
     starts: BTreeSet<WorkloadName>,
     removals: BTreeSet<WorkloadName>,
+    ends: BTreeSet<WorkloadName>,
     change: bool,
 }
 
@@ -126,6 +132,8 @@ pub struct Sim {
     keeper: BTreeMap<WorkloadName, Child>,
     mail: Vec<(u64, Mail)>,
     under_way: UnderWay,
+    /// Jobs that were done in this boot, as nobody has asked for them again.
+    pub done: BTreeMap<WorkloadName, Digest>,
     next_pid: i32,
     next_sequence: u64,
     /// While it storms things go wrong.
@@ -148,6 +156,7 @@ impl Sim {
             world: World::default(),
             disk: Disk::default(),
             keeper: BTreeMap::new(),
+            done: BTreeMap::new(),
             mail: Vec::new(),
             under_way: UnderWay::default(),
             next_pid: 100,
@@ -211,7 +220,7 @@ impl Sim {
             }
             Action::Start { workload, generation, .. } => {
                 let spec = self.world.desired.generations[&generation].manifest.workloads[&workload].clone();
-                if self.under_way.starts.insert(workload.clone()) {
+                if !self.under_way.ends.contains(&workload) && self.under_way.starts.insert(workload.clone()) {
                     let now = self.now();
                     self.world.starting(&workload, spec.digest(), now);
                     self.send(Mail::Launch { name: workload, spec: Box::new(spec) });
@@ -220,6 +229,8 @@ impl Sim {
             Action::Stop { workload, why } => {
                 let now = self.now();
                 self.world.stopping(&workload, &why, now);
+                // It may have ended by itself before it heard of that: it was stopped all the same.
+                self.done.remove(&workload);
                 self.save(&workload);
                 self.signal(&workload, false);
             }
@@ -234,7 +245,9 @@ impl Sim {
                     return;
                 }
                 let now = self.now().wall;
-                if let Some(change) = transition::step(&self.world.desired, generation, to, &why, now) {
+                if let Some(change) =
+                    transition::step(&self.world.desired, &self.world.observed, generation, to, &why, now)
+                {
                     let activated = matches!(to, GenerationState::Activating | GenerationState::RolledBack);
                     self.under_way.change = true;
                     self.send(Mail::Changed { change: Box::new(change), activated });
@@ -267,6 +280,12 @@ impl Sim {
         let instance = self.world.instance(name);
         let saved = Saved { spec: instance.spec, history: instance.history.clone(), boot: self.boot };
         self.disk.unsynced.insert(name.clone(), saved);
+    }
+
+    fn write_down(&mut self, name: &WorkloadName) {
+        if let Some(saved) = self.disk.unsynced.remove(name) {
+            self.disk.histories.insert(name.clone(), saved);
+        }
     }
 
     fn hold(&mut self, name: &WorkloadName, hold: Option<Hold>) {
@@ -305,9 +324,16 @@ impl Sim {
     fn children_end(&mut self) {
         let now = self.boot_ms;
         let mut ended = Vec::new();
+        let wanted = self.active().map(|active| active.manifest.workloads.clone()).unwrap_or_default();
         for (name, child) in &mut self.keeper {
             if child.exit.is_none() && child.ends.as_ref().is_some_and(|(at, _)| *at <= now) {
                 child.exit = child.ends.take();
+                let is_done = matches!(child.exit, Some((_, ExitCause::Code { code: 0 })));
+                let is_over =
+                    !child.told_to_stop && !self.world.desired.held.contains_key(name) && wanted.contains_key(name);
+                if is_done && is_over && child.spec.restart.policy != RestartPolicy::Always {
+                    self.done.insert(name.clone(), child.spec.digest());
+                }
                 ended.push((name.clone(), child.pid));
             }
         }
@@ -322,6 +348,11 @@ impl Sim {
             Mail::Launch { name, spec } => self.launch(name, spec)?,
             Mail::Started { name, spec, pid } => self.started(&name, &spec, pid),
             Mail::Exited { name, pid } => self.exited(&name, pid),
+            Mail::Written { name } => {
+                self.write_down(&name);
+                self.under_way.ends.remove(&name);
+                self.keeper.remove(&name);
+            }
             Mail::Pulled { image } => self.pulled(image),
             Mail::Changed { change, activated } => self.changed(*change, activated),
             Mail::Probed { name, pid } => self.probed(&name, pid),
@@ -332,6 +363,7 @@ impl Sim {
                     self.world.observed.workloads.remove(&name);
                     self.disk.histories.remove(&name);
                     self.disk.unsynced.remove(&name);
+                    self.done.remove(&name);
                 }
             }
         }
@@ -339,11 +371,15 @@ impl Sim {
     }
 
     fn launch(&mut self, name: WorkloadName, spec: Box<Workload>) -> Result<(), String> {
+        if self.done.get(&name) != Some(&spec.digest()) {
+            self.done.remove(&name);
+        }
         if self.storm && self.dice.one_in(12) {
             self.send(Mail::Started { name, spec, pid: None });
             return Ok(());
         }
         crate::laws::of_a_launch(self, &name, &spec)?;
+        self.done.remove(&name);
         self.next_pid += 1;
         let pid = self.next_pid;
         let ends = self.fate(&spec);
@@ -380,12 +416,15 @@ impl Sim {
             let cause = ExitCause::NotStarted { stage: "exec".to_owned(), errno: 2 };
             let exit = Exit { cause, at: now.wall, at_boot_ms: now.boot_ms, ran_ms: 0, peak_memory: None };
             self.world.ended(name, exit, &spec.restart);
+            if matches!(self.world.desired.held.get(name), Some(Hold::Restart { .. })) {
+                self.hold(name, None);
+            }
             self.save(name);
             return;
         };
         let began = self.began(pid, spec);
         self.world.began(name, &began);
-        if self.world.desired.held.get(name) == Some(&Hold::Restart) {
+        if matches!(self.world.desired.held.get(name), Some(Hold::Restart { .. })) {
             self.hold(name, None);
         }
         self.save(name);
@@ -420,7 +459,12 @@ impl Sim {
         let exit = Exit { cause, at: self.now().wall, at_boot_ms: at, ran_ms, peak_memory: None };
         self.world.ended(name, exit, &policy);
         self.save(name);
-        self.keeper.remove(name);
+        let history = &self.world.observed.workloads[name].history;
+        if restart::verdict(name, &policy, history) == Verdict::Now {
+            self.keeper.remove(name);
+        } else if self.under_way.ends.insert(name.clone()) {
+            self.send(Mail::Written { name: name.clone() });
+        }
     }
 
     fn pulled(&mut self, image: String) {
@@ -449,6 +493,8 @@ impl Sim {
         }
         transition::forget_old(&mut self.world.desired, &self.world.observed);
         if activated {
+            let wanted = self.active().map(|active| active.manifest.workloads.clone()).unwrap_or_default();
+            self.done.retain(|name, _| wanted.contains_key(name));
             self.world.observed.active_since_boot_ms = Some(self.boot_ms);
             self.world.observed.all_well_since_boot_ms = None;
             for name in self.world.desired.held.keys().cloned().collect::<Vec<_>>() {
@@ -510,14 +556,16 @@ impl Sim {
         if self.active().is_none_or(|active| !active.manifest.workloads.contains_key(&name)) {
             return;
         }
-        let hold = [None, Some(Hold::Stopped), Some(Hold::Restart)][self.dice.below(3) as usize];
+        let restart = Some(Hold::Restart { asked_boot_ms: self.boot_ms });
+        let hold = [None, Some(Hold::Stopped), restart][self.dice.below(3) as usize];
         self.tell(|| format!("operator: {name} {hold:?}"));
         let instance = self.world.instance(&name);
         let is_running = matches!(instance.state, InstanceState::Running { .. });
         if hold != Some(Hold::Stopped) {
             instance.history.in_a_row = 0;
         }
-        let hold = if hold.is_none() && !is_running { Some(Hold::Restart) } else { hold };
+        let hold = if hold.is_none() && !is_running { restart } else { hold };
+        self.done.remove(&name);
         self.hold(&name, hold);
     }
 
@@ -540,6 +588,7 @@ impl Sim {
             state: GenerationState::Received,
             since: Timestamp(0),
             reason: None,
+            ailing: std::collections::BTreeSet::new(),
         };
         let change = transition::received(&self.world.desired, generation, self.now().wall);
         self.under_way.change = true;
@@ -637,6 +686,7 @@ impl Sim {
                 Mail::Launch { name, spec } if self.dice.one_in(2) => {
                     let lives = self.keeper.contains_key(&name);
                     assert!(!lives, "launched beside a living one");
+                    self.done.remove(&name);
                     self.next_pid += 1;
                     let ends = self.fate(&spec);
                     let (pid, began) = (self.next_pid, self.boot_ms);
@@ -657,6 +707,7 @@ impl Sim {
     fn cut_power(&mut self) {
         self.tell(|| "the power is cut".to_owned());
         self.keeper.clear();
+        self.done.clear();
         self.mail.clear();
         self.boot += 1;
         self.boot_ms = 500;
@@ -697,9 +748,16 @@ impl Sim {
         let children: Vec<_> = self.keeper.iter().map(|(name, child)| (name.clone(), child.pid)).collect();
         for (name, pid) in children {
             let child = &self.keeper[&name];
+            if child.exit.as_ref().is_some_and(|(at, _)| self.world.knows_end(&name, *at)) {
+                self.keeper.remove(&name);
+                continue;
+            }
             let checked = child.spec.health.is_some();
             let began = Began { since_boot_ms: child.began, ..self.began(pid, &child.spec.clone()) };
             self.world.adopted(&name, &began);
+            if self.world.was_restarted(&name, began.since_boot_ms) {
+                self.hold(&name, None);
+            }
             if self.keeper[&name].exit.is_some() {
                 self.exited(&name, pid);
             } else if checked {
