@@ -39,6 +39,7 @@ pub struct Config {
     pub allow: Allow,
     pub log: Log,
     pub network: Network,
+    pub time: Time,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -272,6 +273,21 @@ impl Default for Network {
             bridge: "edged0".to_owned(),
             subnet: "10.88.0.0/16".to_owned(),
         }
+    }
+}
+
+/// Who is asked for the time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Time {
+    /// SNTP servers, `host` or `host:port`. Empty: on a device those that DHCP names, on a host none.
+    pub servers: Vec<String>,
+    pub interval: Span,
+}
+
+impl Default for Time {
+    fn default() -> Self {
+        Self { servers: Vec::new(), interval: Span::from_secs(3_600) }
     }
 }
 

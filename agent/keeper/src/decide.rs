@@ -131,6 +131,9 @@ pub enum Act {
     KeepTimeFloor {
         unix_seconds: i64,
     },
+    MoveClock {
+        unix_ms: i64,
+    },
     PetWatchdog,
     ExecAgain,
     Leave {
@@ -330,6 +333,12 @@ fn answer(table: &mut Table, request: Request, now: u64, acts: &mut Vec<Act>) {
             // A host's clock is not ours.
             if table.device {
                 acts.push(Act::KeepTimeFloor { unix_seconds });
+            }
+            send(acts, id, ReplyBody::Done);
+        }
+        RequestBody::MoveClock { unix_ms } => {
+            if table.device {
+                acts.push(Act::MoveClock { unix_ms });
             }
             send(acts, id, ReplyBody::Done);
         }

@@ -358,6 +358,11 @@ impl Keeper {
                 }
             }
             Act::KeepTimeFloor { unix_seconds } => boot::keep_time_floor(&self.config.data, unix_seconds),
+            Act::MoveClock { unix_ms } => {
+                if let Err(error) = edged_sys::device::raise_clock_ms(unix_ms) {
+                    log::line(&format!("the clock: {error}"));
+                }
+            }
             Act::PetWatchdog => {
                 if let Some(Err(error)) = self.watchdog.as_ref().map(Watchdog::pet) {
                     log::line(&format!("watchdog: {error}"));

@@ -42,6 +42,10 @@ pub enum RequestBody {
     TimeFloor {
         unix_seconds: i64,
     },
+    /// On a device, set the clock forward to this; never back.
+    MoveClock {
+        unix_ms: i64,
+    },
     Version,
 }
 

@@ -23,7 +23,7 @@ pub struct Report {
     pub agent_version: String,
     pub arch: String,
     pub uptime_secs: u64,
-    /// `rtc`, `ntp` or `floor`.
+    /// `ntp` (somebody outside confirmed it), `system` (nobody did) or `floor` (the clock is known to be wrong).
     pub clock_source: String,
     /// Absent on a host, where edged is not what boots.
     #[serde(default, skip_serializing_if = "Option::is_none")]

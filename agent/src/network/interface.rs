@@ -37,21 +37,36 @@ pub struct Addressing {
 /// The interface may appear late (a USB modem); looked for again this often.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
-/// Sets the interface up and keeps it so. `tell` gets each new state in words.
-pub async fn run(config: Network, resolv_conf: std::path::PathBuf, tell: impl Fn(String)) {
+/// How the interface is now.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct State {
+    /// In words.
+    pub text: String,
+    /// Those that came with the lease (option 42 of RFC 2132).
+    pub time_servers: Vec<String>,
+}
+
+impl From<String> for State {
+    fn from(text: String) -> Self {
+        Self { text, time_servers: Vec::new() }
+    }
+}
+
+/// Sets the interface up and keeps it so. `tell` gets each new state.
+pub async fn run(config: Network, resolv_conf: std::path::PathBuf, tell: impl Fn(State)) {
     if config.mode == InterfaceMode::None {
         return;
     }
     loop {
         match set_up(&config, &resolv_conf, &tell).await {
             Ok(()) => return,
-            Err(error) => tell(format!("no network: {}", crate::store::inline_chain(&error))),
+            Err(error) => tell(format!("no network: {}", crate::store::inline_chain(&error)).into()),
         }
         tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 
-async fn set_up(config: &Network, resolv_conf: &Path, tell: &impl Fn(String)) -> Result<(), InterfaceError> {
+async fn set_up(config: &Network, resolv_conf: &Path, tell: &impl Fn(State)) -> Result<(), InterfaceError> {
     let (connection, handle, _) = rtnetlink::new_connection()?;
     let netlink = tokio::spawn(connection);
     let result = with_netlink(config, resolv_conf, tell, &handle).await;
@@ -62,7 +77,7 @@ async fn set_up(config: &Network, resolv_conf: &Path, tell: &impl Fn(String)) ->
 async fn with_netlink(
     config: &Network,
     resolv_conf: &Path,
-    tell: &impl Fn(String),
+    tell: &impl Fn(State),
     handle: &Handle,
 ) -> Result<(), InterfaceError> {
     let name = config.interface.clone().or_else(first_ethernet).ok_or(InterfaceError::NoInterface)?;
@@ -75,7 +90,7 @@ async fn with_netlink(
         InterfaceMode::Static => {
             let addressing = from_config(config)?;
             apply(handle, index, &addressing, resolv_conf).await?;
-            tell(format!("{name} has {}/{}", addressing.address, addressing.prefix));
+            tell(format!("{name} has {}/{}", addressing.address, addressing.prefix).into());
             Ok(())
         }
         InterfaceMode::Dhcp => {
@@ -85,7 +100,8 @@ async fn with_netlink(
                 if let mozim::DhcpV4State::Done(lease) = client.run().await? {
                     let addressing = from_lease(&lease, &config.dns);
                     apply(handle, index, &addressing, resolv_conf).await?;
-                    tell(format!("{name} has {}/{} by DHCP", addressing.address, addressing.prefix));
+                    let text = format!("{name} has {}/{} by DHCP", addressing.address, addressing.prefix);
+                    tell(State { text, time_servers: time_servers(&lease) });
                 }
             }
         }
@@ -127,6 +143,10 @@ fn from_lease(lease: &mozim::DhcpV4Lease, configured_dns: &[String]) -> Addressi
         gateway: lease.gateways.as_ref().and_then(|gateways| gateways.first().copied()),
         dns: if configured.is_empty() { offered } else { configured },
     }
+}
+
+fn time_servers(lease: &mozim::DhcpV4Lease) -> Vec<String> {
+    lease.ntp_srvs.iter().flatten().map(Ipv4Addr::to_string).collect()
 }
 
 async fn apply(handle: &Handle, index: u32, addressing: &Addressing, resolv_conf: &Path) -> Result<(), InterfaceError> {

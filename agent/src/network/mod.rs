@@ -6,3 +6,5 @@ pub mod interface;
 pub mod netns;
 /// Ports of the device that lead into a workload.
 pub mod ports;
+/// The time from outside.
+pub mod sntp;

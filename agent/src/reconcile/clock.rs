@@ -4,9 +4,10 @@ use edged_model::quantity::{Now, Timestamp};
 use nix::sys::time::TimeValLike as _;
 use nix::time::{ClockId, clock_gettime};
 
-/// Both clocks, the wall clock never behind the time floor (a device without a battery wakes up in 1970).
-pub fn now(floor: Timestamp) -> Now {
-    Now { boot_ms: boot_ms(), wall: Timestamp(unix_ms() / 1000).max(floor) }
+/// Both clocks, the wall clock never behind the time floor (a device without a battery wakes up in 1970). `ahead_ms`: what
+/// the clock is known to be behind and was not set to.
+pub fn now(ahead_ms: i64, floor: Timestamp) -> Now {
+    Now { boot_ms: boot_ms(), wall: Timestamp(unix_ms().saturating_add(ahead_ms) / 1000).max(floor) }
 }
 
 /// CLOCK_BOOTTIME in milliseconds: counts through suspend and never jumps (clock_gettime(2)).

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use edged_plan::transition;
 
-use super::{Agent, Message, clock};
+use super::{Agent, Message};
 use crate::execute::start;
 use crate::report::Taken;
 use crate::verify::{self, DeviceFacts, Verdict};
@@ -40,6 +40,7 @@ impl Agent {
             Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
             Message::Offer { envelope, by, reply } => self.offer(envelope, &by, reply),
             Message::Again(again) => self.again(*again),
+            Message::TimeHeard(heard) => self.time_heard(heard).await,
             Message::Network(text) => self.tell(None, None, &Reason::new(Code::Network, text), "agent"),
         }
     }
@@ -161,31 +162,9 @@ impl Agent {
         )))
     }
 
-    /// The time floor: no earlier than the newest verified document, nor than the clock once was.
-    pub(super) fn raise_floor(&mut self, to: edged_model::quantity::Timestamp) {
-        if to <= self.floor {
-            return;
-        }
-        self.floor = to;
-        let written = self.writes.submit(move |store| {
-            if let Err(error) = store.raise_time_floor(to) {
-                tracing::error!("time floor: {}", crate::store::inline_chain(&error));
-            }
-        });
-        if let Err(busy) = written {
-            tracing::error!("{busy}");
-        }
-        let link = self.link.clone();
-        tokio::spawn(async move {
-            if let Err(error) = link.time_floor(to.0).await {
-                tracing::warn!("time floor: {}", crate::store::inline_chain(&error));
-            }
-        });
-    }
-
     /// Remembers what was refused last, for the status and the report.
     pub(super) fn refuse(&mut self, what: &str, why: &Reason) {
-        let at = clock::now(self.floor).wall;
+        let at = self.now().wall;
         self.refused = Some(Refusal { at, what: what.to_owned(), why: why.clone() });
         self.fleet.changed();
     }

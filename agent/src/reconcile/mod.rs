@@ -30,6 +30,8 @@ mod space;
 mod start_up;
 mod status;
 mod store_thread;
+/// The clock, its floor, and what others say.
+mod time;
 /// The trust root in force, and the next one.
 mod trust_root;
 
@@ -54,6 +56,7 @@ use crate::config::Config;
 use crate::execute::pull::{Progress, PullContext, PullFailure, ReadyImage};
 use crate::execute::start::StartContext;
 use crate::network::ports::Ports;
+use crate::network::sntp::{Heard, NobodyAnswers};
 use crate::observe::ProbeOutcome;
 use crate::observe::logs::Logs;
 use crate::report::{FleetLine, Taken};
@@ -124,6 +127,7 @@ enum Message {
     },
     Again(Box<generations::Again>),
     Network(String),
+    TimeHeard(Result<Heard, NobodyAnswers>),
 }
 
 enum StartFailure {
@@ -190,6 +194,8 @@ struct Agent {
     pull_context: Arc<PullContext>,
     start_context: StartContext,
     floor: Timestamp,
+    reckoning: time::Reckoning,
+    is_device: bool,
     refused: Option<Refusal>,
     concerns: expiry::Concerns,
     /// The device's story, for whoever follows it.
@@ -200,10 +206,6 @@ struct Agent {
 }
 
 impl Agent {
-    fn now(&self) -> Now {
-        clock::now(self.floor)
-    }
-
     /// The loop. Comes back when the keeper has gone.
     async fn turn(
         mut self,
@@ -262,6 +264,7 @@ impl Agent {
         }
         self.sample();
         self.collect_if_due();
+        self.floor_if_due();
         self.look_at_expiry();
         self.report_if_due();
     }

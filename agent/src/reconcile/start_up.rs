@@ -16,7 +16,7 @@ use edged_plan::garbage::needed_images;
 use tokio::sync::{broadcast, mpsc};
 
 use super::boot;
-use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock, trust_root};
+use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock, time, trust_root};
 use crate::api::{self, console};
 use crate::config::{Config, Places};
 use crate::content::Content;
@@ -52,7 +52,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     let floor = store.time_floor()?.max(Timestamp(crate::BUILT_AT));
     let beside = places.config_file.with_file_name("trust.cose");
     let factory = config.device.trust_root.clone().unwrap_or(beside);
-    let (root, root_problem) = trust_root::first(&factory, &store, clock::now(floor).wall)?;
+    let (root, root_problem) = trust_root::first(&factory, &store, clock::now(0, floor).wall)?;
     let instance = (!is_device).then(|| Digest::of(places.data().as_os_str().as_encoded_bytes()).short());
     let cgroups = CgroupRoot::detect(instance.as_deref())?;
     let content = Content::open(&places)?;
@@ -95,6 +95,8 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         pull_context: Arc::new(pull_context),
         start_context: StartContext { places: places.clone(), content, cgroups, allow: config.allow.clone() },
         floor,
+        reckoning: time::Reckoning::new(store.time_floor()?),
+        is_device,
         refused: None,
         concerns: super::expiry::Concerns::recall(&store, root_problem.clone()),
         story,
@@ -248,7 +250,7 @@ impl Agent {
             }
         });
         fn wall() -> Timestamp {
-            clock::now(Timestamp(crate::BUILT_AT)).wall
+            clock::now(0, Timestamp(crate::BUILT_AT)).wall
         }
         if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, self.newest_digest(), offers.clone(), wall)
         {
@@ -258,10 +260,18 @@ impl Agent {
             let text = crate::store::inline_chain(&error);
             self.tell(None, None, &Reason::new(Code::Network, text), "agent");
         }
+        // A host has somebody who looks after its clock, unless it is told otherwise.
+        let asks = is_device || !self.config.time.servers.is_empty();
+        let time = if asks { Some(time::start(&self.config.time, self.inbox.clone())?) } else { None };
         if is_device {
             let inbox = self.inbox.clone();
             // A state that finds no room is told by the next one.
-            let tell = move |text| drop(inbox.try_send(Message::Network(text)));
+            let tell = move |state: interface::State| {
+                if let (Some(servers), false) = (&time, state.time_servers.is_empty()) {
+                    let _ = servers.try_send(state.time_servers.clone());
+                }
+                drop(inbox.try_send(Message::Network(state.text)));
+            };
             tokio::spawn(interface::run(self.config.network.clone(), "/etc/resolv.conf".into(), tell));
         }
         Ok(receiver)

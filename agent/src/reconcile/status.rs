@@ -37,7 +37,7 @@ impl Agent {
             boot_id: self.boot_id.clone(),
             uptime_secs: clock::boot_ms() / 1000,
             now: self.now().wall,
-            clock_source: if clock::unix_ms() / 1000 < self.floor.0 { "floor" } else { "system" }.to_owned(),
+            clock_source: self.clock_source().to_owned(),
             generation: of(desired.pointers.active),
             candidate: of(desired.pointers.candidate),
             workloads: workloads.unwrap_or_default(),

@@ -181,6 +181,10 @@ impl KeeperLink {
         self.ask_done(RequestBody::TimeFloor { unix_seconds }).await
     }
 
+    pub async fn move_clock(&self, unix_ms: i64) -> Result<(), LinkError> {
+        self.ask_done(RequestBody::MoveClock { unix_ms }).await
+    }
+
     pub async fn shutdown(&self, how: ShutdownHow) -> Result<(), LinkError> {
         self.ask_done(RequestBody::Shutdown { how }).await
     }

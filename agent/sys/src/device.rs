@@ -81,14 +81,21 @@ pub fn wall_seconds() -> i64 {
 }
 
 /// Sets the wall clock to `unix_seconds` if it is behind. Returns whether it was.
-#[expect(clippy::useless_conversion, reason = "time_t may have 32 bits on armv7")]
 pub fn raise_clock(unix_seconds: i64) -> io::Result<bool> {
+    raise_clock_ms(unix_seconds.saturating_mul(1000))
+}
+
+/// The same, to the millisecond.
+#[expect(clippy::useless_conversion, reason = "time_t and long may have 32 bits on armv7")]
+pub fn raise_clock_ms(unix_ms: i64) -> io::Result<bool> {
     let now = clock_gettime(ClockId::CLOCK_REALTIME)?;
-    if i64::from(now.tv_sec()) >= unix_seconds {
+    let now_ms = i64::from(now.tv_sec()).saturating_mul(1000).saturating_add(i64::from(now.tv_nsec()) / 1_000_000);
+    if now_ms >= unix_ms {
         return Ok(false);
     }
-    let seconds = unix_seconds.try_into().map_err(io::Error::other)?;
-    clock_settime(ClockId::CLOCK_REALTIME, nix::sys::time::TimeSpec::new(seconds, 0))?;
+    let seconds = unix_ms.div_euclid(1000).try_into().map_err(io::Error::other)?;
+    let nanos = (unix_ms.rem_euclid(1000) * 1_000_000).try_into().map_err(io::Error::other)?;
+    clock_settime(ClockId::CLOCK_REALTIME, nix::sys::time::TimeSpec::new(seconds, nanos))?;
     Ok(true)
 }
 

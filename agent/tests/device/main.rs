@@ -1,6 +1,7 @@
 //! A whole device on this machine: the real `edged` under a directory of its own, a real registry with signed images,
 //! a real fleet server. Needs root. One after another: two devices would compete for the machine's two cores.
 
+mod clock;
 mod disk;
 mod exec;
 #[path = "../support/faults.rs"]

@@ -302,6 +302,11 @@ impl Device {
         children.split_whitespace().find(is_agent).expect("the keeper has an agent").parse().unwrap()
     }
 
+    /// The time floor as the second copy of the state has it.
+    pub fn kept_floor(&self) -> Option<edged_model::quantity::Timestamp> {
+        Some(edged::store::keep::load(&self.root.join("keep")).ok()??.summary.time_floor)
+    }
+
     pub fn kill_agent(&self) {
         kill(Pid::from_raw(self.agent_pid()), Signal::SIGKILL).unwrap();
     }

@@ -159,6 +159,18 @@ fn exit_on_a_host_leaves_the_workloads_alone() {
 }
 
 #[test]
+fn a_hosts_clock_is_never_touched() {
+    let clock = [RequestBody::MoveClock { unix_ms: i64::MAX }, RequestBody::TimeFloor { unix_seconds: i64::MAX }];
+    for body in clock {
+        let sets_it = |device| {
+            let acts = request(&mut running_table(device), 1, body.clone(), 1);
+            acts.iter().any(|act| matches!(act, Act::MoveClock { .. } | Act::KeepTimeFloor { .. }))
+        };
+        assert!(sets_it(true) && !sets_it(false), "{body:?}");
+    }
+}
+
+#[test]
 fn the_watchdog_is_left_alone_when_the_agent_is_hopeless() {
     let mut table = running_table(true);
     table.watchdog = Some(Petting { every_ms: 5_000, next_boot_ms: 0 });
@@ -181,6 +193,7 @@ fn any_body() -> impl Strategy<Value = RequestBody> {
         (any_key(), any::<i32>()).prop_map(|(key, signal)| RequestBody::Signal { key, signal }),
         any_key().prop_map(|key| RequestBody::Forget { key }),
         any::<i64>().prop_map(|unix_seconds| RequestBody::TimeFloor { unix_seconds }),
+        any::<i64>().prop_map(|unix_ms| RequestBody::MoveClock { unix_ms }),
         prop::sample::select(vec![ShutdownHow::Exit, ShutdownHow::PowerOff])
             .prop_map(|how| RequestBody::Shutdown { how }),
     ]
