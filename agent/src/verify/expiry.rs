@@ -77,6 +77,7 @@ mod tests {
             state: GenerationState::Good,
             since: Timestamp(issued),
             reason: None,
+            ailing: Default::default(),
         }
     }
 
