@@ -24,6 +24,10 @@ pub struct Options {
 /// The variable that tells stories to take their time.
 const SOAK_ENV: &str = "EDGED_QEMU_SOAK";
 
+/// How many programs the keeper's tests start to see that no end is lost, and how many they start in a soak.
+const STARTS_ENV: &str = "EDGED_STARTS";
+const SOAK_STARTS: &str = "100000";
+
 /// The host's programs that stories run.
 const HOST_PROGRAMS: [&str; 4] = ["--package", "edged", "--package", "edge-fleet"];
 
@@ -97,7 +101,13 @@ pub fn run(options: &Options) -> Result<()> {
     summary.stage("format", || check(cargo().args(["fmt", "--all", "--check"])));
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
     summary.stage("clippy", || check(cargo().args(clippy)));
-    summary.stage("unit, property, host tests", || tests(cargo().args(["test", "--workspace", "--no-fail-fast"])));
+    summary.stage("unit, property, host tests", || {
+        let mut command = cargo();
+        if options.soak {
+            command.env(STARTS_ENV, SOAK_STARTS);
+        }
+        tests(command.args(["test", "--workspace", "--no-fail-fast"]))
+    });
     summary.stage("licences, sources, bans", || deny(&["bans", "licenses", "sources"]));
     summary.stage("advisories", advisories);
     for arch in arches {

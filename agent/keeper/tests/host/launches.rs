@@ -1,7 +1,6 @@
 //! What comes of a launch: exits, signals, failures by their stage, answers to what is no request.
 
 use std::os::fd::OwnedFd;
-use std::time::Instant;
 
 use edged_model::keeper::{MAX_MESSAGE_BYTES, ReplyBody, RequestBody, Stdio};
 use nix::sys::signal::Signal;
@@ -13,7 +12,6 @@ pub const STORIES: &[Story] = &[
     ("exit_codes_and_signals_are_told", exit_codes_and_signals_are_told),
     ("a_step_that_fails_is_named", a_step_that_fails_is_named),
     ("what_this_host_may_not_do_fails_by_name", what_this_host_may_not_do_fails_by_name),
-    ("five_hundred_quick_launches_lose_no_exit", five_hundred_quick_launches_lose_no_exit),
     ("launches_at_once_are_each_answered", launches_at_once_are_each_answered),
     ("nonsense_and_giants_are_refused", nonsense_and_giants_are_refused),
     ("given_descriptors_are_the_streams", given_descriptors_are_the_streams),
@@ -85,22 +83,6 @@ fn what_this_host_may_not_do_fails_by_name() {
     let mut spec = rig.spec("x", "");
     spec.oom_score_adj = Some(-900);
     assert_eq!(link.fails(spec), ("oom score".into(), 13));
-}
-
-fn five_hundred_quick_launches_lose_no_exit() {
-    const COUNT: i32 = 500;
-    let (rig, mut link) = Rig::start();
-    let begin = Instant::now();
-    for number in 0..COUNT {
-        let key = format!("quick-{number}");
-        let mut spec = rig.spec(&key, "");
-        spec.argv = vec!["sh".into(), "-c".into(), format!("exit {}", number % 200)];
-        let (_, _) = link.launch(spec);
-        assert_eq!(link.exit_of(&key).code, Some(number % 200));
-        link.ask(RequestBody::Forget { key }, &[]);
-    }
-    println!("  {COUNT} launches of a shell in all namespaces: {:?} each", begin.elapsed() / COUNT.unsigned_abs());
-    assert!(link.list().is_empty());
 }
 
 fn launches_at_once_are_each_answered() {

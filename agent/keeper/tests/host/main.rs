@@ -7,6 +7,7 @@
 mod agent_life;
 mod containers;
 mod launches;
+mod many;
 mod rig;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let filter: Vec<_> = words.iter().filter(|word| !word.starts_with('-')).collect();
-    let stories = [launches::STORIES, containers::STORIES, agent_life::STORIES].concat();
+    let stories = [launches::STORIES, many::STORIES, containers::STORIES, agent_life::STORIES].concat();
     let (mut passed, mut failed) = (0, Vec::new());
     for (name, story) in stories {
         if !filter.is_empty() && !filter.iter().any(|wanted| name.contains(wanted.as_str())) {

@@ -215,6 +215,31 @@ impl Link {
         }
     }
 
+    /// The next message, exits among them.
+    pub fn next_of_any_kind(&mut self) -> ReplyBody {
+        self.receive().0.body
+    }
+
+    /// As [`Self::list`], when answers to earlier requests may still be on their way.
+    pub fn list_after_all_answers(&mut self) -> Vec<ChildState> {
+        let id = self.send(RequestBody::List, &[]);
+        let mut left = None;
+        let mut list = Vec::new();
+        while left != Some(0) {
+            let (reply, _) = self.receive();
+            match reply.body {
+                ReplyBody::Table { children, .. } if reply.id == id => left = Some(children),
+                ReplyBody::Child(state) => {
+                    list.push(state);
+                    left = left.map(|left| left - 1);
+                }
+                ReplyBody::Done => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        list
+    }
+
     fn receive(&self) -> (Reply, Vec<OwnedFd>) {
         let mut buffer = vec![0; MAX_MESSAGE_BYTES];
         let (count, fds) = until("a message of the keeper", || match fdpass::recv(self.socket.as_fd(), &mut buffer) {
