@@ -50,6 +50,8 @@ pub enum EnvelopeError {
     UnprotectedHeader,
     #[error("{found} signatures; {MAX_SIGNATURES} are allowed")]
     TooManySignatures { found: usize },
+    #[error("they are copies of two different documents")]
+    OtherDocument,
     #[error("nobody has signed it")]
     Unsigned,
     #[error(transparent)]
@@ -65,7 +67,7 @@ impl EnvelopeError {
             Self::WrongKind { .. } => (Code::Malformed, "send the right file: this one is a document of another kind"),
             Self::Critical | Self::UnprotectedHeader => (Code::Malformed, "sign it with `edgectl`"),
             Self::TooManySignatures { .. } => (Code::TooLarge, "sign it with fewer keys"),
-            Self::Key(_) => (Code::Malformed, ""),
+            Self::Key(_) | Self::OtherDocument => (Code::Malformed, ""),
         };
         Reason::new(code, format!("{what}: {self}")).next(next)
     }
@@ -91,12 +93,28 @@ pub fn sign(kind: Kind, payload: Vec<u8>, keys: &[SecretKey]) -> Result<Vec<u8>,
 
 /// Adds one more signature to an envelope: signers may be different people.
 pub fn add_signature(bytes: &[u8], kind: Kind, key: &SecretKey) -> Result<Vec<u8>, EnvelopeError> {
-    let Unverified { mut sign, .. } = open(bytes, kind)?;
+    let Unverified { mut sign, .. } = open_draft(bytes, kind)?;
     let mut signature: CoseSignature =
         CoseSignatureBuilder::new().protected(signer_header(&key.public().id()?)).build();
     signature.signature = key.sign(&sign.tbs_data(b"", &signature));
     sign.signatures.retain(|other| other.protected.header.key_id != signature.protected.header.key_id);
     sign.signatures.push(signature);
+    sign.to_vec().map_err(not_cose)
+}
+
+/// The signatures of two copies of one document together; of a key that signed both, the first's.
+pub fn combine(first: &[u8], second: &[u8], kind: Kind) -> Result<Vec<u8>, EnvelopeError> {
+    let Unverified { mut sign, .. } = open_draft(first, kind)?;
+    let Unverified { sign: other, .. } = open_draft(second, kind)?;
+    if sign.payload != other.payload || sign.protected.header != other.protected.header {
+        return Err(EnvelopeError::OtherDocument);
+    }
+    for signature in other.signatures {
+        let by = &signature.protected.header.key_id;
+        if !sign.signatures.iter().any(|known| known.protected.header.key_id == *by) {
+            sign.signatures.push(signature);
+        }
+    }
     sign.to_vec().map_err(not_cose)
 }
 
@@ -122,6 +140,15 @@ pub struct Signed {
 
 /// Reads an envelope strictly.
 pub fn open(bytes: &[u8], kind: Kind) -> Result<Unverified, EnvelopeError> {
+    let opened = open_draft(bytes, kind)?;
+    if opened.sign.signatures.is_empty() {
+        return Err(EnvelopeError::Unsigned);
+    }
+    Ok(opened)
+}
+
+/// The same for a document that waits for its signers: it may have none yet.
+pub fn open_draft(bytes: &[u8], kind: Kind) -> Result<Unverified, EnvelopeError> {
     cbor::check(bytes, Keys::TextOrInteger)
         .map_err(|error| if is_text(bytes) { EnvelopeError::Text } else { error.into() })?;
     let sign = CoseSign::from_slice(bytes).map_err(not_cose)?;
@@ -132,9 +159,6 @@ pub fn open(bytes: &[u8], kind: Kind) -> Result<Unverified, EnvelopeError> {
     check_headers(&sign.protected, &sign.unprotected)?;
     for signature in &sign.signatures {
         check_headers(&signature.protected, &signature.unprotected)?;
-    }
-    if sign.signatures.is_empty() {
-        return Err(EnvelopeError::Unsigned);
     }
     Ok(Unverified { sign, digest: Digest::of(bytes) })
 }

@@ -166,6 +166,77 @@ fn a_trust_root_goes_from_hand_to_hand() {
     assert!(!desk.path("bad.cose").exists());
 }
 
+/// Three holders with keys that never meet: the one who writes the document has public keys alone.
+#[test]
+fn signers_who_never_meet_make_a_trust_root_and_the_next_ones() {
+    let desk = Desk::new();
+    desk.keys(&["ann", "bob", "cy", "dee", "ops", "ops2", "img"]);
+    let id = |name: &str| desk.ok(&format!("key public --id ./{name}.pub")).trim()["sha256:".len()..][..12].to_owned();
+    let roots = "--root-key ./ann.pub --root-key ./bob.pub --root-key ./cy.pub --root-threshold 2";
+    let said = desk.ok(&format!("trust init {roots} --manifest-key ./ops.pub --image-key ./img.pub -o ./one.cose"));
+    assert!(said.contains("0 of 2 needed have signed; 2 missing of"), "{said}");
+    assert!(said.contains(&id("ann")) && said.contains(&id("cy")), "{said}");
+    let told = desk.refused("trust verify ./one.cose");
+    assert!(told.contains("2 missing of"), "{told}");
+
+    // Each signs a copy at home.
+    for name in ["ann", "bob"] {
+        desk.ok(&format!("trust sign ./one.cose --key ./{name}.key -o ./one-{name}.cose"));
+    }
+    let told = desk.refused("trust verify ./one-ann.cose");
+    assert!(told.contains("signed by 1 of the 2 keys of its own root role"), "{told}");
+    assert!(told.contains(&format!("; 1 missing of {} {}", id("bob"), id("cy"))), "{told}");
+    let said = desk.ok("trust combine ./one-ann.cose ./one-bob.cose -o ./one.cose");
+    assert!(said.contains(&format!("2 of 2 needed have signed ({} {})", id("ann"), id("bob"))), "{said}");
+    assert_eq!(desk.ok("trust verify ./one.cose"), "trust root version 1 is sound\n");
+    desk.ok(&format!("trust init {roots} --manifest-key ./ops2.pub --image-key ./img.pub -o ./other.cose"));
+    assert!(desk.refused("trust combine ./one.cose ./other.cose -o ./x.cose").contains("two different documents"));
+
+    // Bob leaves, Dee comes, the threshold stays; who has to sign is said for both versions.
+    let said = desk.ok(
+        "trust rotate --from ./one.cose --remove-key ./bob.pub --add-root-key ./dee.pub --expires 3years --key ./ann.key -o ./two.cose",
+    );
+    assert!(said.contains(&format!("root keys of version 1: 1 of 2 needed have signed ({})", id("ann"))), "{said}");
+    assert!(said.contains("root keys of version 2: 1 of 2"), "{said}");
+    let shown = desk.ok("trust inspect ./two.cose --from ./one.cose");
+    assert!(shown.contains(&format!("- root key {}", desk.ok("key public --id ./bob.pub").trim())), "{shown}");
+    assert!(shown.contains("+ root key") && !shown.contains("threshold 2 ->"), "{shown}");
+    // Dee's word is enough for the new version, and none for the old.
+    desk.ok("trust sign ./two.cose --key ./dee.key");
+    let told = desk.refused("trust verify ./two.cose --from ./one.cose");
+    assert!(
+        told.contains("root keys of version 1: 1 of 2") && told.contains("root keys of version 2: 2 of 2"),
+        "{told}"
+    );
+    desk.ok("trust sign ./two.cose --key ./cy.key");
+    assert_eq!(desk.ok("trust verify ./two.cose --from ./one.cose"), "a device with version 1 takes version 2\n");
+
+    // A third one changes a threshold and the manifest keys alone; a device that has the first takes all in one go.
+    let said = desk.ok(
+        "trust rotate --from ./two.cose --add-manifest-key ./ops2.pub --manifest-threshold 2 --key ./ann.key --key ./cy.key -o ./three.cose",
+    );
+    assert!(said.contains("root keys of version 3: 2 of 2"), "{said}");
+    assert_eq!(desk.ok("trust verify ./one.cose ./two.cose ./three.cose"), "a device with version 1 takes version 3\n");
+    assert!(desk.refused("trust verify ./one.cose ./three.cose ./two.cose").contains("version 2 is not above 3"));
+    let shown = desk.ok("trust inspect ./three.cose");
+    assert!(shown.contains("manifest  2 of 2") && shown.contains("root      2 of 3"), "{shown}");
+
+    for (line, why) in [
+        ("--remove-key 00000000", "neither a file nor the id"),
+        ("--remove-key ./ops2.pub", "is in no role"),
+        ("--remove-key ./ops.pub", "role Manifest asks for 1 signatures and has 0 keys"),
+        ("--root-threshold 4", "asks for 4 signatures and has 3 keys"),
+        ("--add-manifest-key ./ops2.key", "give its public half"),
+        ("--add-root-key ./one.cose", "one.cose"),
+    ] {
+        let told = desk.refused(&format!("trust rotate --from ./one.cose {line} -o ./never.cose"));
+        assert!(told.contains(why), "{line}: {told}");
+    }
+    desk.write("half.cose", "x");
+    assert!(desk.refused("trust rotate --from ./half.cose -o ./never.cose").contains("half.cose"));
+    assert!(!desk.path("never.cose").exists());
+}
+
 #[test]
 fn an_ecdsa_key_may_sign_images_and_nothing_else() {
     let desk = Desk::new();

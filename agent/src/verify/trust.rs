@@ -4,12 +4,12 @@
 use std::collections::BTreeSet;
 
 use edged_model::cbor;
-use edged_model::envelope::{self, Kind};
+use edged_model::envelope::{self, EnvelopeError, Kind, Unverified};
 use edged_model::id::Digest;
 use edged_model::keys::PublicKey;
 use edged_model::quantity::Timestamp;
 use edged_model::reason::{Code, Reason};
-use edged_model::trust::{RoleName, TrustRoot};
+use edged_model::trust::{KeyId, RoleName, TrustRoot};
 
 /// The Ed25519 keys of a role. Keys of another kind (ECDSA image keys) are not among them.
 pub fn role_keys(root: &TrustRoot, role: RoleName) -> Vec<PublicKey> {
@@ -25,15 +25,39 @@ pub fn role_spki(root: &TrustRoot, role: RoleName) -> Vec<Vec<u8>> {
 /// The root that came with the device. It must be whole and signed by its own root keys; it is where trust begins, so
 /// its expiry is not judged here (a device may lie on a shelf for years): an expired one can still be rotated from.
 pub fn factory(bytes: &[u8]) -> Result<TrustRoot, Reason> {
-    let opened = envelope::open(bytes, Kind::TrustRoot).map_err(|error| error.reason("trust root"))?;
-    // Its own keys are inside: read first, believed only if they signed it.
-    let unbelieved: TrustRoot = {
-        let signed = opened.signed_by(&[]).map_err(|error| error.reason("trust root"))?;
-        cbor::decode_signed(&signed.payload).map_err(|error| error.reason("trust root"))?
-    };
+    envelope::open(bytes, Kind::TrustRoot).map_err(|error| error.reason("trust root"))?;
+    let (opened, unbelieved) = draft(bytes)?;
     sound(&unbelieved)?;
     met(&opened, &unbelieved, "its own")?;
     Ok(unbelieved)
+}
+
+/// What a trust root says, believed by nobody: it may still wait for its signers. Its own keys are inside: it is read
+/// first, and believed only if they signed it.
+pub fn draft(bytes: &[u8]) -> Result<(Unverified, TrustRoot), Reason> {
+    let opened = envelope::open_draft(bytes, Kind::TrustRoot).map_err(|error| error.reason("trust root"))?;
+    let signed = opened.signed_by(&[]).map_err(|error| error.reason("trust root"))?;
+    let root = cbor::decode_signed(&signed.payload).map_err(|error| error.reason("trust root"))?;
+    Ok((opened, root))
+}
+
+/// Who of a root's `root` role has signed a document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tally {
+    /// Of the root whose keys were counted.
+    pub version: u64,
+    pub threshold: u32,
+    pub signed: Vec<KeyId>,
+    /// Those of the role that have not.
+    pub missing: Vec<KeyId>,
+}
+
+pub fn tally(opened: &Unverified, by: &TrustRoot) -> Result<Tally, EnvelopeError> {
+    let role = by.roles.get(&RoleName::Root);
+    let signed = opened.signed_by(&role_keys(by, RoleName::Root))?.signers;
+    let all = role.map(|role| role.keys.clone()).unwrap_or_default();
+    let missing = all.into_iter().filter(|id| !signed.contains(id)).collect();
+    Ok(Tally { version: by.version, threshold: role.map_or(1, |role| role.threshold), signed, missing })
 }
 
 /// A newer root, believed because the old one's keys say so. Versions may be left out, as long as the keys of the root
@@ -44,19 +68,37 @@ pub fn rotate(old: &TrustRoot, bytes: &[u8], now: Timestamp) -> Result<TrustRoot
     Ok(new)
 }
 
-/// Several roots in turn, for a device that missed some: each must follow from the one before, and only the last is in
-/// force, so only its expiry counts. What was believed up to an error is lost with it: all or nothing.
-pub fn chain<'b>(
-    old: &TrustRoot,
-    envelopes: impl IntoIterator<Item = &'b [u8]>,
-    now: Timestamp,
-) -> Result<TrustRoot, Reason> {
-    let newest = envelopes.into_iter().try_fold(old.clone(), |root, bytes| successor(&root, bytes))?;
-    in_force(&newest, now)?;
-    Ok(newest)
+/// How far a chain of roots led.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Followed {
+    /// The newest root that may be in force, and its place in the chain.
+    pub root: Option<TrustRoot>,
+    pub at: usize,
+    /// Why it led no further.
+    pub refused: Option<Reason>,
 }
 
-fn successor(old: &TrustRoot, bytes: &[u8]) -> Result<TrustRoot, Reason> {
+/// Several roots in turn, for a device that missed some: each must follow from the one before, and only the last is in
+/// force, so only its expiry counts. What comes before an error is not lost with it.
+pub fn chain<'b>(old: &TrustRoot, envelopes: impl IntoIterator<Item = &'b [u8]>, now: Timestamp) -> Followed {
+    let mut followed = Followed { root: None, at: 0, refused: None };
+    let mut newest = old.clone();
+    for (at, bytes) in envelopes.into_iter().enumerate() {
+        match successor(&newest, bytes) {
+            Ok(next) => newest = next,
+            Err(why) => return Followed { refused: Some(why), ..followed },
+        }
+        match in_force(&newest, now) {
+            Ok(()) => followed = Followed { root: Some(newest.clone()), at, refused: None },
+            // It may lead to one that has not.
+            Err(why) => followed.refused = Some(why),
+        }
+    }
+    followed
+}
+
+/// A newer root that the old one's keys and its own have signed; its expiry is not looked at.
+pub fn successor(old: &TrustRoot, bytes: &[u8]) -> Result<TrustRoot, Reason> {
     let new = factory(bytes)?;
     if new.version <= old.version {
         let text = format!("trust root version {} is not above {}, the one in force", new.version, old.version);
@@ -105,15 +147,17 @@ pub fn sound(root: &TrustRoot) -> Result<(), Reason> {
     Ok(())
 }
 
-fn met(opened: &envelope::Unverified, by: &TrustRoot, whose: &str) -> Result<(), Reason> {
-    let threshold = by.roles.get(&RoleName::Root).map_or(1, |role| role.threshold);
-    let signed = opened.signed_by(&role_keys(by, RoleName::Root)).map_err(|error| error.reason("trust root"))?;
+fn met(opened: &Unverified, by: &TrustRoot, whose: &str) -> Result<(), Reason> {
+    let Tally { threshold, signed, missing, .. } = tally(opened, by).map_err(|error| error.reason("trust root"))?;
     // A root without roles is the one of a device that has none: nothing can follow from it.
-    if threshold > 0 && signed.signers.len() >= threshold as usize {
+    if threshold > 0 && signed.len() >= threshold as usize {
         return Ok(());
     }
-    let text = format!("trust root: signed by {} of the {threshold} keys of {whose} root role", signed.signers.len());
-    Err(Reason::new(Code::ThresholdNotMet, text).next("let more root keys sign it (`edgectl trust sign`)"))
+    let text = format!("trust root: signed by {} of the {threshold} keys of {whose} root role", signed.len());
+    let still = (threshold as usize).saturating_sub(signed.len());
+    let names = missing.iter().map(Digest::short).collect::<Vec<_>>().join(", ");
+    Err(Reason::new(Code::ThresholdNotMet, text)
+        .next(format!("{still} of {names} must sign it too (`edgectl trust sign`)")))
 }
 
 #[cfg(test)]
@@ -168,12 +212,23 @@ mod tests {
         let links = [signed(&expired, &[1, 2]), signed(&three, &[2, 3])];
         let links: Vec<&[u8]> = links.iter().map(Vec::as_slice).collect();
         let now = Timestamp(10);
-        assert_eq!(chain(&one, links.iter().copied(), now), Ok(three.clone()), "only the last one's expiry counts");
-        assert_eq!(chain(&one, links[1..].iter().copied(), now).unwrap_err().code, Code::ThresholdNotMet);
-        assert_eq!(chain(&one, links.iter().rev().copied(), now).unwrap_err().code, Code::ThresholdNotMet);
-        assert_eq!(chain(&one, links[..1].iter().copied(), now).unwrap_err().code, Code::Expired);
+        let refused = |links: &[&[u8]]| {
+            let followed = chain(&one, links.iter().copied(), now);
+            assert_eq!(followed.root, None);
+            followed.refused.unwrap().code
+        };
+        let whole = chain(&one, links.iter().copied(), now);
+        let all = Followed { root: Some(three.clone()), at: 1, refused: None };
+        assert_eq!(whole, all, "only the last one's expiry counts");
+        assert_eq!(refused(&links[1..]), Code::ThresholdNotMet);
+        assert_eq!(refused(&[links[1], links[0]]), Code::ThresholdNotMet);
+        assert_eq!(refused(&links[..1]), Code::Expired);
         // A link may be left out when the keys in force signed the later one.
-        assert_eq!(rotate(&one, &signed(&three, &[1, 3]), now), Ok(three));
+        assert_eq!(rotate(&one, &signed(&three, &[1, 3]), now), Ok(three.clone()));
+        // What is broken at the end does not keep what was good from the device.
+        let broken = chain(&one, links.iter().copied().chain([b"rubbish".as_slice()]), now);
+        assert_eq!((broken.root, broken.at), (Some(three), 1));
+        assert!(broken.refused.is_some());
     }
 
     #[test]
