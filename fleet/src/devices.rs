@@ -2,16 +2,17 @@
 //! manifest in it, a report is signed by the key that its device enrolled with, a key is a key. Pure: bytes in, rows out.
 
 use edged_model::cbor;
-use edged_model::envelope::{self, EnvelopeError, Kind};
+use edged_model::envelope::{self, EnvelopeError, Kind, Unverified};
 use edged_model::fleet::{DeviceStatus, EnrollRequest, ReceivedReport};
 use edged_model::id::{DeviceId, Digest, GroupName, Sequence};
 use edged_model::keys::PublicKey;
 use edged_model::quantity::Timestamp;
 use edged_model::reason::{Code, Reason};
 use edged_model::report::Report;
+use edged_model::trust::{RoleName, TrustRoot};
 use serde::Deserialize;
 
-use crate::db::{DbError, DeviceRow, Enrollment, NewManifest, ReportRow, Scope};
+use crate::db::{DbError, DeviceRow, Enrollment, NewManifest, NewTrustRoot, ReportRow, Scope};
 
 /// The part of a manifest that matters here. The rest is between its signer and the device.
 #[derive(Debug, Deserialize)]
@@ -44,6 +45,38 @@ pub fn check_manifest(scope: &Scope, envelope: Vec<u8>, now: Timestamp) -> Resul
     warnings.extend(selector_warning(scope, &selector));
     let manifest = NewManifest { sequence: selector.sequence, digest, envelope, now };
     Ok(CheckedManifest { manifest, warnings })
+}
+
+/// Refuses what is no trust root, or not the version it is stored as. Whom it names is for devices to judge; that its own
+/// keys have signed it can be seen by anybody.
+pub fn check_trust_root(
+    version: u64,
+    envelope: Vec<u8>,
+    now: Timestamp,
+) -> Result<(NewTrustRoot, Vec<String>), Reason> {
+    let opened = envelope::open(&envelope, Kind::TrustRoot).map_err(|error| error.reason("trust root"))?;
+    let content = opened.signed_by(std::iter::empty()).map_err(|error| error.reason("trust root"))?;
+    let root: TrustRoot = cbor::decode_signed(&content.payload).map_err(|error| error.reason("trust root"))?;
+    if root.version != version || version == 0 || version > i64::MAX.unsigned_abs() {
+        let text = format!("trust root: it is version {}, and was sent as version {version}", root.version);
+        return Err(Reason::new(Code::Malformed, text).next("send it with `edgectl push`"));
+    }
+    let mut warnings = Vec::new();
+    let (signed, needed) = own_signatures(&opened, &root);
+    if signed < needed {
+        warnings.push(format!("signed by {signed} of the {needed} root keys that it asks for: devices will refuse it"));
+    }
+    if root.expires <= now {
+        warnings.push(format!("it expired at {}: it only leads to a newer one", root.expires));
+    }
+    Ok((NewTrustRoot { version, digest: opened.digest, envelope, now }, warnings))
+}
+
+fn own_signatures(opened: &Unverified, root: &TrustRoot) -> (usize, usize) {
+    let Some(role) = root.roles.get(&RoleName::Root) else { return (0, 1) };
+    let spki = role.keys.iter().filter_map(|id| hex::decode(root.keys.get(id)?).ok());
+    let keys: Vec<PublicKey> = spki.filter_map(|der| PublicKey::from_spki(&der).ok()).collect();
+    (opened.signed_by(&keys).map_or(0, |signed| signed.signers.len()), role.threshold as usize)
 }
 
 fn selector_warning(scope: &Scope, selector: &Selector) -> Option<String> {

@@ -13,7 +13,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use edged_model::fleet::{
     Accepted, COSE_MEDIA_TYPE, DeviceStatus, EnrollRequest, MANIFEST_MAX_BYTES, REPORT_MAX_BYTES, ReceivedReport,
-    ReportAccepted, Token, TokenRequest, WAIT_MAX_SECS,
+    ReportAccepted, TRUST_HEADER, Token, TokenRequest, TrustStored, WAIT_MAX_SECS,
 };
 use edged_model::id::{DeviceId, Digest, GroupName};
 use edged_model::quantity::Timestamp;
@@ -49,6 +49,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/devices/{id}/groups", put(set_groups))
         .route("/v1/devices/{id}/manifest", get(get_manifest).put(put_device_manifest))
         .route("/v1/devices/{id}/reports", get(list_reports).post(take_report))
+        .route("/v1/trust/{version}", get(get_trust_root).put(put_trust_root))
         .route("/v1/groups/{group}/manifest", put(put_group_manifest))
         .fallback(async || Failure::new(StatusCode::NOT_FOUND, "there is nothing at this address"))
         .method_not_allowed_fallback(async || {
@@ -154,27 +155,71 @@ async fn get_manifest(State(app): Shared, Path(id): Path<String>, headers: Heade
     let deadline = Instant::now() + Duration::from_secs(wait);
     // Before the first look: what is stored between the look and the wait is news.
     let mut news = app.news.subscribe();
+    let mut trust_news = app.trust_news.subscribe();
     let (now, polled) = ((app.clock)(), device.clone());
     ask(&app, move |db| db.polled(&polled, now)).await?;
     let mut response = loop {
         let wanted = device.clone();
         let wanted = ask(&app, move |db| db.wanted(&wanted)).await?;
         let etag = wanted.manifest.as_ref().map(|stored| format!("\"{}\"", stored.summary.digest));
-        match (wanted.manifest, etag) {
-            (Some(stored), Some(etag)) if !has_it_already(&headers, &etag) => break manifest_answer(stored, &etag),
+        let answer = match (wanted.manifest, etag) {
+            (Some(stored), Some(etag)) if !has_it_already(&headers, &etag) => manifest_answer(stored, &etag),
             (_, etag) => {
-                if !news_for(&mut news, &device, &wanted.groups, deadline).await {
-                    break no_news(&device, etag.as_deref());
+                let has_news = tokio::select! {
+                    has_news = news_for(&mut news, &device, &wanted.groups, deadline) => has_news,
+                    // Told by the header of an answer without a manifest.
+                    Ok(()) = trust_news.changed() => false,
+                };
+                if has_news {
+                    continue;
                 }
+                no_news(&device, etag.as_deref())
             }
-        }
+        };
+        break answer;
     };
+    let trust_root = ask(&app, |db| db.newest_trust_root()).await?;
+    if trust_root > 0 {
+        response.headers_mut().insert(TRUST_HEADER, trust_root.into());
+    }
     if wait > 0 {
         if let Ok(value) = HeaderValue::from_str(&format!("wait={wait}")) {
             response.headers_mut().insert("preference-applied", value);
         }
     }
     Ok(response)
+}
+
+fn trust_version(text: &str) -> Result<u64, Failure> {
+    let bad =
+        |_| Failure::new(StatusCode::BAD_REQUEST, format!("`{text}` is no version of a trust root")).code("badName");
+    text.parse().map_err(bad)
+}
+
+/// A device asks for the version after its own, and so on until there is none.
+async fn get_trust_root(State(app): Shared, Path(version): Path<String>) -> Answer {
+    let version = trust_version(&version)?;
+    match ask(&app, move |db| db.trust_root(version)).await? {
+        Some(envelope) => {
+            let headers = [(header::CONTENT_TYPE, COSE_MEDIA_TYPE), (header::CACHE_CONTROL, "no-cache")];
+            Ok((headers, envelope).into_response())
+        }
+        None => {
+            let detail = format!("there is no trust root of version {version} or above");
+            Err(Failure::new(StatusCode::NOT_FOUND, detail).code("noTrustRoot"))
+        }
+    }
+}
+
+async fn put_trust_root(State(app): Shared, Path(version): Path<String>, headers: HeaderMap, body: Body) -> Answer {
+    operator(&app, &headers)?;
+    let version = trust_version(&version)?;
+    let envelope = read_body(body, MANIFEST_MAX_BYTES).await?;
+    let (root, warnings) = devices::check_trust_root(version, envelope, (app.clock)())?;
+    let digest = root.digest;
+    ask(&app, move |db| db.put_trust_root(&root)).await?;
+    app.trust_news.send_replace(());
+    Ok(Json(TrustStored { version, digest, warnings }).into_response())
 }
 
 fn manifest_answer(stored: StoredManifest, etag: &str) -> Response {

@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 use edged_model::id::Digest;
 use edged_model::quantity::Timestamp;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::db::sqlite::Sqlite;
 use crate::db::{Db, DbError, Scope};
@@ -57,6 +57,8 @@ pub enum OpenError {
 pub struct App {
     pub db: Arc<dyn Db>,
     pub(crate) news: broadcast::Sender<Scope>,
+    /// A trust root was stored: every device that waits is told.
+    pub(crate) trust_news: watch::Sender<()>,
     pub(crate) operator_token: Digest,
     pub(crate) clock: fn() -> Timestamp,
 }
@@ -78,7 +80,13 @@ impl App {
             return Err(OpenError::TokenTooShort { path, found: token.len(), least: LEAST });
         }
         let operator_token = Digest::of(token.as_bytes());
-        Ok(Self { db: Arc::new(db), news: broadcast::Sender::new(NEWS_KEPT), operator_token, clock })
+        Ok(Self {
+            db: Arc::new(db),
+            news: broadcast::Sender::new(NEWS_KEPT),
+            trust_news: watch::Sender::new(()),
+            operator_token,
+            clock,
+        })
     }
 }
 

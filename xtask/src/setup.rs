@@ -84,6 +84,7 @@ fn items(need: Need) -> Vec<Item> {
             ("nft", "nftables"),
             ("/bin/busybox", "busybox-static"),
             ("curl", "curl"),
+            ("nginx", "nginx-light"),
             ("/lib/systemd/systemd-journald", "systemd"),
             ("ssh", "openssh-client"),
             ("setpriv", "util-linux"),

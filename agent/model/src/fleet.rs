@@ -15,6 +15,8 @@ pub const MANIFEST_MAX_BYTES: usize = 1 << 20;
 pub const REPORT_MAX_BYTES: usize = 64 << 10;
 /// The longest a manifest request may wait for a newer one, whatever `Prefer: wait=` asks (RFC 7240).
 pub const WAIT_MAX_SECS: u64 = 300;
+/// The newest trust root that a fleet has, by version: in the answers to polls.
+pub const TRUST_HEADER: &str = "edged-trust-root";
 /// Media type of a signed document (RFC 9052, section 2).
 pub const COSE_MEDIA_TYPE: &str = "application/cose";
 
@@ -134,6 +136,16 @@ pub struct Accepted {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<GenerationState>,
     /// What devices will object to, as far as the endpoint can see it without keys.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// The fleet stored a trust root for its devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrustStored {
+    pub version: u64,
+    pub digest: Digest,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }

@@ -1,4 +1,4 @@
-//! `edgectl push`: a signed manifest to a device's own HTTPS port, or to a fleet for a device.
+//! `edgectl push`: a signed manifest to a device's own HTTPS port, or to a fleet for a device; a trust root to either.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -7,9 +7,10 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use edged_model::cbor;
 use edged_model::envelope::{self, Kind};
-use edged_model::fleet::{Accepted, Problem, TrustTaken};
+use edged_model::fleet::{Accepted, Problem, TrustStored, TrustTaken};
 use edged_model::id::{DeviceId, GroupName};
 use edged_model::manifest::Manifest;
+use edged_model::trust::TrustRoot;
 
 use super::read;
 use crate::registry;
@@ -54,12 +55,13 @@ impl PushCommand {
         let bytes = read(&self.file)?;
         let context = || self.file.display().to_string();
         let is_root = envelope::open(&bytes, Kind::TrustRoot).is_ok();
+        let kind = if is_root { Kind::TrustRoot } else { Kind::Manifest };
         if !is_root {
             let opened = envelope::open(&bytes, Kind::Manifest).with_context(context)?;
             let manifest: Manifest = cbor::decode_signed(&opened.signed_by(&[])?.payload).with_context(context)?;
             self.is_for(&manifest).with_context(context)?;
         } else if self.device.is_some() || self.group.is_some() {
-            bail!("{}: a trust root is pushed to a device itself, not left at a fleet", self.file.display());
+            bail!("{}: a trust root is for every device: push it without --device and --group", self.file.display());
         }
         if !self.to.starts_with("https://") {
             bail!("{}: only https:// is spoken, so that the token stays between the two", self.to);
@@ -71,12 +73,13 @@ impl PushCommand {
             }
         };
         let path = match (&self.device, &self.group) {
+            _ if is_root => format!("/v1/trust/{}", root_version(&bytes).with_context(context)?),
             (Some(device), _) => format!("/v1/devices/{device}/manifest"),
             (None, Some(group)) => format!("/v1/groups/{group}/manifest"),
             (None, None) => "/v1/manifest".to_owned(),
         };
         let url = format!("{}{path}", self.to.trim_end_matches('/'));
-        let mut request = registry::agent(roots).put(&url).header("content-type", Kind::Manifest.content_type());
+        let mut request = registry::agent(roots).put(&url).header("content-type", kind.content_type());
         if let Some(token) = &self.token {
             request = request.header("authorization", format!("Bearer {token}"));
         }
@@ -96,10 +99,21 @@ impl PushCommand {
     }
 }
 
+fn root_version(bytes: &[u8]) -> Result<u64> {
+    let opened = envelope::open(bytes, Kind::TrustRoot)?;
+    let root: TrustRoot = cbor::decode_signed(&opened.signed_by(&[])?.payload)?;
+    Ok(root.version)
+}
+
 /// What became of it: an endpoint that only stores bytes says nothing more than that it took them.
 fn taken(url: &str, text: &str) -> String {
     if let Ok(TrustTaken { trust_root }) = serde_json::from_str(text) {
         return format!("{url}: trust root version {trust_root} is in force\n");
+    }
+    if let Ok(TrustStored { version, digest, warnings }) = serde_json::from_str(text) {
+        let mut said = format!("{url}: trust root version {version} is there for devices ({})\n", digest.short());
+        warnings.iter().for_each(|warning| said.push_str(&format!("  warning: {warning}\n")));
+        return said;
     }
     let Ok(accepted) = serde_json::from_str::<Accepted>(text) else { return format!("{url}: taken\n") };
     let mut said = format!("{url}: generation {} taken ({})\n", accepted.sequence, accepted.digest.short());

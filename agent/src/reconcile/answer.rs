@@ -54,7 +54,7 @@ impl Agent {
             Request::Exec { workload, wish } => self.exec(answers, passing, workload, wish, &caller.name),
             Request::Apply { envelope } => {
                 let (reply, result) = oneshot::channel();
-                self.receive(Message::Offer { envelope, by: caller.name, reply: Some(reply) }).await;
+                self.receive(Message::Offer { envelope, chain: Vec::new(), by: caller.name, reply: Some(reply) }).await;
                 // The verdict comes when the loop has turned on.
                 tokio::spawn(async move {
                     match result.await {

@@ -38,7 +38,7 @@ impl Agent {
             Message::EndWritten { workload } => self.end_written(&workload).await,
             Message::Removed { workload, failed } => self.removed(&workload, failed),
             Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
-            Message::Offer { envelope, by, reply } => self.offer(envelope, &by, reply),
+            Message::Offer { envelope, chain, by, reply } => self.offer(envelope, chain, &by, reply),
             Message::Again(again) => self.again(*again),
             Message::TimeHeard(heard) => self.time_heard(heard).await,
             Message::Network(text) => self.tell(None, None, &Reason::new(Code::Network, text), "agent"),
@@ -59,9 +59,15 @@ impl Agent {
         }
     }
 
-    fn offer(&mut self, envelope: Vec<u8>, by: &str, reply: Option<oneshot::Sender<Result<Taken, Reason>>>) {
+    fn offer(
+        &mut self,
+        envelope: Vec<u8>,
+        chain: Vec<Vec<u8>>,
+        by: &str,
+        reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
+    ) {
         if edged_model::envelope::open(&envelope, edged_model::envelope::Kind::TrustRoot).is_ok() {
-            return self.offer_root(envelope, by, reply);
+            return self.offer_roots(std::iter::once(envelope).chain(chain).collect(), by, reply);
         }
         let verdict = match self.consider(envelope, by) {
             // Taken is what is on the disk: until then nobody is told so.

@@ -119,9 +119,10 @@ enum Message {
         pid: i32,
         outcome: ProbeOutcome,
     },
-    /// A signed manifest, from whoever.
+    /// A signed manifest, or trust roots in turn, from whoever.
     Offer {
         envelope: Vec<u8>,
+        chain: Vec<Vec<u8>>,
         by: String,
         reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
     },

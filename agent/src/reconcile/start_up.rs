@@ -243,8 +243,8 @@ impl Agent {
         let (offers, mut offered) = mpsc::channel::<Offer>(OFFERS_DEPTH);
         let inbox = self.inbox.clone();
         tokio::spawn(async move {
-            while let Some(Offer { envelope, by, reply }) = offered.recv().await {
-                if inbox.send(Message::Offer { envelope, by, reply: Some(reply) }).await.is_err() {
+            while let Some(Offer { envelope, chain, by, reply }) = offered.recv().await {
+                if inbox.send(Message::Offer { envelope, chain, by, reply: Some(reply) }).await.is_err() {
                     return;
                 }
             }
@@ -252,6 +252,7 @@ impl Agent {
         fn wall() -> Timestamp {
             clock::now(0, Timestamp(crate::BUILT_AT)).wall
         }
+        self.fleet.trusts(self.root.version);
         if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, self.newest_digest(), offers.clone(), wall)
         {
             self.tell(None, None, &why, "agent");

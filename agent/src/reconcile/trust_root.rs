@@ -18,22 +18,27 @@ use crate::verify::trust;
 type Reply = Option<oneshot::Sender<Result<Taken, Reason>>>;
 
 impl Agent {
-    /// A trust root was offered.
-    pub(super) fn offer_root(&mut self, envelope: Vec<u8>, by: &str, reply: Reply) {
+    /// Trust roots were offered, each as the successor of the one before: the newest that may be in force is taken, and
+    /// those between are not kept.
+    pub(super) fn offer_roots(&mut self, mut envelopes: Vec<Vec<u8>>, by: &str, reply: Reply) {
         let known = self.store.trust_root().ok().flatten();
-        let verdict = match known.filter(|known| *known == envelope) {
-            // A second push of the one in force changes nothing.
-            Some(_) => Err(Ok(Taken::TrustRoot(self.root.version))),
-            None => trust::rotate(&self.root, &envelope, self.now().wall).map_err(Err),
+        // A second push of the one in force changes nothing.
+        let answer = if known.is_some() && envelopes.len() == 1 && envelopes.first() == known.as_ref() {
+            Ok(Taken::TrustRoot(self.root.version))
+        } else {
+            let followed = trust::chain(&self.root, envelopes.iter().map(Vec::as_slice), self.now().wall);
+            if let Some(why) = &followed.refused {
+                self.refuse("trust root", why);
+                self.tell(None, None, why, by);
+            }
+            match (followed.root, followed.refused) {
+                (Some(root), _) => {
+                    return self.write_root(root, envelopes.swap_remove(followed.at), by.to_owned(), reply);
+                }
+                (None, Some(why)) => Err(why),
+                (None, None) => Ok(Taken::TrustRoot(self.root.version)),
+            }
         };
-        let answer = match verdict {
-            Ok(root) => return self.write_root(root, envelope, by.to_owned(), reply),
-            Err(answer) => answer,
-        };
-        if let Err(why) = &answer {
-            self.refuse("trust root", why);
-            self.tell(None, None, why, by);
-        }
         if let Some(reply) = reply {
             let _ = reply.send(answer);
         }
@@ -62,6 +67,7 @@ impl Agent {
                 });
                 self.root = root;
                 self.concerns.factory = None;
+                self.fleet.trusts(self.root.version);
                 self.tell(None, None, &Reason::new(Code::Verified, text), by);
                 Ok(Taken::TrustRoot(self.root.version))
             }

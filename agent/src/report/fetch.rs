@@ -9,6 +9,7 @@ use edged_model::reason::{Code, Reason};
 use tokio::sync::{mpsc, oneshot};
 use ureq::http::{HeaderMap, StatusCode};
 
+use super::roots::{self, Roots};
 use super::{Endpoint, FleetLine, Offer, Refused, random, refusal, retry};
 use crate::config::Fleet;
 
@@ -17,9 +18,20 @@ const BUSY_PAUSE_FAILURES: u32 = 2;
 /// Beyond the time that the fleet may wait, an answer may take this long.
 const ANSWER_MARGIN: Duration = Duration::from_secs(30);
 
-enum Fetched {
-    New { envelope: Vec<u8>, etag: Option<String>, has_waited: bool },
-    Nothing { has_waited: bool },
+struct Fetched {
+    /// One that is not known yet, and its ETag.
+    new: Option<(Vec<u8>, Option<String>)>,
+    has_waited: bool,
+    /// The newest trust root that the endpoint has, if it says so.
+    trust_root: Option<u64>,
+}
+
+/// What became of an offer.
+pub(super) enum Verdict {
+    Taken,
+    Refused(Reason),
+    /// The agent had no time for it, or is ending.
+    NotLookedAt,
 }
 
 /// Polls until nobody listens to `offers` any more. `known`: the manifest that the device has already.
@@ -33,22 +45,10 @@ pub(super) fn run(
     // Our own fleet's ETag is the digest; another's differs, and then the manifest comes once more than needed.
     let mut etag = known.map(|digest| format!("\"{digest}\""));
     let mut failures = 0;
+    let mut roots = Roots::default();
     while !offers.is_closed() {
-        let has_waited = match fetch(line, endpoint, config, etag.as_deref()) {
-            Ok(Fetched::New { envelope, etag: new, has_waited }) => {
-                line.reached((endpoint.clock)());
-                if !offer(offers, envelope) {
-                    // It was not looked at: ask for it again.
-                    pause(retry::pause(BUSY_PAUSE_FAILURES, None, random()));
-                    continue;
-                }
-                etag = new;
-                has_waited
-            }
-            Ok(Fetched::Nothing { has_waited }) => {
-                line.reached((endpoint.clock)());
-                has_waited
-            }
+        let fetched = match fetch(line, endpoint, config, etag.as_deref()) {
+            Ok(fetched) => fetched,
             Err(refused) => {
                 failures += 1;
                 line.missed(refused.reason);
@@ -57,23 +57,46 @@ pub(super) fn run(
             }
         };
         failures = 0;
+        line.reached((endpoint.clock)());
+        // Before the manifest, which may be signed by keys that only the newer root knows.
+        roots.catch_up_if_due(line, endpoint, offers, fetched.trust_root);
+        if let Some((envelope, new)) = fetched.new {
+            let mut verdict = offer(offers, vec![envelope.clone()]);
+            if matches!(&verdict, Verdict::Refused(why) if roots::may_help(why))
+                && roots.catch_up(line, endpoint, offers)
+            {
+                verdict = offer(offers, vec![envelope]);
+            }
+            if matches!(verdict, Verdict::NotLookedAt) {
+                // Ask for it again.
+                pause(retry::pause(BUSY_PAUSE_FAILURES, None, random()));
+                continue;
+            }
+            etag = new;
+        }
         // An endpoint that does not long-poll answers at once: then the pause is ours to keep.
-        if !has_waited {
+        if !fetched.has_waited {
             pause(config.poll_interval.duration());
         }
     }
 }
 
-/// Whether the agent has judged it, one way or the other.
-fn offer(offers: &mpsc::Sender<Offer>, envelope: Vec<u8>) -> bool {
+/// Hands a document on, or trust roots in turn, and waits for the verdict.
+pub(super) fn offer(offers: &mpsc::Sender<Offer>, mut envelopes: Vec<Vec<u8>>) -> Verdict {
     let (reply, verdict) = oneshot::channel();
-    if offers.blocking_send(Offer { envelope, by: "fleet".to_owned(), reply }).is_err() {
-        return false;
+    if envelopes.is_empty() {
+        return Verdict::NotLookedAt;
+    }
+    let chain = envelopes.split_off(1);
+    let Some(envelope) = envelopes.pop() else { return Verdict::NotLookedAt };
+    if offers.blocking_send(Offer { envelope, chain, by: "fleet".to_owned(), reply }).is_err() {
+        return Verdict::NotLookedAt;
     }
     match verdict.blocking_recv() {
-        Ok(Ok(_)) => true,
-        Ok(Err(reason)) => reason.code != Code::Busy,
-        Err(_) => false,
+        Ok(Ok(_)) => Verdict::Taken,
+        Ok(Err(reason)) if reason.code == Code::Busy => Verdict::NotLookedAt,
+        Ok(Err(reason)) => Verdict::Refused(reason),
+        Err(_) => Verdict::NotLookedAt,
     }
 }
 
@@ -102,7 +125,7 @@ fn fetch(line: &FleetLine, endpoint: &Endpoint, config: &Fleet, etag: Option<&st
         .build()
         .call()
         .map_err(|error| broken(error.to_string()))?;
-    let has_waited = has_waited(response.headers());
+    let (has_waited, trust_root) = (has_waited(response.headers()), roots::newest(response.headers()));
     match response.status() {
         StatusCode::OK => {
             let etag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(str::to_owned);
@@ -115,11 +138,11 @@ fn fetch(line: &FleetLine, endpoint: &Endpoint, config: &Fleet, etag: Option<&st
                 },
                 error => broken(error.to_string()),
             })?;
-            Ok(Fetched::New { envelope, etag, has_waited })
+            Ok(Fetched { new: Some((envelope, etag)), has_waited, trust_root })
         }
         // 404: there is none for us yet.
         StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT | StatusCode::NOT_FOUND => {
-            Ok(Fetched::Nothing { has_waited })
+            Ok(Fetched { new: None, has_waited, trust_root })
         }
         _ => Err(refusal(&url, response)),
     }

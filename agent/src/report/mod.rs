@@ -15,6 +15,8 @@ pub mod key;
 pub mod push;
 /// Pauses and verdicts: pure.
 mod retry;
+/// Trust roots from the fleet.
+mod roots;
 /// Reports to the fleet.
 mod send;
 
@@ -60,6 +62,8 @@ impl std::fmt::Display for Taken {
 /// A signed manifest or trust root on its way to the agent's loop, and where its verdict goes.
 pub struct Offer {
     pub envelope: Vec<u8>,
+    /// Trust roots that follow it, each signed by the one before. None after a manifest.
+    pub chain: Vec<Vec<u8>>,
     /// `fleet`, or `push from <address>`.
     pub by: String,
     pub reply: oneshot::Sender<Result<Taken, Reason>>,
@@ -88,6 +92,8 @@ struct Shared {
     changed: AtomicBool,
     last_boot_ms: AtomicU64,
     contact: Mutex<Contact>,
+    /// Version of the trust root in force.
+    root_version: AtomicU64,
     /// Wakes the sender when there is something in the outbox.
     waiting: Mutex<bool>,
     wake: Condvar,
@@ -110,6 +116,7 @@ impl FleetLine {
             changed: AtomicBool::new(true),
             last_boot_ms: AtomicU64::new(0),
             contact: Mutex::default(),
+            root_version: AtomicU64::new(0),
             waiting: Mutex::new(true),
             wake: Condvar::new(),
         };
@@ -152,6 +159,15 @@ impl FleetLine {
     /// Something changed that the fleet shall know.
     pub fn changed(&self) {
         self.shared.changed.store(true, Ordering::Relaxed);
+    }
+
+    /// This one is in force now.
+    pub fn trusts(&self, root_version: u64) {
+        self.shared.root_version.store(root_version, Ordering::Relaxed);
+    }
+
+    fn root_version(&self) -> u64 {
+        self.shared.root_version.load(Ordering::Relaxed)
     }
 
     pub fn is_due(&self, now_boot_ms: u64, interval: Span) -> bool {

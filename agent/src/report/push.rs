@@ -1,5 +1,5 @@
-//! The agent's own HTTPS port: `PUT /v1/manifest`, where a newer trust root is taken as well. TLS is the transport, the signature is the authority: anybody may
-//! push, and nothing is believed for it. Bytes are handed on unread; the verdict is the answer.
+//! The agent's own HTTPS port: `PUT /v1/manifest`, and `PUT /v1/trust/{version}` for a newer trust root (either address
+//! takes both). TLS is the transport, the signature is the authority: anybody may push, and nothing is believed for it. Bytes are handed on unread; the verdict is the answer.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -38,6 +38,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// Read from a body that is too large, before the answer.
 const DROPPED_MAX_BYTES: usize = 4 << 20;
 const PATH: &str = "/v1/manifest";
+/// Where a fleet has trust roots too: the document says which version it is.
+const TRUST_PATH: &str = "/v1/trust/";
 
 #[derive(Debug, thiserror::Error)]
 pub enum PushError {
@@ -145,8 +147,10 @@ async fn take(
     peer: SocketAddr,
     offers: &mpsc::Sender<Offer>,
 ) -> Result<Answered, Box<Problem>> {
-    if request.uri().path() != PATH {
-        return Err(Box::new(Problem::new(404, "Not Found", format!("there is only {PATH}"))));
+    let path = request.uri().path();
+    if path != PATH && !path.starts_with(TRUST_PATH) {
+        let detail = format!("there are only {PATH} and {TRUST_PATH}VERSION");
+        return Err(Box::new(Problem::new(404, "Not Found", detail)));
     }
     if request.method() != Method::PUT {
         return Err(Box::new(Problem::new(405, "Method Not Allowed", "a manifest is pushed with PUT")));
@@ -155,7 +159,7 @@ async fn take(
     let digest = Digest::of(&envelope);
     let busy = |detail: &str| Box::new(Problem::new(503, "Service Unavailable", detail));
     let (reply, verdict) = oneshot::channel();
-    let offer = Offer { envelope, by: format!("push from {}", peer.ip()), reply };
+    let offer = Offer { envelope, chain: Vec::new(), by: format!("push from {}", peer.ip()), reply };
     offers.try_send(offer).map_err(|_| busy("other manifests are being looked at; push it again"))?;
     match tokio::time::timeout(VERDICT_TIMEOUT, verdict).await {
         Ok(Ok(Ok(Taken::Generation(sequence)))) => Ok(Answered::Generation(Accepted {

@@ -132,6 +132,12 @@ pub trait Db: Send + Sync {
     /// Stores the envelope and returns the sequence that was stored for this scope before.
     fn put_manifest(&self, scope: &Scope, manifest: &NewManifest) -> Result<Option<Sequence>, DbError>;
     fn wanted(&self, device: &DeviceId) -> Result<Wanted, DbError>;
+    /// Keeps a trust root under its version.
+    fn put_trust_root(&self, root: &NewTrustRoot) -> Result<(), DbError>;
+    /// The highest version; 0: there is none.
+    fn newest_trust_root(&self) -> Result<u64, DbError>;
+    /// That of this version, or the next one above where it was left out.
+    fn trust_root(&self, version: u64) -> Result<Option<Vec<u8>>, DbError>;
     fn add_token(&self, token: &TokenRow) -> Result<(), DbError>;
     fn enroll(&self, request: &Enrollment, now: Timestamp) -> Result<EnrollOutcome, DbError>;
     /// Forgets a device's key, so that it may enrol with another one. Its reports and manifest stay.
@@ -147,6 +153,15 @@ pub trait Db: Send + Sync {
     fn device(&self, device: &DeviceId) -> Result<Option<DeviceRow>, DbError>;
     /// Newest first.
     fn reports(&self, device: &DeviceId, limit: u32) -> Result<Vec<ReportRow>, DbError>;
+}
+
+/// A trust root that is to be stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewTrustRoot {
+    pub version: u64,
+    pub digest: Digest,
+    pub envelope: Vec<u8>,
+    pub now: Timestamp,
 }
 
 /// A manifest that is to be stored.

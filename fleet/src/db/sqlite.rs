@@ -11,12 +11,14 @@ use edged_model::quantity::Timestamp;
 use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, TransactionBehavior, params};
 
 use super::{
-    Db, DbError, DeviceRow, EnrollOutcome, Enrollment, NewManifest, ReportOutcome, ReportRow, Scope, StoredManifest,
-    TokenRow, Wanted,
+    Db, DbError, DeviceRow, EnrollOutcome, Enrollment, NewManifest, NewTrustRoot, ReportOutcome, ReportRow, Scope,
+    StoredManifest, TokenRow, Wanted,
 };
 
 /// The format this program writes, in `user_version`.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+/// From each format to the next, in turn.
+const STEPS: [&str; 1] = [include_str!("step2.sql")];
 /// Reports kept of one device: a week of one every ten minutes.
 const REPORTS_KEPT: u32 = 1000;
 /// A poll is written down when the last one noted is this old.
@@ -55,10 +57,15 @@ impl Sqlite {
             connection.pragma_query_value(None, "user_version", |row| row.get(0)).doing("read the format")?;
         match found {
             FORMAT => {}
-            0 => {
+            0..FORMAT => {
                 let transaction =
                     connection.transaction_with_behavior(TransactionBehavior::Immediate).doing("begin")?;
-                transaction.execute_batch(include_str!("schema.sql")).doing("make the tables")?;
+                if found == 0 {
+                    transaction.execute_batch(include_str!("schema.sql")).doing("make the tables")?;
+                }
+                for step in STEPS.iter().skip((found as usize).saturating_sub(1)) {
+                    transaction.execute_batch(step).doing("bring the tables to this format")?;
+                }
                 transaction.pragma_update(None, "user_version", FORMAT).doing("write the format")?;
                 transaction.commit().doing("commit the tables")?;
             }
@@ -274,6 +281,39 @@ impl Db for Sqlite {
         let connection = self.lock();
         let groups = read_groups(&connection, device)?;
         Ok(Wanted { manifest: choose_manifest(&connection, device, &groups)?, groups })
+    }
+
+    fn newest_trust_root(&self) -> Result<u64, DbError> {
+        let newest = self
+            .lock()
+            .query_row("SELECT coalesce(max(version), 0) FROM trust_roots", [], |row| row.get(0))
+            .doing("read the newest trust root")?;
+        Ok(unsigned(newest))
+    }
+
+    fn put_trust_root(&self, root: &NewTrustRoot) -> Result<(), DbError> {
+        self.write(|transaction| {
+            transaction
+                .execute(
+                    "INSERT INTO trust_roots (version, digest, envelope, stored_at) VALUES (?1, ?2, ?3, ?4)
+                     ON CONFLICT (version) DO UPDATE SET digest = excluded.digest, envelope = excluded.envelope,
+                         stored_at = excluded.stored_at",
+                    params![signed(root.version), root.digest.to_string(), root.envelope, root.now.0],
+                )
+                .doing("store a trust root")?;
+            Ok(())
+        })
+    }
+
+    fn trust_root(&self, version: u64) -> Result<Option<Vec<u8>>, DbError> {
+        self.lock()
+            .query_row(
+                "SELECT envelope FROM trust_roots WHERE version >= ?1 ORDER BY version LIMIT 1",
+                [signed(version)],
+                |row| row.get(0),
+            )
+            .optional()
+            .doing("read a trust root")
     }
 
     fn add_token(&self, token: &TokenRow) -> Result<(), DbError> {
