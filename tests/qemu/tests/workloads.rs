@@ -33,6 +33,11 @@ fn a_signed_workload_runs_under_its_quota_and_comes_back_after_a_power_cut() {
         // The crash and the memory are told apart.
         console_shows(&mut device, "inspect crash", "exit code 3", LONG)?;
         console_shows(&mut device, "inspect hog", "memory", LONG)?;
+        // Frozen, nobody takes it for sick; thawed, it goes on.
+        device.console.say("pause web")?;
+        console_shows(&mut device, "ps", "paused", LONG)?;
+        device.console.say("resume web")?;
+        console_shows(&mut device, "ps", "healthy", LONG)?;
 
         // No registry, no operator, a cut at any time: what ran runs again.
         let mut device = power::cut(device, firmware, &setup)?;

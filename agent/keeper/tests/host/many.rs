@@ -71,6 +71,9 @@ fn launches_without_number_lose_no_exit() {
             ReplyBody::Exited(exit) => {
                 assert_eq!(open.remove(&exit.key), exit.code, "told twice, or another's: {exit:?}");
                 told += 1;
+                if told % 500 == 0 {
+                    link.send(RequestBody::Heartbeat, &[]);
+                }
                 link.send(RequestBody::Forget { key: exit.key }, &[]);
             }
             other => panic!("{other:?}"),
