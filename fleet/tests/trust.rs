@@ -21,6 +21,7 @@ fn root(version: u64, by: u8) -> Vec<u8> {
         expires: "2126-01-01T00:00:00Z".parse::<Timestamp>().unwrap(),
         keys: BTreeMap::from([(id, hex::encode(public.to_spki().unwrap()))]),
         roles: RoleName::ALL.map(|name| (name, Role { keys: vec![id], threshold: 1 })).into(),
+        images: Vec::new(),
     };
     envelope::sign(Kind::TrustRoot, cbor::encode(&root).unwrap(), &[key(by)]).unwrap()
 }

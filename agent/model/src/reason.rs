@@ -83,6 +83,8 @@ pub enum Code {
     OperatorCommand,
     OperatorPaused,
     OperatorResumed,
+    /// Its signature does not name what the trust root's rule asks for.
+    ImageWrongIdentity,
     /// A document in force will expire soon.
     Expiring,
 }

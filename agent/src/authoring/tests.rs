@@ -238,6 +238,59 @@ fn signers_who_never_meet_make_a_trust_root_and_the_next_ones() {
 }
 
 #[test]
+fn rules_for_images_are_part_of_a_trust_root() {
+    let desk = Desk::new();
+    desk.keys(&["root", "ops", "img", "base", "base2"]);
+    let roles = "--root-key ./root.key --manifest-key ./ops.pub --image-key ./img.pub";
+    desk.write(
+        "policy.yaml",
+        "rules:
+- { prefix: registry.example/base, require: signature, keys: [base.pub, base2.pub], threshold: 2, identity: registry.example/base }
+- { prefix: registry.example/cache, require: digest }
+- { prefix: '', require: signature, annotations: { team: pumps } }
+",
+    );
+    desk.ok(&format!("trust init {roles} --image-policy ./policy.yaml -o ./one.cose"));
+    let shown = desk.ok("trust inspect ./one.cose");
+    assert!(shown.contains("images    registry.example/base: signed by 2 of "), "{shown}");
+    assert!(shown.contains(" for registry.example/base\n"), "{shown}");
+    assert!(shown.contains("images    registry.example/cache: a digest in the manifest is enough\n"), "{shown}");
+    assert!(shown.contains("images    any: signed by image keys with team=pumps\n"), "{shown}");
+    let root = check::factory(&read(&desk.path("one.cose")).unwrap()).unwrap();
+    assert_eq!((root.images.len(), root.keys.len()), (3, 5));
+
+    // They stay when nothing is said of them, and go when they are replaced.
+    desk.ok("trust rotate --from ./one.cose --key ./root.key -o ./two.cose");
+    assert_eq!(check::factory(&read(&desk.path("two.cose")).unwrap()).unwrap().images, root.images);
+    desk.write("none.toml", "rules = []\n");
+    desk.ok("trust rotate --from ./two.cose --key ./root.key --image-policy ./none.toml -o ./three.cose");
+    let shown = desk.ok("trust inspect ./three.cose --from ./two.cose");
+    assert!(shown.contains("- images registry.example/cache"), "{shown}");
+    let last = check::factory(&read(&desk.path("three.cose")).unwrap()).unwrap();
+    assert_eq!((last.images.len(), last.keys.len()), (0, 3), "and their keys with them");
+
+    // A key that goes takes no rule's place silently.
+    let told = desk.refused("trust rotate --from ./one.cose --remove-key ./base.pub -o ./x.cose");
+    assert!(told.contains("asks for 2 signatures and has 1 keys"), "{told}");
+    for (rules, why) in [
+        ("rules:\n- { prefix: a, require: often }", "often"),
+        ("rules:\n- { prefix: a, require: signature, kyes: [] }", "did you mean `keys`?"),
+        ("rules:\n- { prefix: a, require: signature, keys: [nobody.pub] }", "nobody.pub is neither a file"),
+        ("rules:\n- { prefix: a, require: signature, keys: [base.key] }", "give its public half"),
+        ("rules:\n- { prefix: a, require: digest, keys: [base.pub] }", "asks for no signature, and yet"),
+        ("rules:\n- { prefix: a, require: digest }\n- { prefix: a, require: digest }", "is there twice"),
+    ] {
+        desk.write("bad.yaml", rules);
+        let told = desk.refused(&format!("trust init {roles} --image-policy ./bad.yaml -o ./x.cose"));
+        assert!(told.contains(why), "{rules}: {told}");
+    }
+    desk.write("one.yaml", "rules:\n- { prefix: a, require: signature, keys: [base.pub] }\n");
+    desk.ok(&format!("trust init {roles} --image-policy ./one.yaml -o ./single.cose"));
+    let told = desk.refused("trust rotate --from ./single.cose --remove-key ./base.pub -o ./x.cose");
+    assert!(told.contains("the only key of the image rule for `a`"), "{told}");
+}
+
+#[test]
 fn an_ecdsa_key_may_sign_images_and_nothing_else() {
     let desk = Desk::new();
     desk.keys(&["root", "ops"]);

@@ -18,6 +18,8 @@ use change::{Change, RoleChange};
 
 /// What becomes of the roles.
 mod change;
+/// What images must have.
+mod rules;
 /// What is said of a root.
 mod told;
 
@@ -123,6 +125,9 @@ pub struct Rotate {
 
 #[derive(Debug, Args)]
 struct Written {
+    /// Rules for images by the beginning of their names (YAML, TOML or JSON), instead of the old ones
+    #[arg(long)]
+    image_policy: Option<PathBuf>,
     /// How long manifests are believed under it, e.g. 3years; later it can only be rotated from
     #[arg(long, default_value = "10years")]
     expires: Span,
@@ -202,14 +207,15 @@ impl Rotate {
             (RoleName::Manifest, change(&self.manifest_key, &self.add_manifest_key, self.manifest_threshold)),
             (RoleName::Image, change(&self.image_key, &self.add_image_key, self.image_threshold)),
         ];
-        let change = Change { roles: roles.into(), remove: self.remove_key.clone() };
+        let change = Change { roles: roles.into(), remove: self.remove_key.clone(), ..Change::default() };
         self.written.write(&old, change, secrets(&self.key)?)
     }
 }
 
 impl Written {
     /// The next version after `old`, signed with `signers` and with those of its root keys whose private half was given.
-    fn write(&self, old: &TrustRoot, change: Change, mut signers: Vec<SecretKey>) -> Result<String> {
+    fn write(&self, old: &TrustRoot, mut change: Change, mut signers: Vec<SecretKey>) -> Result<String> {
+        change.image_policy.clone_from(&self.image_policy);
         let mut root = change.applied_to(old, &mut signers)?;
         root.version = old.version.checked_add(1).context("there is no higher version")?;
         root.expires = later(now(), self.expires);

@@ -16,7 +16,8 @@ use crate::content::{Content, chain_id};
 use crate::registry::layout::{Layout, LayoutReference};
 use crate::registry::platform::{self, architecture};
 use crate::registry::{Client, Document, Reference, RegistryError, Source};
-use crate::verify::cosign;
+use crate::verify::cosign::{self, Wanted};
+use crate::verify::image_policy::{self, Demand, Rule};
 use layers::Layer;
 
 mod claims;
@@ -74,8 +75,26 @@ pub struct PullContext {
     /// The trust root's image keys (SPKI DER) and how many must have signed.
     pub keys: Vec<Vec<u8>>,
     pub threshold: usize,
+    /// The trust root's own rules, which come before `images.policy`.
+    pub rules: Vec<Rule>,
     pub data: PathBuf,
     pub disk_reserve: Bytes,
+}
+
+impl PullContext {
+    /// What must hold for `image`: the trust root's rule for it, else the device's policy.
+    fn demand(&self, image: &str) -> Demand {
+        if let Some(rule) = image_policy::choose(&self.rules, image) {
+            return rule.demand.clone();
+        }
+        match self.images.policy {
+            ImagePolicy::Digest => Demand::Digest,
+            ImagePolicy::Signature => {
+                let (keys, threshold) = (self.keys.clone(), self.threshold);
+                Demand::Signature(Wanted { keys, threshold, ..Wanted::default() })
+            }
+        }
+    }
 }
 
 /// Fetched of all there is to fetch.
@@ -94,7 +113,7 @@ pub fn is_whole(content: &Content, image: &ReadyImage) -> bool {
 /// was taken without signatures is not ready on a device that has come to want them.
 pub fn ready(ctx: &PullContext, image: &str) -> Option<ReadyImage> {
     let record: Record = serde_json::from_slice(&ctx.content.record(image)?).ok()?;
-    let believed = record.signed || ctx.images.policy == ImagePolicy::Digest;
+    let believed = record.signed || ctx.demand(image) == Demand::Digest;
     (record.image == image && believed && is_whole(&ctx.content, &record.ready)).then_some(record.ready)
 }
 
@@ -191,7 +210,7 @@ impl OneImage<'_> {
             self.ctx.content.put_document(bytes).map_err(|error| self.disk(&error))?;
         }
         let ready = ready_image(document.digest, layers.iter().map(|layer| layer.chain).collect(), &configuration);
-        let signed = self.ctx.images.policy == ImagePolicy::Signature;
+        let signed = self.ctx.demand(self.image) != Demand::Digest;
         let record = Record { image: self.image.to_owned(), signed, ready };
         let bytes = serde_json::to_vec(&record).map_err(|error| self.unusable(&error.to_string()))?;
         // Last of all: what it speaks of is on the disk.
@@ -223,25 +242,28 @@ impl OneImage<'_> {
 
     /// By policy: signatures on the image (or on the index it came from), or the digest in the signed manifest.
     fn check_signature(&self, top: &Document, document: &Document) -> Result<(), PullFailure> {
-        if self.ctx.images.policy == ImagePolicy::Digest {
-            if self.is_named_by_digest {
-                return Ok(());
+        let wanted = match self.ctx.demand(self.image) {
+            Demand::Signature(wanted) => wanted,
+            Demand::Digest if self.is_named_by_digest => return Ok(()),
+            Demand::Digest => {
+                let text =
+                    format!("{} is named by a tag, and this device takes it unsigned by digest only", self.image);
+                return Err(PullFailure::permanent(
+                    Reason::new(Code::ImageUnsigned, text).next("name it by its digest"),
+                ));
             }
-            let text =
-                format!("{} is named by a tag, and this device takes unsigned images by digest only", self.image);
-            return Err(PullFailure::permanent(Reason::new(Code::ImageUnsigned, text).next("name it by its digest")));
-        }
-        let on_top = self.signed(top.digest)?;
+        };
+        let on_top = self.signed(top, &wanted)?;
         // What a signed index names is signed as well.
         if on_top.is_ok() || top.digest == document.digest {
             return on_top.map_err(PullFailure::permanent);
         }
-        self.signed(document.digest)?.map_err(PullFailure::permanent)
+        self.signed(document, &wanted)?.map_err(PullFailure::permanent)
     }
 
-    fn signed(&self, digest: Digest) -> Result<Result<(), Reason>, PullFailure> {
-        let claims = claims::collect(&self.source, digest)?;
-        Ok(cosign::check(self.image, digest, &claims, &self.ctx.keys, self.ctx.threshold))
+    fn signed(&self, document: &Document, wanted: &Wanted) -> Result<Result<(), Reason>, PullFailure> {
+        let claims = claims::collect(&self.source, document.digest)?;
+        Ok(cosign::check(self.image, &document.bytes, &claims, wanted))
     }
 
     fn layers(&self, manifest: &ImageManifest, configuration: &ImageConfiguration) -> Result<Vec<Layer>, PullFailure> {

@@ -28,7 +28,7 @@ use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
 use crate::store::{Store, opened_reason};
-use crate::verify::trust;
+use crate::verify::{image_policy, trust};
 use edged_plan::world::{Began, World};
 
 /// Manifests that may wait for the loop: one of the fleet and a few pushes, each of at most 1 MiB.
@@ -72,6 +72,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         images: config.images.clone(),
         keys: trust::role_spki(&root, RoleName::Image),
         threshold: trust_root::image_threshold(&root),
+        rules: image_policy::rules(&root),
         data: places.data().to_owned(),
         disk_reserve: config.limits.disk_reserve,
     };

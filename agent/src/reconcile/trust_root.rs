@@ -13,7 +13,7 @@ use super::{Agent, Message};
 use crate::execute::pull::PullContext;
 use crate::report::Taken;
 use crate::store::{Store, StoreError, inline_chain};
-use crate::verify::trust;
+use crate::verify::{image_policy, trust};
 
 type Reply = Option<oneshot::Sender<Result<Taken, Reason>>>;
 
@@ -63,6 +63,7 @@ impl Agent {
                 self.pull_context = Arc::new(PullContext {
                     keys: trust::role_spki(&root, RoleName::Image),
                     threshold: image_threshold(&root),
+                    rules: image_policy::rules(&root),
                     ..PullContext::clone(&self.pull_context)
                 });
                 self.root = root;

@@ -1,9 +1,12 @@
 //! Image signatures as cosign writes them with a key: the tag scheme with its simple-signing payload
-//! (`sha256-<hex>.sig`), and the sigstore bundle with a DSSE envelope, found by the referrers API or its tag. Checked
-//! are the payload's kind, the digest it names, and the signature: Ed25519 in both forms of RFC 8032 that signers use, or
-//! ECDSA P-256 (cosign's default key).
+//! (`sha256-<hex>.sig`), and the sigstore bundle, found by the referrers API or its tag, with a DSSE envelope or with a
+//! signature of the image manifest itself. Checked are the payload's kind, the digest it names, what else the trust root's
+//! rule wants named, and the signature: Ed25519 in both forms of RFC 8032 that signers use, or ECDSA P-256 (cosign's
+//! default key).
 //!
 //! Pure: documents come in, the number of keys that signed goes out.
+
+use std::collections::BTreeMap;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -45,68 +48,138 @@ fn verifies(spki: &[u8], bytes: &[u8], signature: &[u8]) -> bool {
         .is_some_and(|point| UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, point).verify(bytes, signature).is_ok())
 }
 
-/// Checks that `threshold` of `keys` (SPKI DER) have signed `digest`.
-pub fn check(image: &str, digest: Digest, claims: &[Claim], keys: &[Vec<u8>], threshold: usize) -> Result<(), Reason> {
+/// Whose signatures an image must have, and what they must name.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Wanted {
+    /// SPKI DER.
+    pub keys: Vec<Vec<u8>>,
+    pub threshold: usize,
+    pub identity: Option<String>,
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Checks that enough of the wanted keys have signed the image manifest (or index) `document`.
+pub fn check(image: &str, document: &[u8], claims: &[Claim], wanted: &Wanted) -> Result<(), Reason> {
+    let digest = Digest::of(document);
     if claims.is_empty() {
         return Err(Reason::new(Code::ImageUnsigned, format!("image {image} ({}) is not signed", digest.short()))
             .next("sign it with `cosign sign --key …`"));
     }
     let mut wrong = None;
-    let mut signed = vec![false; keys.len()];
+    let mut signed = vec![false; wanted.keys.len()];
     for claim in claims {
-        match signers(claim, digest, keys) {
+        match signers(claim, document, digest, wanted) {
             Ok(by) => by.into_iter().for_each(|index| signed[index] = true),
             Err(why) => wrong = Some(why),
         }
     }
     let count = signed.iter().filter(|signed| **signed).count();
-    if count >= threshold.max(1) {
+    let threshold = wanted.threshold.max(1);
+    if count >= threshold {
         return Ok(());
     }
     if count > 0 {
         let text = format!("image {image}: signed by {count} of the {threshold} keys that are needed");
-        return Err(Reason::new(Code::ThresholdNotMet, text));
+        return Err(Reason::new(Code::ThresholdNotMet, text).next("let more of the trust root's image keys sign it"));
     }
     let (code, why) =
         wrong.unwrap_or((Code::ImageWrongKey, "no signature is by an image key of the trust root".to_owned()));
-    Err(Reason::new(code, format!("image {image} ({}): {why}", digest.short()))
-        .next("sign it with a key of the trust root's `image` role"))
+    let next = match code {
+        Code::ImageWrongIdentity => "sign it as the trust root's rule for this image wants it",
+        _ => "sign it with a key of the trust root's `image` role, or of its rule for this image",
+    };
+    Err(Reason::new(code, format!("image {image} ({}): {why}", digest.short())).next(next))
 }
 
-/// Which of `keys` made this signature over this digest.
-fn signers(claim: &Claim, digest: Digest, keys: &[Vec<u8>]) -> Result<Vec<usize>, (Code, String)> {
+/// What a claim says once its signature is believed.
+#[derive(Default)]
+struct Stated {
+    digest: Option<Digest>,
+    identity: Option<String>,
+    annotations: BTreeMap<String, String>,
+}
+
+/// What was signed, its signatures, and what it states.
+type Read = (Vec<u8>, Vec<Vec<u8>>, Stated);
+
+/// Which of the wanted keys made this signature over this document.
+fn signers(claim: &Claim, document: &[u8], digest: Digest, wanted: &Wanted) -> Result<Vec<usize>, (Code, String)> {
     let malformed = |what: &str| (Code::Malformed, format!("its signature has no {what}"));
-    let (signed_bytes, signatures, named) = match claim {
+    let (signed_bytes, signatures, stated) = match claim {
         Claim::SimpleSigning { payload, signature } => {
             let signature = STANDARD.decode(signature).map_err(|_| malformed("readable base64"))?;
-            let named = simple_signing_digest(payload).ok_or_else(|| malformed("simple-signing payload"))?;
-            (payload.clone(), vec![signature], named)
+            let stated = simple_signing(payload).ok_or_else(|| malformed("simple-signing payload"))?;
+            (payload.clone(), vec![signature], stated)
         }
-        Claim::Bundle { json } => {
-            let bundle: Bundle = serde_json::from_slice(json).map_err(|_| malformed("sigstore bundle with DSSE"))?;
-            let envelope = bundle.dsse_envelope;
-            let payload = STANDARD.decode(&envelope.payload).map_err(|_| malformed("readable base64"))?;
-            let named = statement_digest(&envelope.payload_type, &payload, digest)
-                .ok_or_else(|| malformed("statement that the image was signed"))?;
-            let signatures = envelope.signatures.iter().filter_map(|s| STANDARD.decode(&s.sig).ok()).collect();
-            (pre_authentication(&envelope.payload_type, &payload), signatures, named)
-        }
+        Claim::Bundle { json } => bundle(json, document, digest).map_err(malformed)?,
     };
     let by_key = |spki: &Vec<u8>| signatures.iter().any(|signature| verifies(spki, &signed_bytes, signature));
-    let by: Vec<_> = keys.iter().enumerate().filter(|(_, spki)| by_key(spki)).map(|(index, _)| index).collect();
-    if !by.is_empty() && named != digest {
-        return Err((Code::DigestMismatch, format!("the signature is for {}", named.short())));
+    let by: Vec<_> = wanted.keys.iter().enumerate().filter(|(_, spki)| by_key(spki)).map(|(index, _)| index).collect();
+    if by.is_empty() {
+        return Ok(by);
+    }
+    match stated.digest {
+        Some(named) if named == digest => {}
+        Some(named) => return Err((Code::DigestMismatch, format!("the signature is for {}", named.short()))),
+        None => return Err(malformed("digest")),
+    }
+    if let Some(identity) = wanted.identity.as_ref().filter(|identity| stated.identity.as_ref() != Some(identity)) {
+        let named = match stated.identity.as_deref() {
+            None | Some("") => "no name".to_owned(),
+            Some(named) => format!("`{}`", printable(named)),
+        };
+        return Err((Code::ImageWrongIdentity, format!("the signature is for {named}, and must be for `{identity}`")));
+    }
+    if let Some((key, value)) =
+        wanted.annotations.iter().find(|(key, value)| stated.annotations.get(*key) != Some(value))
+    {
+        return Err((Code::ImageWrongIdentity, format!("the signature does not say `{key}={value}`")));
     }
     Ok(by)
+}
+
+/// A sentence is shown on terminals.
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(120).collect()
+}
+
+/// A sigstore bundle (protobuf-specs, sigstore_bundle.proto) of either content.
+fn bundle(json: &[u8], document: &[u8], digest: Digest) -> Result<Read, &'static str> {
+    let bundle: Bundle = serde_json::from_slice(json).map_err(|_| "readable sigstore bundle")?;
+    match (bundle.dsse_envelope, bundle.message_signature) {
+        (Some(envelope), None) => {
+            let payload = STANDARD.decode(&envelope.payload).map_err(|_| "readable base64")?;
+            let stated =
+                statement(&envelope.payload_type, &payload, digest).ok_or("statement that the image was signed")?;
+            let signatures = envelope.signatures.iter().filter_map(|s| STANDARD.decode(&s.sig).ok()).collect();
+            Ok((pre_authentication(&envelope.payload_type, &payload), signatures, stated))
+        }
+        // The document itself is what was signed: it can be no other one. It names nothing else.
+        (None, Some(message)) => {
+            let signature = STANDARD.decode(&message.signature).map_err(|_| "readable base64")?;
+            Ok((document.to_vec(), vec![signature], Stated { digest: Some(digest), ..Stated::default() }))
+        }
+        _ => Err("content that is one thing"),
+    }
 }
 
 #[derive(Deserialize)]
 struct SimpleSigning {
     critical: Critical,
+    #[serde(default)]
+    optional: Option<BTreeMap<String, serde_json::Value>>,
+}
+
+#[derive(Default, Deserialize)]
+struct CriticalIdentity {
+    #[serde(rename = "docker-reference", default)]
+    reference: String,
 }
 
 #[derive(Deserialize)]
 struct Critical {
+    #[serde(default)]
+    identity: CriticalIdentity,
     image: CriticalImage,
     #[serde(rename = "type")]
     kind: String,
@@ -118,17 +191,31 @@ struct CriticalImage {
     digest: String,
 }
 
-fn simple_signing_digest(payload: &[u8]) -> Option<Digest> {
+fn simple_signing(payload: &[u8]) -> Option<Stated> {
     let payload: SimpleSigning = serde_json::from_slice(payload).ok()?;
-    let is_cosign =
-        matches!(payload.critical.kind.as_str(), "cosign container image signature" | "atomic container signature");
-    if is_cosign { Digest::parse(&payload.critical.image.digest).ok() } else { None }
+    let critical = payload.critical;
+    if !matches!(critical.kind.as_str(), "cosign container image signature" | "atomic container signature") {
+        return None;
+    }
+    let text = |(key, value): (String, serde_json::Value)| Some((key, value.as_str()?.to_owned()));
+    Some(Stated {
+        digest: Some(Digest::parse(&critical.image.digest).ok()?),
+        identity: Some(critical.identity.reference),
+        annotations: payload.optional.unwrap_or_default().into_iter().filter_map(text).collect(),
+    })
 }
 
 #[derive(Deserialize)]
 struct Bundle {
     #[serde(rename = "dsseEnvelope")]
-    dsse_envelope: Dsse,
+    dsse_envelope: Option<Dsse>,
+    #[serde(rename = "messageSignature")]
+    message_signature: Option<MessageSignature>,
+}
+
+#[derive(Deserialize)]
+struct MessageSignature {
+    signature: String,
 }
 
 #[derive(Deserialize)]
@@ -158,11 +245,15 @@ struct Statement {
 
 #[derive(Deserialize)]
 struct Subject {
-    digest: std::collections::BTreeMap<String, String>,
+    #[serde(default)]
+    name: Option<String>,
+    digest: BTreeMap<String, String>,
+    #[serde(default)]
+    annotations: BTreeMap<String, serde_json::Value>,
 }
 
-/// The digest that an in-toto statement is about: the wanted one if it is among its subjects, else the first.
-fn statement_digest(payload_type: &str, payload: &[u8], wanted: Digest) -> Option<Digest> {
+/// What an in-toto statement says of the wanted digest; if that is not among its subjects, of the first.
+fn statement(payload_type: &str, payload: &[u8], wanted: Digest) -> Option<Stated> {
     if payload_type != "application/vnd.in-toto+json" {
         return None;
     }
@@ -170,9 +261,15 @@ fn statement_digest(payload_type: &str, payload: &[u8], wanted: Digest) -> Optio
     if statement.kind != "https://in-toto.io/Statement/v1" || statement.predicate_type != SIGN_PREDICATE {
         return None;
     }
-    let hex = statement.subject.iter().filter_map(|subject| subject.digest.get("sha256"));
-    let digests: Vec<_> = hex.filter_map(|hex| Digest::parse(&format!("sha256:{hex}")).ok()).collect();
-    if digests.contains(&wanted) { Some(wanted) } else { digests.first().copied() }
+    let text = |(key, value): (String, serde_json::Value)| Some((key, value.as_str()?.to_owned()));
+    let stated = |subject: Subject| {
+        let digest = Digest::parse(&format!("sha256:{}", subject.digest.get("sha256")?)).ok()?;
+        let annotations = subject.annotations.into_iter().filter_map(text).collect();
+        Some(Stated { digest: Some(digest), identity: subject.name, annotations })
+    };
+    let mut subjects: Vec<Stated> = statement.subject.into_iter().filter_map(stated).collect();
+    let at = subjects.iter().position(|subject| subject.digest == Some(wanted)).unwrap_or(0);
+    (at < subjects.len()).then(|| subjects.swap_remove(at))
 }
 
 /// DSSE's PAE: what is really signed (secure-systems-lab/dsse, protocol.md).
@@ -221,38 +318,86 @@ mod tests {
         Claim::Bundle { json: json.into_bytes() }
     }
 
+    fn wanted(keys: &[u8], threshold: usize) -> Wanted {
+        Wanted { keys: keys.iter().map(|n| spki(*n)).collect(), threshold, ..Wanted::default() }
+    }
+
+    fn code(claims: &[Claim], wanted: &Wanted) -> Code {
+        check("r/i", b"image", claims, wanted).unwrap_err().code
+    }
+
+    /// `cosign sign-blob` of the image manifest.
+    fn of_message(document: &[u8], by: u8) -> Claim {
+        let signature = STANDARD.encode(key(by).sign(document));
+        let json = format!(
+            r#"{{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","messageSignature":{{"messageDigest":{{}},"signature":"{signature}"}}}}"#
+        );
+        Claim::Bundle { json: json.into_bytes() }
+    }
+
     #[test]
-    fn both_formats_are_believed_from_the_right_key_only() {
+    fn every_format_is_believed_from_the_right_key_only() {
         let digest = Digest::of(b"image");
-        for claim in [simple(digest, 1), bundle(digest, 1)] {
-            let check =
-                |keys: &[Vec<u8>], threshold| check("r/i", digest, std::slice::from_ref(&claim), keys, threshold);
-            assert_eq!(check(&[spki(1)], 1), Ok(()));
-            assert_eq!(check(&[spki(2)], 1).unwrap_err().code, Code::ImageWrongKey);
-            assert_eq!(check(&[spki(1), spki(2)], 2).unwrap_err().code, Code::ThresholdNotMet);
+        for claim in [simple(digest, 1), bundle(digest, 1), of_message(b"image", 1)] {
+            let claims = std::slice::from_ref(&claim);
+            assert_eq!(check("r/i", b"image", claims, &wanted(&[1], 1)), Ok(()));
+            assert_eq!(code(claims, &wanted(&[2], 1)), Code::ImageWrongKey);
+            assert_eq!(code(claims, &wanted(&[1, 2], 2)), Code::ThresholdNotMet);
         }
-        assert_eq!(check("r/i", digest, &[], &[spki(1)], 1).unwrap_err().code, Code::ImageUnsigned);
+        assert_eq!(code(&[], &wanted(&[1], 1)), Code::ImageUnsigned);
     }
 
     #[test]
     fn a_signature_of_another_image_is_none_of_this_one() {
-        let (this, other) = (Digest::of(b"this"), Digest::of(b"other"));
+        let other = Digest::of(b"other");
         for claim in [simple(other, 1), bundle(other, 1)] {
-            assert_eq!(check("r/i", this, &[claim], &[spki(1)], 1).unwrap_err().code, Code::DigestMismatch);
+            assert_eq!(code(&[claim], &wanted(&[1], 1)), Code::DigestMismatch);
+        }
+        assert_eq!(code(&[of_message(b"other", 1)], &wanted(&[1], 1)), Code::ImageWrongKey, "other bytes");
+    }
+
+    #[test]
+    fn a_bundle_with_two_contents_or_none_is_none() {
+        for json in [
+            "{}",
+            r#"{"messageSignature":{"signature":"AA=="},"dsseEnvelope":{"payload":"","payloadType":"","signatures":[]}}"#,
+            r#"{"messageSignature":{"signature":"no base64"}}"#,
+        ] {
+            assert_eq!(code(&[Claim::Bundle { json: json.into() }], &wanted(&[1], 1)), Code::Malformed, "{json}");
         }
     }
 
     #[test]
-    fn an_attestation_is_no_signature_of_the_image() {
+    fn what_a_rule_wants_named_must_be_signed_along() {
         let digest = Digest::of(b"image");
-        let claim = stated(digest, 1, "https://slsa.dev/provenance/v1");
-        assert_eq!(check("r/i", digest, &[claim], &[spki(1)], 1).unwrap_err().code, Code::Malformed);
+        let named = Wanted { identity: Some("r.example/i".to_owned()), ..wanted(&[1], 1) };
+        let said = Wanted { annotations: [("team".to_owned(), "pumps".to_owned())].into(), ..wanted(&[1], 1) };
+        for claim in [simple(digest, 1), bundle(digest, 1), of_message(b"image", 1)] {
+            assert_eq!(code(std::slice::from_ref(&claim), &named), Code::ImageWrongIdentity);
+            assert_eq!(code(&[claim], &said), Code::ImageWrongIdentity);
+        }
+        let payload = format!(
+            r#"{{"critical":{{"identity":{{"docker-reference":"r.example/i"}},"image":{{"docker-manifest-digest":"{digest}"}},"type":"cosign container image signature"}},"optional":{{"team":"pumps"}}}}"#
+        );
+        let signature = STANDARD.encode(key(1).sign(payload.as_bytes()));
+        let claims = [Claim::SimpleSigning { payload: payload.into_bytes(), signature }];
+        assert_eq!(check("r/i", b"image", &claims, &named), Ok(()));
+        assert_eq!(check("r/i", b"image", &claims, &said), Ok(()));
+        let other = Wanted { identity: Some("r.example/other".to_owned()), ..named };
+        let why = check("r/i", b"image", &claims, &other).unwrap_err();
+        assert!(why.text.contains("for `r.example/i`, and must be for `r.example/other`"), "{why}");
+    }
+
+    #[test]
+    fn an_attestation_is_no_signature_of_the_image() {
+        let claim = stated(Digest::of(b"image"), 1, "https://slsa.dev/provenance/v1");
+        assert_eq!(code(&[claim], &wanted(&[1], 1)), Code::Malformed);
     }
 
     #[test]
     fn one_key_counts_once() {
         let digest = Digest::of(b"image");
-        let claims = [simple(digest, 1), bundle(digest, 1)];
-        assert_eq!(check("r/i", digest, &claims, &[spki(1), spki(2)], 2).unwrap_err().code, Code::ThresholdNotMet);
+        let claims = [simple(digest, 1), bundle(digest, 1), of_message(b"image", 1)];
+        assert_eq!(code(&claims, &wanted(&[1, 2], 2)), Code::ThresholdNotMet);
     }
 }

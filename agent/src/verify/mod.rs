@@ -7,6 +7,8 @@
 pub mod cosign;
 /// What runs out.
 pub mod expiry;
+/// Which signatures an image must have.
+pub mod image_policy;
 /// Trust roots: the first one, and from one to the next.
 pub mod trust;
 

@@ -18,6 +18,7 @@ fn root() -> TrustRoot {
         expires: Timestamp(1_000_000),
         keys: [(id, hex::encode(public.to_spki().unwrap()))].into(),
         roles: RoleName::ALL.map(|name| (name, Role { keys: vec![id], threshold: 1 })).into(),
+        images: Vec::new(),
     }
 }
 

@@ -18,7 +18,11 @@ pub fn role_keys(root: &TrustRoot, role: RoleName) -> Vec<PublicKey> {
 
 /// All keys of a role as SPKI DER.
 pub fn role_spki(root: &TrustRoot, role: RoleName) -> Vec<Vec<u8>> {
-    let ids = root.roles.get(&role).map(|role| role.keys.as_slice()).unwrap_or_default();
+    spki(root, root.roles.get(&role).map(|role| role.keys.as_slice()).unwrap_or_default())
+}
+
+/// Those of a root's keys as SPKI DER.
+pub fn spki(root: &TrustRoot, ids: &[KeyId]) -> Vec<Vec<u8>> {
     ids.iter().filter_map(|id| root.keys.get(id)).filter_map(|text| hex::decode(text).ok()).collect()
 }
 
@@ -144,7 +148,7 @@ pub fn sound(root: &TrustRoot) -> Result<(), Reason> {
             return bad("has a key that is not Ed25519");
         }
     }
-    Ok(())
+    super::image_policy::sound(root)
 }
 
 fn met(opened: &Unverified, by: &TrustRoot, whose: &str) -> Result<(), Reason> {
@@ -178,6 +182,7 @@ mod tests {
             expires: Timestamp(1_000),
             keys: public.iter().map(|key| (key.id().unwrap(), hex::encode(key.to_spki().unwrap()))).collect(),
             roles: RoleName::ALL.map(|name| (name, Role { keys: ids.clone(), threshold })).into(),
+            images: Vec::new(),
         }
     }
 
@@ -269,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_device_without_a_root_takes_none_over_the_wire() {
-        let none = TrustRoot { version: 0, expires: Timestamp(0), keys: Default::default(), roles: Default::default() };
+        let none = TrustRoot::none();
         assert_eq!(
             rotate(&none, &signed(&root(1, &[1], 1), &[1]), Timestamp(0)).unwrap_err().code,
             Code::ThresholdNotMet

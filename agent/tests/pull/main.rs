@@ -4,6 +4,7 @@
 mod support;
 
 mod broken_registry;
+mod image_policy;
 mod many_layers;
 mod real_registry;
 
@@ -35,6 +36,7 @@ impl Device {
             images: Images::default(),
             keys: Vec::new(),
             threshold: 1,
+            rules: Vec::new(),
             data: places.data().to_owned(),
             disk_reserve: Bytes::mebi(1),
         };

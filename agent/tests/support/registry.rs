@@ -89,6 +89,11 @@ impl Registry {
 
     /// Signs with a key that [`signing_key`] made; `bundle` is the newer format.
     pub fn sign(&self, image: &str, key: &Path, bundle: bool) {
+        self.sign_with(image, key, bundle, &[]);
+    }
+
+    /// The same with more options of cosign.
+    pub fn sign_with(&self, image: &str, key: &Path, bundle: bool, options: &[&str]) {
         let mut command = cosign();
         command
             .args(["sign", "--yes", "--use-signing-config=false", "--tlog-upload=false", "--registry-cacert"])
@@ -98,7 +103,24 @@ impl Registry {
         if !bundle {
             command.arg("--new-bundle-format=false");
         }
+        command.args(options);
         run(command.arg(format!("{}/{image}", self.host())).env("DOCKER_CONFIG", self.dir.path().join("login")));
+    }
+
+    /// `cosign save`: the image and what it knows of its signatures, in a layout.
+    pub fn save(&self, image: &str, to: &Path) {
+        let mut command = cosign();
+        command.args(["save", "--registry-cacert"]).arg(self.ca()).arg("--dir").arg(to);
+        run(command.arg(format!("{}/{image}", self.host())).env("DOCKER_CONFIG", self.dir.path().join("login")));
+    }
+
+    /// Anything of this registry into a layout, as it is.
+    pub fn fetch(&self, image: &str, to: &str) {
+        run(Command::new("skopeo")
+            .args(["copy", "-q", "--all", "--src-creds", &format!("{USER}:{PASSWORD}"), "--src-cert-dir"])
+            .arg(self.dir.path().join("certs"))
+            .arg(format!("docker://{}/{image}", self.host()))
+            .arg(format!("oci:{to}")));
     }
 
     fn write_login(&self) {
@@ -161,6 +183,19 @@ fn configuration(dir: &Path, port: u16) -> String {
          http: {{addr: '127.0.0.1:{port}', secret: test, tls: {{certificate: {dir}/server.crt, key: {dir}/server.key}}}}\n\
          auth: {{htpasswd: {{realm: test, path: {dir}/htpasswd}}}}\n"
     )
+}
+
+/// `cosign sign-blob`: a bundle with a signature of the file itself.
+pub fn sign_blob(file: &Path, key: &Path, bundle: &Path) {
+    let mut command = cosign();
+    command.args([
+        "sign-blob",
+        "--yes",
+        "--use-signing-config=false",
+        "--tlog-upload=false",
+        "--new-bundle-format=true",
+    ]);
+    run(command.arg("--key").arg(key).arg("--bundle").arg(bundle).arg(file));
 }
 
 pub fn free_port() -> u16 {

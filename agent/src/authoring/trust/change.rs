@@ -8,6 +8,7 @@ use edged_model::id::Digest;
 use edged_model::keys::{SecretKey, spki_of_pem};
 use edged_model::trust::{KeyId, Role, RoleName, TrustRoot};
 
+use super::rules;
 use crate::authoring::read_text;
 
 #[derive(Debug, Default)]
@@ -23,6 +24,8 @@ pub struct Change {
     pub roles: BTreeMap<RoleName, RoleChange>,
     /// Key files or ids, out of every role.
     pub remove: Vec<String>,
+    /// A file with the rules for images, instead of the old ones.
+    pub image_policy: Option<PathBuf>,
 }
 
 impl Change {
@@ -46,18 +49,27 @@ impl Change {
             let threshold = change.threshold.or(was.map(|role| role.threshold)).unwrap_or(1);
             root.roles.insert(*name, Role { keys: ids, threshold });
         }
+        if let Some(path) = &self.image_policy {
+            rules::read(path, &mut root)?;
+        }
         for text in &self.remove {
             let id = named(text, &root)?;
             root.roles.values_mut().for_each(|role| role.keys.retain(|key| *key != id));
+            // A rule that loses its last key would fall back to the role's, and believe others than it was written for.
+            if let Some(rule) = root.images.iter().find(|rule| rule.keys == [id]) {
+                bail!("{text} is the only key of the image rule for `{}`: give other rules too", rule.prefix);
+            }
+            root.images.iter_mut().for_each(|rule| rule.keys.retain(|key| *key != id));
         }
-        let used: Vec<KeyId> = root.roles.values().flat_map(|role| role.keys.clone()).collect();
+        let in_roles = root.roles.values().flat_map(|role| role.keys.clone());
+        let used: Vec<KeyId> = in_roles.chain(root.images.iter().flat_map(|rule| rule.keys.clone())).collect();
         root.keys.retain(|id, _| used.contains(id));
         Ok(root)
     }
 }
 
 /// A key from its file: either half. The private half of another role's key has no business here.
-fn key(path: &Path, role: RoleName) -> Result<(KeyId, Vec<u8>, Option<SecretKey>)> {
+pub fn key(path: &Path, role: RoleName) -> Result<(KeyId, Vec<u8>, Option<SecretKey>)> {
     let pem = read_text(path)?;
     let (spki, private) = match SecretKey::from_pem(&pem) {
         Ok(_) if role != RoleName::Root => {
@@ -70,7 +82,7 @@ fn key(path: &Path, role: RoleName) -> Result<(KeyId, Vec<u8>, Option<SecretKey>
 }
 
 /// The key that is meant: a file, an id, or the beginning of one.
-fn named(text: &str, root: &TrustRoot) -> Result<KeyId> {
+pub fn named(text: &str, root: &TrustRoot) -> Result<KeyId> {
     if Path::new(text).exists() {
         let (id, ..) = key(Path::new(text), RoleName::Root)?;
         return match root.keys.contains_key(&id) {

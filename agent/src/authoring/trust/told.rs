@@ -5,7 +5,7 @@ use std::fmt::Write;
 use anyhow::Result;
 use edged_model::envelope::{self, Kind, Unverified};
 use edged_model::id::Digest;
-use edged_model::trust::{KeyId, RoleName, TrustRoot};
+use edged_model::trust::{ImageRule, KeyId, Require, RoleName, TrustRoot};
 
 use crate::verify::trust::{self as check, Tally};
 
@@ -22,10 +22,34 @@ pub fn contents(opened: &Unverified, root: &TrustRoot) -> String {
     for (name, role) in &root.roles {
         let _ = writeln!(text, "{:<9} {} of {}: {}", word(*name), role.threshold, role.keys.len(), short(&role.keys));
     }
+    for rule in &root.images {
+        let _ = writeln!(text, "images    {}", rule_text(rule));
+    }
     for id in root.keys.keys() {
         let _ = writeln!(text, "key       {id}");
     }
     let _ = writeln!(text, "signed by {}", short(&opened.claimed_signers()));
+    text
+}
+
+/// One rule in one line.
+fn rule_text(rule: &ImageRule) -> String {
+    let ImageRule { prefix, require, keys, threshold, identity, annotations } = rule;
+    let mut text = if prefix.is_empty() { "any".to_owned() } else { prefix.clone() };
+    if *require == Require::Digest {
+        return text + ": a digest in the manifest is enough";
+    }
+    match (keys.is_empty(), threshold) {
+        (true, None) => text.push_str(": signed by image keys"),
+        (true, Some(threshold)) => text.push_str(&format!(": signed by {threshold} of the image keys")),
+        (false, threshold) => {
+            text.push_str(&format!(": signed by {} of {}", threshold.unwrap_or(1), short(keys)));
+        }
+    }
+    if let Some(identity) = identity {
+        text.push_str(&format!(" for {identity}"));
+    }
+    annotations.iter().for_each(|(key, value)| text.push_str(&format!(" with {key}={value}")));
     text
 }
 
@@ -44,6 +68,11 @@ pub fn changes(old: &TrustRoot, new: &TrustRoot) -> String {
         }
         if was.threshold != is.threshold {
             let _ = writeln!(text, "  {} threshold {} -> {}", word(name), was.threshold, is.threshold);
+        }
+    }
+    for (sign, these, those) in [("-", old, new), ("+", new, old)] {
+        for rule in these.images.iter().filter(|rule| !those.images.contains(rule)) {
+            let _ = writeln!(text, "{sign} images {}", rule_text(rule));
         }
     }
     let _ = writeln!(text, "  expires {} -> {}", old.expires, new.expires);
