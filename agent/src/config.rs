@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use edged_model::id::{DeviceId, GroupName};
+use edged_model::moment::UtcOffset;
 use edged_model::quantity::{Bytes, MilliCpu, Span};
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,7 @@ pub struct Config {
     pub log: Log,
     pub network: Network,
     pub time: Time,
+    pub update: Update,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -289,6 +291,14 @@ impl Default for Time {
     fn default() -> Self {
         Self { servers: Vec::new(), interval: Span::from_secs(3_600) }
     }
+}
+
+/// When new generations take over.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Update {
+    /// Local time against UTC, for windows that name no offset of their own.
+    pub timezone: UtcOffset,
 }
 
 impl Config {

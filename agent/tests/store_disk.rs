@@ -50,6 +50,8 @@ fn child_writer() {
             since: Timestamp(0),
             reason: None,
             ailing: std::collections::BTreeSet::new(),
+            wanted_now: false,
+            received_boot: String::new(),
         };
         let pointers = Pointers {
             active: Some(sequence),

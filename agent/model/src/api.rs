@@ -81,6 +81,10 @@ pub enum Request {
     Retry {
         sequence: Option<Sequence>,
     },
+    /// Lets a generation that is on its way take over as soon as it is staged: the one named, or the one there is.
+    Activate {
+        sequence: Option<Sequence>,
+    },
     /// A signed envelope, as pushed.
     Apply {
         #[serde(with = "crate::keeper::serde_bytes_vec")]
@@ -110,6 +114,7 @@ impl Request {
             | Self::Resume { .. }
             | Self::Rollback { .. }
             | Self::Retry { .. }
+            | Self::Activate { .. }
             | Self::Exec { .. }
             | Self::Apply { .. }
             | Self::Prune { dry_run: false }

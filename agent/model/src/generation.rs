@@ -49,6 +49,12 @@ pub struct Generation {
     /// what becomes of them is not its fault, and to go back would not help them.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub ailing: BTreeSet<WorkloadName>,
+    /// An operator said so: it waits for no window, lock or boot.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub wanted_now: bool,
+    /// The boot in which it came: what `apply: next-boot` waits to be over.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub received_boot: String,
 }
 
 /// Which generation is which. Moved in one store transaction that is flushed before the first container is touched.

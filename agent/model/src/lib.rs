@@ -38,6 +38,8 @@ pub mod difference;
 
 /// A manifest's life on the device.
 pub mod generation;
+/// When a generation may take over.
+pub mod moment;
 
 /// What the planner may order.
 pub mod action;

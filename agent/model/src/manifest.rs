@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::id::{DeviceId, Digest, GroupName, NetworkName, SecretName, Sequence, VolumeName, WorkloadName};
+use crate::moment::{Apply, Window};
 use crate::quantity::{Bytes, MilliCpu, Span, Timestamp};
 
 /// The only `apiVersion` this agent reads.
@@ -55,11 +56,27 @@ pub struct Update {
     pub deadline: Span,
     /// How many changed workloads may be down at once.
     pub max_unavailable: u32,
+    /// When it takes over, once it is staged.
+    #[serde(skip_serializing_if = "is_at_once")]
+    pub apply: Apply,
+    /// For `apply: window`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<Window>,
+}
+
+fn is_at_once(apply: &Apply) -> bool {
+    *apply == Apply::Now
 }
 
 impl Default for Update {
     fn default() -> Self {
-        Self { probation: Span::from_secs(30), deadline: Span::from_secs(300), max_unavailable: 1 }
+        Self {
+            probation: Span::from_secs(30),
+            deadline: Span::from_secs(300),
+            max_unavailable: 1,
+            apply: Apply::Now,
+            window: None,
+        }
     }
 }
 

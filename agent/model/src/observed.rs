@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::generation::{Generation, Pointers};
 use crate::id::{Digest, Sequence, WorkloadName};
+use crate::moment::Moment;
 use crate::quantity::{Bytes, MilliCpu};
 use crate::reason::Reason;
 use crate::workload::{Exit, Health};
@@ -41,6 +42,8 @@ pub struct Observed {
     /// When the active generation began to be enforced in this boot, and since when all of it has been well.
     pub active_since_boot_ms: Option<u64>,
     pub all_well_since_boot_ms: Option<u64>,
+    /// Whether it suits to switch.
+    pub moment: Moment,
 }
 
 /// What the device has to give.

@@ -53,6 +53,8 @@ pub enum Code {
     WaitingForDependency,
     WaitingForImage,
     WaitingForTurn,
+    /// A window, a lock, a boot, or an operator's word.
+    WaitingForMoment,
     OperatorStopped,
     OperatorRestarted,
     SpecChanged,
@@ -68,6 +70,7 @@ pub enum Code {
     NoSuchGeneration,
     OperatorRollback,
     OperatorRetry,
+    OperatorActivate,
     // The device.
     AgentRestarted,
     Boot,

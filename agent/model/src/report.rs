@@ -30,6 +30,9 @@ pub struct Report {
     pub boot_cause: Option<BootCause>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<GenerationReport>,
+    /// A newer one that is on its way, and what it waits for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coming: Option<GenerationReport>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub workloads: BTreeMap<WorkloadName, WorkloadReport>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -13,6 +13,7 @@ pub use workload::CAPABILITIES;
 
 use crate::id::WorkloadName;
 use crate::manifest::{API_VERSION, Manifest, Protocol, Secret};
+use crate::moment::Apply;
 use crate::reason::{Code, Reason};
 
 /// One thing that is wrong, and where.
@@ -76,6 +77,13 @@ pub fn problems(manifest: &Manifest) -> Vec<Problem> {
             "update.deadline",
             format!("{} is shorter than `probation` ({})", manifest.update.deadline, manifest.update.probation),
         );
+    }
+    match (manifest.update.apply, &manifest.update.window) {
+        (Apply::Window, None) => found.add("update.window", "must be there for `apply: window`"),
+        (Apply::Now | Apply::NextBoot | Apply::Manual, Some(_)) => {
+            found.add("update.window", "goes with `apply: window` only");
+        }
+        _ => {}
     }
     if manifest.workloads.len() > MOST_WORKLOADS {
         found.add("workloads", format!("{} are too many; {MOST_WORKLOADS} are allowed", manifest.workloads.len()));

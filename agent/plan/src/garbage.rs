@@ -55,6 +55,8 @@ mod tests {
             since: Timestamp(0),
             reason: None,
             ailing: std::collections::BTreeSet::new(),
+            wanted_now: false,
+            received_boot: String::new(),
         };
         (Sequence(number), generation)
     }

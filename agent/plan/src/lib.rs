@@ -21,6 +21,8 @@
 pub mod fit;
 /// Which images and workloads nobody needs any more.
 pub mod garbage;
+/// Whether it suits to switch.
+mod moment;
 /// The order in which workloads start.
 pub mod order;
 /// The word and the reason that people are shown for one workload.

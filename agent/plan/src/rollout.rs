@@ -36,6 +36,9 @@ pub fn candidate(desired: &Desired, observed: &Observed, now: Now, plan: &mut Pl
             }
         }
         GenerationState::Staged => {
+            if let Some(wait) = crate::moment::waits(candidate, desired, &observed.moment, now) {
+                return plan.waits.push(wait);
+            }
             let why = Reason::new(Code::Activated, format!("generation {sequence} takes over"));
             transition(plan, sequence, GenerationState::Activating, why);
         }

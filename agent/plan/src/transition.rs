@@ -155,6 +155,8 @@ mod tests {
             since: Timestamp(0),
             reason: None,
             ailing: BTreeSet::new(),
+            wanted_now: false,
+            received_boot: String::new(),
         }
     }
 

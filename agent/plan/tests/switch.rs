@@ -37,6 +37,8 @@ fn generation(n: u64, state: GenerationState, workloads: &[(&str, &Workload)]) -
         since: Timestamp(0),
         reason: None,
         ailing: BTreeSet::new(),
+        wanted_now: false,
+        received_boot: String::new(),
     }
 }
 
@@ -59,6 +61,7 @@ fn observed(workloads: &[(&str, InstanceState, &Workload)]) -> Observed {
         capacity: Capacity { memory_total: Bytes(100), cpu_total: MilliCpu(1000), ..Capacity::default() },
         active_since_boot_ms: Some(NOW.boot_ms),
         all_well_since_boot_ms: None,
+        ..Observed::default()
     }
 }
 

@@ -126,6 +126,8 @@ pub enum Verb {
     Rollback { sequence: Option<u64> },
     /// Try a manifest once more that failed here; without a number the newest such
     Retry { sequence: Option<u64> },
+    /// Let the manifest that is on its way take over without waiting for its window, lock or boot
+    Activate { sequence: Option<u64> },
     /// Give a signed manifest to the agent
     Apply { file: std::path::PathBuf },
     /// Versions of agent and keeper
@@ -198,6 +200,7 @@ impl Verb {
             Self::Diff { from, to, .. } => Request::Diff { from: Sequence(*from), to: Sequence(*to) },
             Self::Rollback { sequence } => Request::Rollback { to: sequence.map(Sequence) },
             Self::Retry { sequence } => Request::Retry { sequence: sequence.map(Sequence) },
+            Self::Activate { sequence } => Request::Activate { sequence: sequence.map(Sequence) },
             Self::Apply { file } => {
                 let envelope = std::fs::read(file).map_err(|error| format!("{}: {error}", file.display()))?;
                 Request::Apply { envelope }

@@ -62,6 +62,7 @@ fn is_elsewhere(verb: &Verb) -> bool {
         | Verb::Diff { .. }
         | Verb::Rollback { .. }
         | Verb::Retry { .. }
+        | Verb::Activate { .. }
         | Verb::Version { .. }
         | Verb::Reboot
         | Verb::Poweroff => false,

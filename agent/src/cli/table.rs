@@ -136,6 +136,10 @@ fn status(status: &Status, style: Style) -> String {
     }
     if let Some(candidate) = &status.candidate {
         line(&mut out, &format!("  coming      {}", generation_text(candidate)));
+        if let Some(why) = candidate.reason.as_ref().filter(|why| why.code == Code::WaitingForMoment) {
+            wrapped(&mut out, "              ", &why.text);
+            wrapped(&mut out, "           -> ", &why.next);
+        }
     }
     let memory = status.memory_total.0.saturating_sub(status.memory_available.0);
     let memory = edged_model::quantity::Bytes(memory).human();

@@ -58,7 +58,9 @@ pub fn volume(places: &Places, name: &VolumeName) -> Result<PathBuf, PlaceError>
     let dir = parent.join(name.as_str());
     if !dir.is_dir() {
         fs::create_dir_all(&dir).map_err(at(&dir))?;
-        fs::set_permissions(&dir, Permissions::from_mode(0o755)).map_err(at(&dir))?;
+        // Whoever mounts the locks may hold one, under whatever user it runs.
+        let mode = if name.as_str() == crate::observe::locks::VOLUME { 0o1777 } else { 0o755 };
+        fs::set_permissions(&dir, Permissions::from_mode(mode)).map_err(at(&dir))?;
         File::open(&parent).and_then(|dir| dir.sync_all()).map_err(at(&parent))?;
     }
     Ok(dir)

@@ -41,6 +41,7 @@ impl Agent {
             Request::Diff { from, to } => self.diff(answers, from, to),
             Request::Rollback { to } => self.want_again(answers, Code::OperatorRollback, to, caller.name),
             Request::Retry { sequence } => self.want_again(answers, Code::OperatorRetry, sequence, caller.name),
+            Request::Activate { sequence } => self.activate(answers, sequence, &caller.name),
             Request::Logs { workload, follow, tail } => self.logs(answers, workload, follow, tail),
             Request::Events { follow, workload, tail } => self.events(answers, workload, follow, tail),
             Request::Start { workload } => self.operate(&answers, &workload, None, &caller.name),

@@ -113,8 +113,15 @@ fn answer_from(
 
 impl Agent {
     pub(super) fn list_generations(&self, answers: mpsc::Sender<Answer>) {
-        answer_from(&self.store, answers, |store| {
-            list(store).map(Answer::Generations).map_err(|error| unreadable(&error))
+        let awaited = self.moment_awaited();
+        answer_from(&self.store, answers, move |store| {
+            let mut all = list(store).map_err(|error| unreadable(&error))?;
+            // The store knows that it is staged, the plan what it waits for.
+            let mut coming = all.iter_mut().filter(|info| info.role == Some(GenerationRole::Candidate));
+            if let (Some(info), Some(why)) = (coming.next(), awaited) {
+                info.status.reason = Some(why);
+            }
+            Ok(Answer::Generations(all))
         });
     }
 
@@ -191,7 +198,7 @@ impl Agent {
         self.tell(None, Some(sequence), &why, &by);
         self.try_images_anew(&generation.manifest);
         let digest = generation.digest;
-        let generation = Generation { reason: Some(why), ..generation };
+        let generation = Generation { reason: Some(why), wanted_now: true, ..generation };
         let change = transition::received(&self.world.desired, generation, self.now().wall);
         let forgotten = self.writes.submit(move |store| {
             if let Err(error) = store.forget_failed(digest) {
@@ -226,6 +233,8 @@ mod tests {
             since: Timestamp(0),
             reason: None,
             ailing: std::collections::BTreeSet::new(),
+            wanted_now: false,
+            received_boot: String::new(),
         }
     }
 

@@ -41,6 +41,7 @@ impl Agent {
             Message::Offer { envelope, chain, by, reply } => self.offer(envelope, chain, &by, reply),
             Message::Again(again) => self.again(*again),
             Message::TimeHeard(heard) => self.time_heard(heard).await,
+            Message::Locks(files) => self.locks_seen(files),
             Message::Network(text) => self.tell(None, None, &Reason::new(Code::Network, text), "agent"),
         }
     }
@@ -125,6 +126,8 @@ impl Agent {
             since: now,
             reason: None,
             ailing: std::collections::BTreeSet::new(),
+            wanted_now: false,
+            received_boot: self.boot_id.clone(),
         };
         let signers = verified.signers.iter().map(edged_model::id::Digest::short).collect::<Vec<_>>().join(", ");
         let why = Reason::new(

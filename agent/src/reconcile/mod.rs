@@ -23,6 +23,8 @@ mod expiry;
 mod generations;
 mod health;
 mod intake;
+/// Whether it suits to switch.
+mod moment;
 /// The freezer.
 mod pause;
 /// What takes the disk, and when it goes.
@@ -127,6 +129,7 @@ enum Message {
         reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
     },
     Again(Box<generations::Again>),
+    Locks(Vec<crate::observe::locks::LockFile>),
     Network(String),
     TimeHeard(Result<Heard, NobodyAnswers>),
 }
@@ -190,6 +193,7 @@ struct Agent {
     runs: BTreeMap<WorkloadName, Run>,
     under_way: UnderWay,
     collected: space::Collected,
+    leases: moment::Leases,
     /// Failed tries of images that are being fetched again.
     pull_attempts: BTreeMap<String, u32>,
     pull_context: Arc<PullContext>,
@@ -247,6 +251,7 @@ impl Agent {
     async fn replan(&mut self) {
         let now = self.now();
         self.look_whether_all_is_well(now);
+        self.look_at_locks(now);
         self.plan = edged_plan::plan(&self.world.desired, &self.world.observed, now);
         for action in self.plan.actions.clone() {
             self.act(action, now).await;

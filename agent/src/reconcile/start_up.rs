@@ -8,6 +8,7 @@ use std::sync::Arc;
 use edged_model::generation::GenerationState;
 use edged_model::id::{Digest, WorkloadName};
 use edged_model::keeper::ChildState;
+use edged_model::moment::Moment;
 use edged_model::observed::{Capacity, Desired, ImageStatus, Instance, InstanceState};
 use edged_model::quantity::{Bytes, MilliCpu, Timestamp};
 use edged_model::reason::{Code, Reason};
@@ -92,6 +93,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         runs: BTreeMap::new(),
         under_way: UnderWay::default(),
         collected: super::space::Collected::default(),
+        leases: super::moment::Leases::default(),
         pull_attempts: BTreeMap::new(),
         pull_context: Arc::new(pull_context),
         start_context: StartContext { places: places.clone(), content, cgroups, allow: config.allow.clone() },
@@ -155,6 +157,12 @@ impl Agent {
             held: self.store.held()?.into_iter().collect(),
         };
         self.world.observed.capacity = capacity;
+        self.world.observed.moment = Moment {
+            boot_id: self.boot_id.clone(),
+            timezone: self.config.update.timezone,
+            locks: Vec::new(),
+            locks_unseen: true,
+        };
         self.recall_images();
         for (name, image) in &self.images {
             self.world.observed.images.insert(name.clone(), ImageStatus::Ready { digest: image.digest });

@@ -26,6 +26,10 @@ impl Agent {
     pub(super) fn status(&self) -> Status {
         let desired = &self.world.desired;
         let of = |sequence: Option<_>| desired.generations.get(&sequence?).map(generation_status);
+        let mut candidate = of(desired.pointers.candidate);
+        if let (Some(candidate), Some(why)) = (&mut candidate, self.moment_awaited()) {
+            candidate.reason = Some(why);
+        }
         let workloads = self.active().map(|active| {
             active.manifest.workloads.iter().map(|(name, workload)| self.workload_status(name, workload)).collect()
         });
@@ -39,7 +43,7 @@ impl Agent {
             now: self.now().wall,
             clock_source: self.clock_source().to_owned(),
             generation: of(desired.pointers.active),
-            candidate: of(desired.pointers.candidate),
+            candidate,
             workloads: workloads.unwrap_or_default(),
             boot_cause: self.boot_cause,
             fleet: self.fleet.status(self.config.fleet.url.clone(), self.store.waiting_reports().unwrap_or(0)),

@@ -1,6 +1,6 @@
 //! Status to report: pure.
 
-use edged_model::api::Status;
+use edged_model::api::{GenerationStatus, Status};
 use edged_model::quantity::Bytes;
 use edged_model::report::{GenerationReport, Report, Usage, WorkloadReport};
 
@@ -28,18 +28,23 @@ pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report 
         uptime_secs: status.uptime_secs,
         clock_source: status.clock_source.clone(),
         boot_cause: status.boot_cause,
-        generation: status.generation.as_ref().map(|generation| GenerationReport {
-            sequence: generation.sequence,
-            digest: generation.digest,
-            state: generation.state,
-            reason: generation.reason.clone(),
-        }),
+        generation: status.generation.as_ref().map(generation),
+        coming: status.candidate.as_ref().map(generation),
         workloads: status.workloads.iter().map(workload).collect(),
         disk: Some(status.disk),
         pressure: status.pressure,
         refused: status.refused.clone(),
         trust: Some(status.trust.clone()),
         dropped,
+    }
+}
+
+fn generation(status: &GenerationStatus) -> GenerationReport {
+    GenerationReport {
+        sequence: status.sequence,
+        digest: status.digest,
+        state: status.state,
+        reason: status.reason.clone(),
     }
 }
 

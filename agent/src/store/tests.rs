@@ -31,6 +31,8 @@ fn generation(sequence: u64, state: GenerationState) -> Generation {
         since: Timestamp(1),
         reason: None,
         ailing: std::collections::BTreeSet::new(),
+        wanted_now: false,
+        received_boot: String::new(),
     }
 }
 

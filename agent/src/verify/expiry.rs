@@ -78,6 +78,8 @@ mod tests {
             since: Timestamp(issued),
             reason: None,
             ailing: Default::default(),
+            wanted_now: false,
+            received_boot: String::new(),
         }
     }
 

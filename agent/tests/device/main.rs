@@ -12,6 +12,7 @@ mod frozen;
 mod generations;
 mod journal;
 mod life;
+mod moment;
 mod refusals;
 mod rig;
 mod rotation;

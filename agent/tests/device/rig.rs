@@ -169,6 +169,11 @@ impl Device {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Something below the device's root.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_edgectl"));
         command.arg("--host").arg(format!("unix:{}", self.root.join("run/agent.sock").display()));

@@ -154,13 +154,14 @@ fn waiting_for_what_never_ends_is_a_mistake() {
 #[test]
 fn one_wrong_value_is_one_problem_at_its_place() {
     type Change = fn(&mut Manifest, &mut Workload);
-    let cases: [(&str, Change); 30] = [
+    let cases: [(&str, Change); 31] = [
         ("apiVersion", |m, _| m.api_version = "edge/v2".to_owned()),
         ("device", |m, _| m.device = None),
         ("group", |m, _| m.group = Some("pumps".parse().unwrap())),
         ("sequence", |m, _| m.sequence = Sequence(0)),
         ("expires", |m, _| m.issued = m.expires),
         ("update.maxUnavailable", |m, _| m.update.max_unavailable = 0),
+        ("update.window", |m, _| m.update.apply = crate::moment::Apply::Window),
         ("update.deadline", |m, _| m.update.deadline = Span::from_secs(1)),
         ("secrets.s.file", |m, _| drop(m.secrets.insert("s".parse().unwrap(), Secret::File("../s".to_owned())))),
         ("workloads.web.image", |_, w| w.image = "r.example/web@sha256:12".to_owned()),

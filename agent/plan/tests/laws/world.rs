@@ -589,6 +589,8 @@ impl Sim {
             since: Timestamp(0),
             reason: None,
             ailing: std::collections::BTreeSet::new(),
+            wanted_now: false,
+            received_boot: String::new(),
         };
         let change = transition::received(&self.world.desired, generation, self.now().wall);
         self.under_way.change = true;
@@ -617,7 +619,12 @@ impl Sim {
         let mut manifest = Manifest { sequence: Sequence(self.next_sequence), ..Manifest::empty() };
         self.next_sequence += 1;
         let max_unavailable = 1 + u32::from(self.dice.one_in(3));
-        manifest.update = Update { probation: Span::from_secs(5), deadline: Span::from_secs(60), max_unavailable };
+        manifest.update = Update {
+            probation: Span::from_secs(5),
+            deadline: Span::from_secs(60),
+            max_unavailable,
+            ..Update::default()
+        };
         let mut before: Vec<WorkloadName> = Vec::new();
         for name in NAMES {
             if self.dice.one_in(3) {

@@ -3,6 +3,7 @@
 use edged_model::api::{GenerationInfo, GenerationRole};
 use edged_model::difference::Difference;
 use edged_model::generation::GenerationState;
+use edged_model::reason::{Code, Reason};
 
 use super::{WIDTH, aligned, clean, cut, line, reason, state_text, widths};
 
@@ -35,7 +36,8 @@ pub fn generations(list: &[GenerationInfo]) -> String {
     for (generation, row) in list.iter().zip(&rows) {
         line(&mut out, &aligned(row, &widths));
         let tells = matches!(generation.status.state, GenerationState::Rejected | GenerationState::RolledBack);
-        if let Some(why) = generation.status.reason.as_ref().filter(|_| tells) {
+        let waits = |why: &&Reason| why.code == Code::WaitingForMoment;
+        if let Some(why) = generation.status.reason.as_ref().filter(|why| tells || waits(why)) {
             reason(&mut out, why);
         }
         if generation.refused {
