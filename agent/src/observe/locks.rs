@@ -46,7 +46,7 @@ pub fn look(volume: &Path) -> Vec<LockFile> {
             Ok(_) => text.trim().parse().unwrap_or(LEASE).min(LEASE_MAX),
             Err(_) => LEASE,
         };
-        let modified = (i64::from(stat.st_mtime), i64::try_from(stat.st_mtime_nsec).unwrap_or(0));
+        let modified = (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0));
         Some(LockFile { name: shown(name.to_bytes()), modified, lease })
     });
     files.collect()
