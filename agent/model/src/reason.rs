@@ -106,14 +106,29 @@ pub struct Reason {
 
 impl Reason {
     pub fn new(code: Code, text: impl Into<String>) -> Self {
-        Self { code, text: text.into(), next: String::new() }
+        Self { code, text: shown(text.into()), next: String::new() }
     }
 
     #[must_use]
     pub fn next(mut self, next: impl Into<String>) -> Self {
-        self.next = next.into();
+        self.next = shown(next.into());
         self
     }
+}
+
+/// A sentence is shown on terminals and kept in the store: names in it come from outside, and whatever they hold, it stays
+/// without control characters and within bounds.
+fn shown(text: String) -> String {
+    const MAX: usize = 2_000;
+    let is_obeyed = |c: char| c.is_control() && c != '\n';
+    if text.len() <= MAX && !text.contains(is_obeyed) {
+        return text;
+    }
+    let mut short: String = text.chars().take(MAX).map(|c| if is_obeyed(c) { '\u{fffd}' } else { c }).collect();
+    if text.chars().nth(MAX).is_some() {
+        short.push('…');
+    }
+    short
 }
 
 impl fmt::Display for Reason {
@@ -123,5 +138,19 @@ impl fmt::Display for Reason {
             write!(f, " ({})", self.next)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_from_outside_makes_no_wild_and_no_endless_sentence() {
+        let why = Reason::new(Code::Malformed, format!("`\u{1b}[2J{}`", "x".repeat(5_000))).next("look\r\nthere");
+        assert!(why.text.starts_with("`\u{fffd}[2Jxxx") && why.text.ends_with('…'), "{}", why.text);
+        assert_eq!(why.text.chars().count(), 2_001);
+        assert_eq!(why.next, "look\u{fffd}\nthere");
+        assert_eq!(Reason::new(Code::Boot, "plain").text, "plain");
     }
 }

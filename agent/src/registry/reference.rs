@@ -26,7 +26,7 @@ impl Reference {
             None => (text, None),
         };
         let (registry, path) = rest.split_once('/').ok_or_else(|| bad("no registry is named"))?;
-        if !(registry.contains(['.', ':']) || registry == "localhost") {
+        if !(registry.contains(['.', ':']) || registry == "localhost") || registry.ends_with(':') {
             return Err(bad("no registry is named"));
         }
         let (repository, tag) = match path.rsplit_once(':') {
@@ -35,7 +35,10 @@ impl Reference {
         };
         let name_ok = !repository.is_empty()
             && repository.split('/').all(|part| {
-                !part.is_empty()
+                // `..` would be another repository to a server that resolves it (distribution-spec: parts begin and end so).
+                let ends = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+                ends(part.as_bytes().first())
+                    && ends(part.as_bytes().last())
                     && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
             });
         if !name_ok {
@@ -90,9 +93,16 @@ mod tests {
         ] {
             assert_eq!(Reference::parse(&text).unwrap().to_string(), text);
         }
-        for bad in
-            ["nginx", "library/nginx:1", "r.example/App:1", "r.example/app", "r.example//a:1", "r.example/a@sha256:1"]
-        {
+        for bad in [
+            "nginx",
+            "library/nginx:1",
+            "r.example/App:1",
+            "r.example/app",
+            "r.example//a:1",
+            "r.example/a/../b:1",
+            "r.example/a/.b:1",
+            "r.example/a@sha256:1",
+        ] {
             assert!(Reference::parse(bad).is_err(), "{bad}");
         }
     }

@@ -8,6 +8,7 @@ use edged_model::quantity::Timestamp;
 use edged_model::reason::Code;
 use edged_model::trust::{ImageRule, KeyId, Require, Role, RoleName, TrustRoot};
 
+use super::support::faults::{Answer, FaultServer};
 use super::support::registry::{Registry, sign_blob, signing_key};
 use super::{Device, sample};
 
@@ -156,6 +157,45 @@ fn a_bundle_with_a_signature_of_the_manifest_itself_counts_with_both_kinds_of_ke
         attach(&layout, &bundle);
         assert_eq!(device.pull(&image).unwrap().digest, digest, "{name}");
     }
+}
+
+/// A registry that has the referrers API, which docker-registry has not: what is in a layout, over HTTP.
+fn with_referrers(layout: &Path) -> FaultServer {
+    let layout = layout.to_owned();
+    FaultServer::start(move |request| {
+        const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+        if request.path.contains("/referrers/") {
+            let bytes = std::fs::read(layout.join("index.json")).unwrap();
+            let mut index: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+            index["mediaType"] = INDEX.into();
+            index["manifests"].as_array_mut().unwrap().remove(0);
+            return Answer::new(200, index.to_string()).header("Content-Type", INDEX);
+        }
+        let blob = request.path.rsplit_once("sha256:").map(|(_, hex)| layout.join("blobs/sha256").join(hex));
+        let Some(bytes) = blob.and_then(|path| std::fs::read(path).ok()) else { return Answer::new(404, "") };
+        let kind = if request.path.contains("/manifests/") { "manifest.v1+json" } else { "blob" };
+        Answer::new(200, bytes).header("Content-Type", format!("application/vnd.oci.image.{kind}"))
+    })
+}
+
+#[test]
+fn a_bundle_is_found_by_the_referrers_api() {
+    let dir = tempfile::tempdir().unwrap();
+    let (layout, digest) = sample(dir.path());
+    let (key, public) = signing_key(dir.path(), "image", P256);
+    let registry = with_referrers(&layout);
+    let image = format!("{}/app@{digest}", registry.host);
+    let plain = edged::config::Registry { insecure_http: true, ..Default::default() };
+    let mut device = Device::new([(registry.host.clone(), plain)]);
+    device.ctx.keys = vec![public];
+    assert_eq!(device.pull(&image).unwrap_err().reason.code, Code::ImageUnsigned);
+    let bundle = dir.path().join("bundle");
+    sign_blob(&layout.join("blobs/sha256").join(digest.hex()), &key, &bundle);
+    attach(&layout, &bundle);
+    assert_eq!(device.pull(&image).unwrap().digest, digest);
+    let by_tag = format!("/manifests/sha256-{}", digest.hex());
+    let asked = |what: &dyn Fn(&str) -> bool| registry.requests().iter().any(|request| what(&request.path));
+    assert!(asked(&|path| path.contains("/referrers/")) && !asked(&|path| path.ends_with(&by_tag)));
 }
 
 #[test]
