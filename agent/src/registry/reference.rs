@@ -2,9 +2,12 @@
 //! mean is a matter of somebody's configuration, and a signed manifest shall not depend on it.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 
 use edged_model::id::Digest;
 use edged_model::reason::{Code, Reason};
+
+use super::layout::LayoutReference;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reference {
@@ -26,8 +29,14 @@ impl Reference {
             None => (text, None),
         };
         let (registry, path) = rest.split_once('/').ok_or_else(|| bad("no registry is named"))?;
-        if !(registry.contains(['.', ':']) || registry == "localhost") || registry.ends_with(':') {
+        if !(registry.contains(['.', ':']) || registry == "localhost") {
             return Err(bad("no registry is named"));
+        }
+        if LayoutReference::is_one(text) {
+            return Err(bad("a name that begins with `oci:` is an image on this device's disk, not in a registry"));
+        }
+        if !is_host_and_port(registry) {
+            return Err(bad("the registry is not `host`, `host:port` or `[IPv6 address]:port`"));
         }
         let (repository, tag) = match path.rsplit_once(':') {
             Some((repository, tag)) => (repository, Some(tag.to_owned())),
@@ -65,6 +74,21 @@ impl Reference {
     }
 }
 
+/// RFC 3986, 3.2.
+fn is_host_and_port(text: &str) -> bool {
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (text, None),
+    };
+    let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
+    let is_name = |host: &str| host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte));
+    let is_host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && is_name(host),
+    };
+    is_host && port.is_none_or(is_port)
+}
+
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.registry, self.repository)?;
@@ -90,12 +114,17 @@ mod tests {
             "10.0.2.2:5000/team/app:v1".to_owned(),
             format!("localhost:5000/app@{digest}"),
             format!("r.example/a/b:tag@{digest}"),
+            "[::1]:5000/app:v1".to_owned(),
         ] {
             assert_eq!(Reference::parse(&text).unwrap().to_string(), text);
         }
         for bad in [
             "nginx",
             "library/nginx:1",
+            "oci:-media/stick:v1",
+            "oci:ple:50/media/stick:v1",
+            "r.example:/app:1",
+            "r.example:70000/app:1",
             "r.example/App:1",
             "r.example/app",
             "r.example//a:1",
