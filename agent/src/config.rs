@@ -180,6 +180,8 @@ pub struct Images {
     pub parallel: u32,
     /// How long an image that no generation needs stays, while there is room.
     pub keep_unused: Span,
+    /// After an unclean stop the layers about to be used are checked; contents are read for so long at most.
+    pub check_time: Span,
 }
 
 impl Default for Images {
@@ -190,6 +192,7 @@ impl Default for Images {
             layer_entries_max: 500_000,
             parallel: 3,
             keep_unused: Span::from_secs(86_400),
+            check_time: Span::from_secs(30),
         }
     }
 }

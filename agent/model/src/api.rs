@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::difference::Difference;
 use crate::generation::GenerationState;
 use crate::id::{DeviceId, Digest, Sequence, WorkloadName};
+use crate::images::{CheckedLayer, ImageInfo, LoadedImage, VolumeInfo};
 use crate::observed::RestartHistory;
 use crate::quantity::{Bytes, Timestamp};
 use crate::reason::Reason;
@@ -64,6 +65,20 @@ pub enum Request {
     Generations,
     /// What takes the disk.
     Df,
+    /// The images on the disk and on their way.
+    Images,
+    /// The named volumes.
+    Volumes,
+    /// Takes images from a layout or an archive at a path of the device.
+    LoadImages {
+        path: String,
+        only: Option<String>,
+        tag: Option<String>,
+    },
+    /// Holds the layers against what was unpacked.
+    CheckImages {
+        image: Option<String>,
+    },
     /// Takes away what no generation needs, young or not.
     Prune {
         dry_run: bool,
@@ -104,6 +119,9 @@ impl Request {
             | Self::Logs { .. }
             | Self::Events { .. }
             | Self::Df
+            | Self::Images
+            | Self::Volumes
+            | Self::CheckImages { .. }
             | Self::Prune { dry_run: true }
             | Self::Diff { .. }
             | Self::Generations => true,
@@ -118,6 +136,7 @@ impl Request {
             | Self::Exec { .. }
             | Self::Apply { .. }
             | Self::Prune { dry_run: false }
+            | Self::LoadImages { .. }
             | Self::PowerOff
             | Self::Reboot => false,
         }
@@ -136,6 +155,15 @@ pub enum Answer {
     Diff(Vec<Difference>),
     Df(DiskUse),
     Pruned(Pruned),
+    Images(Vec<ImageInfo>),
+    Volumes(Vec<VolumeInfo>),
+    /// How far a long verb is; more answers follow.
+    Progress {
+        done: Bytes,
+        total: Bytes,
+    },
+    Loaded(Vec<LoadedImage>),
+    Checked(Vec<CheckedLayer>),
     Accepted {
         what: String,
     },

@@ -60,3 +60,6 @@ pub mod fleet;
 
 /// `edgectl` to agent.
 pub mod api;
+
+/// Images and volumes on the disk, for `edgectl`.
+pub mod images;

@@ -41,6 +41,11 @@ pub enum Code {
     ImageUnusable,
     LayerRefused,
     ImageReady,
+    /// A layer on the disk is not what was unpacked.
+    LayerDamaged,
+    LayersChecked,
+    /// The day's mobile data are used.
+    DataBudget,
     // A workload.
     Started,
     Exited,

@@ -7,7 +7,11 @@ use edged_model::id::{Sequence, WorkloadName};
 use super::Show;
 use super::exec::ExecArgs;
 use crate::authoring::{
-    image::ImageCommand, key::KeyCommand, manifest::ManifestCommand, push::PushCommand, trust::TrustCommand,
+    image::{ImageCommand, Load},
+    key::KeyCommand,
+    manifest::ManifestCommand,
+    push::PushCommand,
+    trust::TrustCommand,
 };
 
 /// Where the agent of this machine listens.
@@ -107,6 +111,16 @@ pub enum Verb {
         #[arg(short, long, default_value = "table")]
         output: Output,
     },
+    /// The images on the disk and on their way, and who uses them
+    Images {
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
+    /// The named volumes, and who uses them
+    Volumes {
+        #[arg(short, long, default_value = "table")]
+        output: Output,
+    },
     /// Take away the images that no generation needs
     Prune {
         /// Only say what would go
@@ -148,7 +162,7 @@ pub enum Verb {
     /// Check, sign and look at manifests
     #[command(subcommand)]
     Manifest(ManifestCommand),
-    /// Pack images
+    /// Pack images; bring them to a device; check them there
     #[command(subcommand)]
     Image(ImageCommand),
     /// Push a signed manifest to a device or a fleet
@@ -170,6 +184,9 @@ impl Verb {
             | Self::Events { output, .. }
             | Self::Generations { output }
             | Self::Df { output }
+            | Self::Images { output }
+            | Self::Volumes { output }
+            | Self::Image(ImageCommand::Load(Load { output, .. }) | ImageCommand::Check { output, .. })
             | Self::Prune { output, .. }
             | Self::Diff { output, .. }
             | Self::Version { output } => *output,
@@ -196,6 +213,10 @@ impl Verb {
             Self::Exec(exec) => exec.request(),
             Self::Generations { .. } => Request::Generations,
             Self::Df { .. } => Request::Df,
+            Self::Images { .. } => Request::Images,
+            Self::Volumes { .. } => Request::Volumes,
+            Self::Image(ImageCommand::Load(load)) => load.request()?,
+            Self::Image(ImageCommand::Check { image, .. }) => Request::CheckImages { image: image.clone() },
             Self::Prune { dry_run, .. } => Request::Prune { dry_run: *dry_run },
             Self::Diff { from, to, .. } => Request::Diff { from: Sequence(*from), to: Sequence(*to) },
             Self::Rollback { sequence } => Request::Rollback { to: sequence.map(Sequence) },
@@ -208,7 +229,7 @@ impl Verb {
             Self::Version { .. } => Request::Version,
             Self::Reboot => Request::Reboot,
             Self::Poweroff => Request::PowerOff,
-            Self::Key(_) | Self::Trust(_) | Self::Manifest(_) | Self::Image(_) | Self::Push(_) => {
+            Self::Key(_) | Self::Trust(_) | Self::Manifest(_) | Self::Image(ImageCommand::Build(_)) | Self::Push(_) => {
                 return Err("this verb works on a workstation, not on a device".to_owned());
             }
         })

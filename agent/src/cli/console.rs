@@ -6,9 +6,10 @@ use edged_model::api::{Answer, Request};
 use super::args::{Args, Verb};
 use super::{Show, render, table};
 use crate::api::console::Verbs;
+use crate::authoring::image::ImageCommand;
 
 /// Verbs that work on files of the workstation: on a serial line they would be the device's own files.
-const ELSEWHERE: [&str; 6] = ["key", "trust", "manifest", "image", "push", "apply"];
+const ELSEWHERE: [&str; 5] = ["key", "trust", "manifest", "push", "apply"];
 
 /// `edgectl`'s verbs.
 pub struct ConsoleVerbs;
@@ -44,7 +45,7 @@ fn definition() -> clap::Command {
 
 fn is_elsewhere(verb: &Verb) -> bool {
     match verb {
-        Verb::Key(_) | Verb::Trust(_) | Verb::Manifest(_) | Verb::Image(_) | Verb::Push(_) => true,
+        Verb::Key(_) | Verb::Trust(_) | Verb::Manifest(_) | Verb::Image(ImageCommand::Build(_)) | Verb::Push(_) => true,
         Verb::Apply { .. } | Verb::Exec(_) => true,
         Verb::Status { .. }
         | Verb::Ps { .. }
@@ -58,6 +59,9 @@ fn is_elsewhere(verb: &Verb) -> bool {
         | Verb::Resume { .. }
         | Verb::Generations { .. }
         | Verb::Df { .. }
+        | Verb::Images { .. }
+        | Verb::Volumes { .. }
+        | Verb::Image(ImageCommand::Load(_) | ImageCommand::Check { .. })
         | Verb::Prune { .. }
         | Verb::Diff { .. }
         | Verb::Rollback { .. }

@@ -18,7 +18,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use edged_model::api::{Answer, Request};
+use edged_model::quantity::Bytes;
 
+use crate::authoring::image::ImageCommand;
 use args::{Args, Output, Verb};
 use host::Host;
 
@@ -41,7 +43,7 @@ pub fn run() -> ExitCode {
         Verb::Key(command) => finish(command.run()),
         Verb::Trust(command) => finish(command.run()),
         Verb::Manifest(command) => finish(command.run()),
-        Verb::Image(command) => finish(command.run()),
+        Verb::Image(ImageCommand::Build(build)) => finish(build.run()),
         Verb::Push(command) => finish(command.run()),
         Verb::Exec(exec) => exec.run(&args.host),
         verb => match verb.request() {
@@ -81,8 +83,14 @@ fn ask(host: &str, request: &Request, show: Show) -> ExitCode {
     loop {
         match connection.answer() {
             Ok(Some(Answer::End)) => return code,
+            Ok(Some(Answer::Progress { done, total })) => progress(done, total),
             Ok(Some(Answer::Error(reason))) => return fail(exit::REFUSED, &table::reason_text(&reason)),
             Ok(Some(answer)) => {
+                if let Answer::Checked(layers) = &answer {
+                    if layers.iter().any(|layer| !layer.damage.is_empty()) {
+                        code = ExitCode::from(exit::REFUSED);
+                    }
+                }
                 if let (Answer::Status(status), false) = (&answer, show.only_workloads) {
                     if table::verdict(status).is_err() {
                         code = ExitCode::from(exit::NOT_WELL);
@@ -103,6 +111,17 @@ fn ask(host: &str, request: &Request, show: Show) -> ExitCode {
     }
 }
 
+/// One line that is written over, for people only.
+fn progress(done: Bytes, total: Bytes) {
+    let mut out = std::io::stderr().lock();
+    if out.is_terminal() {
+        let end = if done == total { "\r\x1b[K" } else { "" };
+        // A terminal that has gone is no error of ours.
+        let _ = write!(out, "\r\x1b[K{} of {}{end}", done.human(), total.human());
+        let _ = out.flush();
+    }
+}
+
 fn fail(code: u8, text: &str) -> ExitCode {
     eprintln!("edgectl: {text}");
     ExitCode::from(code)
@@ -119,7 +138,7 @@ pub struct Show {
 /// One answer as text. Pure.
 pub fn render(answer: &Answer, show: Show, style: table::Style) -> String {
     match (show.output, answer) {
-        (_, Answer::End) => String::new(),
+        (_, Answer::End | Answer::Progress { .. }) => String::new(),
         (Output::Table, Answer::Status(status)) if show.only_workloads => table::workloads(status, style),
         (Output::Table, _) | (_, Answer::Error(_)) => table::answer(answer, style),
         // What comes bit by bit is a line each, so that a program need not wait for the end of a list.

@@ -5,6 +5,8 @@ use std::fmt::Write;
 
 /// What takes the disk.
 mod disk;
+/// Images and volumes.
+mod images;
 
 use edged_model::api::{Answer, Event, GenerationStatus, Inspect, LogLine, Status, WorkloadStatus};
 use edged_model::generation::GenerationState;
@@ -54,12 +56,16 @@ pub fn answer(answer: &Answer, style: Style) -> String {
         Answer::Event(event) => self::event(event),
         Answer::Df(used) => disk::used(used),
         Answer::Pruned(pruned) => disk::pruned(pruned),
+        Answer::Images(list) => images::images(list),
+        Answer::Volumes(list) => images::volumes(list),
+        Answer::Loaded(list) => images::loaded(list),
+        Answer::Checked(list) => images::checked(list),
         Answer::Generations(list) => generations::generations(list),
         Answer::Diff(list) => generations::differences(list),
         Answer::Accepted { what } => format!("{}\n", clean(what)),
         Answer::Error(reason) => reason_text(reason) + "\n",
         // What `exec` does with them is no text.
-        Answer::ExecStarted | Answer::ExecEnded { .. } | Answer::End => String::new(),
+        Answer::ExecStarted | Answer::ExecEnded { .. } | Answer::Progress { .. } | Answer::End => String::new(),
     }
 }
 

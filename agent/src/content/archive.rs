@@ -6,7 +6,7 @@
 //! Where tools differ, this one reads as the tools that make and scan images do: links, directories and devices have no
 //! body, whatever their size field says.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 
 use tar::{EntryType, Header};
 
@@ -321,6 +321,22 @@ impl<R: Read> ArchiveReader<R> {
 
     fn unreadable(&self, source: io::Error) -> ArchiveError {
         ArchiveError::Read { after: self.last_name.clone(), source }
+    }
+}
+
+/// Archives that lie in a file.
+impl<R: Read + Seek> ArchiveReader<R> {
+    /// Where in the file the rest of the current body begins.
+    pub fn position(&mut self) -> io::Result<u64> {
+        self.reader.stream_position()
+    }
+
+    /// Passes over the current body without reading it. That it is there at all shows when it is read.
+    pub fn seek_over_body(&mut self) -> io::Result<()> {
+        let bytes = i64::try_from(self.left).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        self.reader.seek(SeekFrom::Current(bytes))?;
+        self.left = 0;
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use edged_model::id::Digest;
 use sha2::{Digest as _, Sha256};
 
+use super::table::Sums;
 use super::unpack::{self, Bounds, LayersBelow, UnpackError};
 use super::zstd::ZstdReader;
 
@@ -95,14 +96,14 @@ pub struct Expected {
     pub compression: Compression,
 }
 
-/// Unpacks the layer that `reader` gives into `dir`.
+/// Unpacks the layer that `reader` gives into `dir`; the sums of what it wrote are for the layer's table.
 pub fn unpack_stream(
     reader: impl Read,
     expected: &Expected,
     dir: &Path,
     below: &LayersBelow<'_>,
     bounds: Bounds<'_>,
-) -> Result<(), LayerError> {
+) -> Result<Sums, LayerError> {
     let mut compressed = Hashing::new(reader);
     let unpacked = match expected.compression {
         Compression::None => unpack_archive(&mut compressed, dir, below, bounds),
@@ -115,8 +116,8 @@ pub fn unpack_stream(
             unpack_archive(ZstdReader::new(buffered), dir, below, bounds)
         }
     };
-    let diff_id = match unpacked {
-        Ok(diff_id) => diff_id,
+    let (diff_id, sums) = match unpacked {
+        Ok(unpacked) => unpacked,
         // Bytes that are not those of the image explain whatever is wrong with them.
         Err(error) if error.may_come_from_wrong_bytes() => {
             rest_is_expected(compressed, expected)?;
@@ -129,7 +130,7 @@ pub fn unpack_stream(
     if diff_id != expected.diff_id {
         return Err(LayerError::WrongDiffId { wanted: expected.diff_id, found: diff_id });
     }
-    Ok(())
+    Ok(sums)
 }
 
 fn rest_is_expected(mut compressed: Hashing<impl Read>, expected: &Expected) -> Result<(), LayerError> {
@@ -143,15 +144,15 @@ fn unpack_archive(
     dir: &Path,
     below: &LayersBelow<'_>,
     bounds: Bounds<'_>,
-) -> Result<Digest, LayerError> {
+) -> Result<(Digest, Sums), LayerError> {
     // Headers are read a block at a time: the buffer keeps the decoder and the hash from working in such small pieces.
     let mut plain = BufReader::with_capacity(BUFFER_BYTES, Hashing::new(reader));
-    unpack::unpack(&mut plain, dir, below, bounds)?;
+    let sums = unpack::unpack(&mut plain, dir, below, bounds)?;
     // The padding behind the archive's end, which may not go on for ever either.
     let padding =
         io::copy(&mut plain.by_ref().take(PADDING_MAX_BYTES + 1), &mut io::sink()).map_err(LayerError::Decompress)?;
     if padding > PADDING_MAX_BYTES {
         return Err(LayerError::Padding { max: PADDING_MAX_BYTES });
     }
-    Ok(plain.into_inner().digest())
+    Ok((plain.into_inner().digest(), sums))
 }

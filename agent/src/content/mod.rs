@@ -9,6 +9,7 @@
 //! ```text
 //! content/blobs/<sha256>       manifests and configurations
 //! content/images/<sha256 of the name>   what a pulled name has become
+//! content/tables/<chain id>    what a layer was when it was unpacked
 //! layers/<chain id>/           unpacked; layers/ingest/ while on the way
 //! ```
 
@@ -22,6 +23,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use edged_model::id::Digest;
 
 use crate::config::Places;
+use table::{Found, Sums};
 
 /// A tar archive as a stream of entries.
 pub mod archive;
@@ -31,6 +33,8 @@ pub mod build;
 pub mod layer;
 /// Taking a tree away, however deep.
 pub mod remove;
+/// What a layer was when it was unpacked.
+pub mod table;
 /// Archive entries into a directory, whatever they try.
 pub mod unpack;
 /// What the disk holds, and what may go.
@@ -54,6 +58,7 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> ContentError + '_ {
 pub struct Content {
     documents: PathBuf,
     records: PathBuf,
+    tables: PathBuf,
     layers: PathBuf,
     in_work: Arc<InWork>,
 }
@@ -71,11 +76,12 @@ impl Content {
         let content = Self {
             documents: places.content().join("blobs"),
             records: places.content().join("images"),
+            tables: places.content().join("tables"),
             layers: places.layers(),
             in_work: Arc::default(),
         };
         let staging = content.staging();
-        for dir in [&content.documents, &content.records, &content.layers, &staging] {
+        for dir in [&content.documents, &content.records, &content.tables, &content.layers, &staging] {
             fs::create_dir_all(dir).map_err(at(dir))?;
         }
         for entry in fs::read_dir(&staging).map_err(at(&staging))? {
@@ -84,6 +90,11 @@ impl Content {
             let _ = remove::path(&path);
         }
         Ok(content)
+    }
+
+    /// Where all but the layers lies.
+    pub fn directory(&self) -> &Path {
+        self.documents.parent().unwrap_or(&self.documents)
     }
 
     fn staging(&self) -> PathBuf {
@@ -116,6 +127,24 @@ impl Content {
     /// Where a layer is, whether it is there or not.
     pub fn layer(&self, chain: Digest) -> PathBuf {
         self.layers.join(chain.hex())
+    }
+
+    /// Where its table is.
+    fn table(&self, chain: Digest) -> PathBuf {
+        self.tables.join(chain.hex())
+    }
+
+    /// Holds a layer against its table; `None` for one that was unpacked before there were tables.
+    pub fn check_layer(
+        &self,
+        chain: Digest,
+        may_read: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<Found>, ContentError> {
+        let (layer, path) = (self.layer(chain), self.table(chain));
+        if !path.exists() {
+            return Ok(None);
+        }
+        table::check(&layer, &path, may_read).map(Some).map_err(at(&layer))
     }
 
     pub fn has_layer(&self, chain: Digest) -> bool {
@@ -156,8 +185,10 @@ impl Staged<'_> {
         &self.path
     }
 
-    /// Makes the layer visible: its data first, then its name.
-    pub fn publish(self) -> Result<(), ContentError> {
+    /// Makes the layer visible: its data and its table first, then its name.
+    pub fn publish(self, sums: &Sums) -> Result<(), ContentError> {
+        let table = self.content.table(self.chain);
+        table::write(&self.path, sums, &table).map_err(at(&table))?;
         let dir = File::open(&self.path).map_err(at(&self.path))?;
         // One layer is thousands of files: one syncfs(2) is cheaper than an fsync for each.
         rustix::fs::syncfs(&dir).map_err(|errno| at(&self.path)(errno.into()))?;
@@ -177,7 +208,8 @@ impl Drop for Staged<'_> {
     }
 }
 
-fn durable(path: &Path, bytes: &[u8]) -> Result<(), ContentError> {
+/// A file that is there as a whole or not at all.
+pub fn durable(path: &Path, bytes: &[u8]) -> Result<(), ContentError> {
     crate::store::keep::durable(path, bytes, 0o600).map_err(|error| match error {
         crate::store::StoreError::File { path, source } => ContentError { path, source },
         other => ContentError { path: path.to_owned(), source: io::Error::other(other.to_string()) },

@@ -20,6 +20,7 @@ use rustix::fs::{FileType, Mode, OFlags, mkdirat, mknodat, openat};
 use rustix::io::Errno;
 
 use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, printable};
+use super::table::{Sum, Sums};
 use nodes::{Below, MadeWay};
 
 mod nodes;
@@ -76,7 +77,7 @@ const DIRECTORY_NAMES_MAX_BYTES: usize = 8 << 20;
 const DISK_BLOCK: u64 = 4096;
 
 /// Unpacks the archive that `reader` gives. The reader is not read past the archive's end.
-pub fn unpack(reader: impl Read, dir: &Path, below: &LayersBelow<'_>, bounds: Bounds<'_>) -> Result<(), UnpackError> {
+pub fn unpack(reader: impl Read, dir: &Path, below: &LayersBelow<'_>, bounds: Bounds<'_>) -> Result<Sums, UnpackError> {
     let root = rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| UnpackError::Write { name: "/".to_owned(), source: errno.into() })?;
     let mut unpacker = Unpacker {
@@ -88,6 +89,7 @@ pub fn unpack(reader: impl Read, dir: &Path, below: &LayersBelow<'_>, bounds: Bo
         parent: None,
         hides_root: false,
         buffer: vec![0; 128 << 10],
+        sums: Sums::default(),
     };
     let (mut count, mut bytes) = (0, 0_u64);
     while let Some(item) = unpacker.archive.next_item()? {
@@ -127,6 +129,7 @@ struct Unpacker<'b, R> {
     /// An opaque whiteout in the root, which overlayfs knows no mark for.
     hides_root: bool,
     buffer: Vec<u8>,
+    sums: Sums,
 }
 
 /// What stopped one entry: the archive, or the file system.
@@ -219,6 +222,7 @@ impl<R: Read> Unpacker<'_, R> {
         let made_way = nodes::make_way(parent.as_fd(), name, is_directory)?;
         if made_way == MadeWay::Removed {
             self.parent = None;
+            self.sums.forget();
         }
         Ok(made_way)
     }
@@ -226,12 +230,19 @@ impl<R: Read> Unpacker<'_, R> {
     fn file(&mut self, item: &Item, parent: &OwnedFd, name: &OsStr) -> Result<(), Stop> {
         let mut file = nodes::new_file(parent, name)?;
         match &item.segments {
-            None => loop {
-                match self.archive.read_body(&mut self.buffer)? {
-                    0 => break,
-                    count => file.write_all(&self.buffer[..count])?,
+            None => {
+                let mut sum = Sum::default();
+                loop {
+                    match self.archive.read_body(&mut self.buffer)? {
+                        0 => break,
+                        count => {
+                            sum.add(&self.buffer[..count]);
+                            file.write_all(&self.buffer[..count])?;
+                        }
+                    }
                 }
-            },
+                self.sums.note(rustix::fs::fstat(&file)?.st_ino, sum.value());
+            }
             Some(segments) => {
                 file.set_len(item.size)?;
                 for segment in segments {
@@ -334,7 +345,7 @@ impl<R: Read> Unpacker<'_, R> {
         Ok(())
     }
 
-    fn finish(self) -> Result<(), UnpackError> {
+    fn finish(self) -> Result<Sums, UnpackError> {
         let wrote =
             |name: &Path, errno: Errno| UnpackError::Write { name: name.display().to_string(), source: errno.into() };
         if self.hides_root {
@@ -351,7 +362,7 @@ impl<R: Read> Unpacker<'_, R> {
                 }
             }
         }
-        Ok(())
+        Ok(self.sums)
     }
 }
 

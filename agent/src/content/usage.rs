@@ -39,6 +39,8 @@ impl Content {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             renamed => renamed.map_err(at(&from))?,
         }
+        // Without its layer it means nothing, and the next unpacking writes it anew.
+        let _ = std::fs::remove_file(self.table(chain));
         remove::path(&aside).map_err(at(&aside))
     }
 
@@ -109,6 +111,7 @@ fn directory_blocks(directory: &OwnedFd, relative: &Path, seen: &mut BTreeSet<u6
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::content::table::Sums;
 
     #[test]
     fn a_file_with_two_names_counts_once_and_a_removed_layer_leaves_nothing() {
@@ -121,7 +124,7 @@ mod tests {
         std::fs::create_dir_all(&deep).unwrap();
         std::fs::write(deep.join("file"), vec![1; 100_000]).unwrap();
         std::fs::hard_link(deep.join("file"), staged.path().join("again")).unwrap();
-        staged.publish().unwrap();
+        staged.publish(&Sums::default()).unwrap();
         let layers = content.layers().unwrap();
         assert_eq!(layers.len(), 1, "{layers:?}");
         assert_eq!(layers[0].digest, chain);

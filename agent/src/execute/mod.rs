@@ -1,5 +1,7 @@
 //! Stage: performs one action and says how it went. It decides nothing.
 
+/// What is on the disk against what was unpacked.
+pub mod check;
 /// The folders and files of a workload.
 pub mod place;
 /// An image from its registry to its layers.

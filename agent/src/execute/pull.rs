@@ -23,6 +23,8 @@ use layers::Layer;
 mod claims;
 mod depth;
 mod layers;
+/// Images that are brought on a stick.
+pub mod load;
 
 /// An image that can be run. What the store remembers of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,9 +114,13 @@ pub fn is_whole(content: &Content, image: &ReadyImage) -> bool {
 /// What a name was pulled to, if all of it is still on the disk: asks no network. It was verified when it was pulled; what
 /// was taken without signatures is not ready on a device that has come to want them.
 pub fn ready(ctx: &PullContext, image: &str) -> Option<ReadyImage> {
+    believed(ctx, image).map(|record| record.ready)
+}
+
+fn believed(ctx: &PullContext, image: &str) -> Option<Record> {
     let record: Record = serde_json::from_slice(&ctx.content.record(image)?).ok()?;
     let believed = record.signed || ctx.demand(image) == Demand::Digest;
-    (record.image == image && believed && is_whole(&ctx.content, &record.ready)).then_some(record.ready)
+    (record.image == image && believed && is_whole(&ctx.content, &record.ready)).then_some(record)
 }
 
 /// What is kept on disk of a name.
@@ -123,6 +129,9 @@ struct Record {
     image: String,
     /// Its signatures were checked.
     signed: bool,
+    /// It came by hand, not by this name's registry.
+    #[serde(default)]
+    loaded: bool,
     ready: ReadyImage,
 }
 
@@ -131,22 +140,43 @@ struct Record {
 pub fn pull(ctx: &PullContext, image: &str, progress: &dyn Fn(Progress)) -> Result<ReadyImage, PullFailure> {
     let (wanted, digest, sources) = sources(ctx, image)?;
     // A digest never means anything else later; a tag may have moved.
-    if digest.is_some() {
+    if let Some(digest) = digest {
         if let Some(ready) = ready(ctx, image) {
+            return Ok(ready);
+        }
+        if let Some(ready) = load::taken(ctx, image, digest)? {
             return Ok(ready);
         }
     }
     let mut last = PullFailure::passing(Code::RegistryUnavailable, format!("{image}: no registry to ask"));
     for source in sources {
         let pulled = source().and_then(|source| {
-            OneImage { ctx, source, wanted: &wanted, is_named_by_digest: digest.is_some(), image }.pull(progress)
+            let naming = if digest.is_some() { Naming::Digest } else { Naming::Tag };
+            let one = OneImage { ctx, source: &source, wanted: &wanted, naming, image };
+            let ready = one.pull(progress)?.ready;
+            // Last of all: what it speaks of is on the disk.
+            remember(ctx, image, false, ready)
         });
         match pulled {
             Ok(ready) => return Ok(ready),
             Err(failure) => last = failure,
         }
     }
-    Err(last)
+    // Nobody can say where the tag is now; an operator has said where it was when he brought the image.
+    match believed(ctx, image).filter(|record| record.loaded && last.reason.code == Code::RegistryUnavailable) {
+        Some(record) => Ok(record.ready),
+        None => Err(last),
+    }
+}
+
+/// Keeps on the disk what a name has become.
+fn remember(ctx: &PullContext, image: &str, loaded: bool, ready: ReadyImage) -> Result<ReadyImage, PullFailure> {
+    let signed = ctx.demand(image) != Demand::Digest;
+    let record = Record { image: image.to_owned(), signed, loaded, ready };
+    let disk = |why: String| PullFailure::passing(Code::DiskFull, format!("{image}: {why}"));
+    let bytes = serde_json::to_vec(&record).map_err(|error| disk(error.to_string()))?;
+    ctx.content.put_record(image, &bytes).map_err(|error| disk(crate::store::inline_chain(&error)))?;
+    Ok(record.ready)
 }
 
 type OpenSource<'c> = Box<dyn FnOnce() -> Result<Source, PullFailure> + 'c>;
@@ -175,16 +205,33 @@ fn sources<'c>(
     Ok((reference.wanted(), reference.digest, hosts.map(open).collect()))
 }
 
+/// What is on the disk now.
+struct Fetched {
+    ready: ReadyImage,
+    /// What was asked for (an index, or the manifest itself), and the manifest.
+    top: Document,
+    document: Document,
+}
+
+/// How the image is called, which decides what must hold for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Naming {
+    Digest,
+    Tag,
+    /// Nobody has named it yet: what may ever be asked of it is enough for now.
+    Later,
+}
+
 struct OneImage<'p> {
     ctx: &'p PullContext,
-    source: Source,
+    source: &'p Source,
     wanted: &'p str,
-    is_named_by_digest: bool,
+    naming: Naming,
     image: &'p str,
 }
 
 impl OneImage<'_> {
-    fn pull(&self, progress: &dyn Fn(Progress)) -> Result<ReadyImage, PullFailure> {
+    fn pull(&self, progress: &dyn Fn(Progress)) -> Result<Fetched, PullFailure> {
         let top = self.source.manifest(self.wanted)?;
         let document = self.for_this_platform(&top)?;
         self.check_signature(&top, &document)?;
@@ -205,17 +252,12 @@ impl OneImage<'_> {
             return Err(self.unusable(&format!("made for {is}, this machine is {wants}")));
         }
         let layers = self.layers(&manifest, &configuration)?;
-        layers::fetch(self.ctx, self.image, &self.source, &layers, progress)?;
+        layers::fetch(self.ctx, self.image, self.source, &layers, progress)?;
         for bytes in [&document.bytes, &config] {
             self.ctx.content.put_document(bytes).map_err(|error| self.disk(&error))?;
         }
-        let ready = ready_image(document.digest, layers.iter().map(|layer| layer.chain).collect(), &configuration);
-        let signed = self.ctx.demand(self.image) != Demand::Digest;
-        let record = Record { image: self.image.to_owned(), signed, ready };
-        let bytes = serde_json::to_vec(&record).map_err(|error| self.unusable(&error.to_string()))?;
-        // Last of all: what it speaks of is on the disk.
-        self.ctx.content.put_record(self.image, &bytes).map_err(|error| self.disk(&error))?;
-        Ok(record.ready)
+        let chains = layers.iter().map(|layer| layer.chain).collect();
+        Ok(Fetched { ready: ready_image(document.digest, chains, &configuration), top, document })
     }
 
     /// Of an index, the manifest for this machine.
@@ -242,9 +284,12 @@ impl OneImage<'_> {
 
     /// By policy: signatures on the image (or on the index it came from), or the digest in the signed manifest.
     fn check_signature(&self, top: &Document, document: &Document) -> Result<(), PullFailure> {
+        if self.naming == Naming::Later {
+            return self.check_for_any_name(top, document);
+        }
         let wanted = match self.ctx.demand(self.image) {
             Demand::Signature(wanted) => wanted,
-            Demand::Digest if self.is_named_by_digest => return Ok(()),
+            Demand::Digest if self.naming == Naming::Digest => return Ok(()),
             Demand::Digest => {
                 let text =
                     format!("{} is named by a tag, and this device takes it unsigned by digest only", self.image);
@@ -253,16 +298,36 @@ impl OneImage<'_> {
                 ));
             }
         };
-        let on_top = self.signed(top, &wanted)?;
+        self.signed_at_all(top, document, &wanted)
+    }
+
+    /// Whether there is any name that this image may run under.
+    fn check_for_any_name(&self, top: &Document, document: &Document) -> Result<(), PullFailure> {
+        let mut verdict = Ok(());
+        let rules = self.ctx.rules.iter().map(|rule| rule.demand.clone());
+        for demand in rules.chain([self.ctx.demand("")]) {
+            verdict = match demand {
+                Demand::Digest => return Ok(()),
+                Demand::Signature(wanted) => self.signed_at_all(top, document, &wanted),
+            };
+            if verdict.is_ok() {
+                break;
+            }
+        }
+        verdict
+    }
+
+    fn signed_at_all(&self, top: &Document, document: &Document, wanted: &Wanted) -> Result<(), PullFailure> {
+        let on_top = self.signed(top, wanted)?;
         // What a signed index names is signed as well.
         if on_top.is_ok() || top.digest == document.digest {
             return on_top.map_err(PullFailure::permanent);
         }
-        self.signed(document, &wanted)?.map_err(PullFailure::permanent)
+        self.signed(document, wanted)?.map_err(PullFailure::permanent)
     }
 
     fn signed(&self, document: &Document, wanted: &Wanted) -> Result<Result<(), Reason>, PullFailure> {
-        let claims = claims::collect(&self.source, document.digest)?;
+        let claims = claims::collect(self.source, document.digest)?;
         Ok(cosign::check(self.image, &document.bytes, &claims, wanted))
     }
 

@@ -9,6 +9,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{Agent, Message, clock};
 use crate::api::Call;
+use crate::execute::pull::load::Wish;
 use crate::store::inline_chain;
 
 /// Lines shown when nobody says how many.
@@ -36,6 +37,10 @@ impl Agent {
                 None => error(&answers, self.no_such(&workload)),
             },
             Request::Df => self.df(answers),
+            Request::Images => self.list_images(answers),
+            Request::Volumes => self.list_volumes(answers),
+            Request::LoadImages { path, only, tag } => self.load_images(answers, path, Wish { only, tag }, caller.name),
+            Request::CheckImages { image } => self.check_images(answers, image),
             Request::Prune { dry_run } => self.prune(answers, dry_run),
             Request::Generations => self.list_generations(answers),
             Request::Diff { from, to } => self.diff(answers, from, to),

@@ -33,6 +33,9 @@ impl Agent {
             }
             Message::Started { workload, spec, result } => self.started(workload, &spec, result).await,
             Message::Changed { change, failed, activated } => self.changed(*change, failed, activated),
+            Message::ImageChecked { name, image, is_whole } => self.image_checked(name, *image, is_whole),
+            Message::LayersChecked { layers, took_ms } => self.layers_checked(&layers, took_ms),
+            Message::Loaded(ended) => self.loaded(*ended),
             Message::Collected { result, reply } => self.collected(result, reply),
             Message::RootWritten { root, by, failed, reply } => self.root_written(*root, &by, failed, reply),
             Message::EndWritten { workload } => self.end_written(&workload).await,

@@ -13,6 +13,8 @@ mod answer;
 mod backoff;
 /// Why the machine was started.
 mod boot;
+/// Whether images are still what was unpacked.
+mod check;
 /// The only reader of clocks.
 pub mod clock;
 mod ends;
@@ -22,6 +24,8 @@ mod exec;
 mod expiry;
 mod generations;
 mod health;
+/// Images and volumes on the disk, for operators.
+mod images;
 mod intake;
 /// Whether it suits to switch.
 mod moment;
@@ -106,6 +110,18 @@ enum Message {
         workload: WorkloadName,
         failed: Option<String>,
     },
+    /// An image's layers were looked at.
+    ImageChecked {
+        name: String,
+        image: Box<ReadyImage>,
+        is_whole: bool,
+    },
+    LayersChecked {
+        layers: Vec<edged_model::images::CheckedLayer>,
+        took_ms: u64,
+    },
+    /// Images that an operator brought, or why not.
+    Loaded(Box<images::LoadEnded>),
     Collected {
         result: Result<(Pruned, Vec<String>), String>,
         reply: Option<mpsc::Sender<Answer>>,

@@ -113,7 +113,8 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     for why in opened_reason(&opened).into_iter().chain(root_problem) {
         agent.tell(None, None, &why, "agent");
     }
-    agent.adopt().await?;
+    let runs = agent.adopt().await?;
+    agent.check_if_unclean(runs);
     let calls = agent.open_doors(&places, is_device).await?;
     agent.turn(messages, exits, calls).await;
     Ok(())
@@ -186,7 +187,8 @@ impl Agent {
     }
 
     /// Takes over what the keeper has: living runs with their output, ends that nobody has written down.
-    async fn adopt(&mut self) -> anyhow::Result<()> {
+    /// How many run.
+    async fn adopt(&mut self) -> anyhow::Result<usize> {
         let (children, keeper_version) = self.link.list().await?;
         self.keeper_version = keeper_version;
         let adopted = children.iter().filter(|(child, _)| child.exit.is_none() && !child.key.contains('/')).count();
@@ -205,7 +207,7 @@ impl Agent {
             ),
         };
         self.tell(None, self.world.desired.pointers.active, &Reason::new(code, text), "agent");
-        Ok(())
+        Ok(adopted)
     }
 
     async fn adopt_one(&mut self, child: ChildState, outputs: Vec<OwnedFd>) {

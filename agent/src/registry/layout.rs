@@ -1,5 +1,5 @@
-//! An OCI image layout in a directory (image-spec image-layout.md), named `oci:/path` or `oci:/path:reference`: an image
-//! on a stick, or one just built. Verified like one from a registry.
+//! An OCI image layout (image-spec image-layout.md) in a directory or in a tar archive, or what `docker save` writes; named
+//! `oci:/path` or `oci:/path:reference`: an image on a stick, or one just built. Verified like one from a registry.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -7,12 +7,16 @@ use std::path::{Path, PathBuf};
 
 use edged_model::id::Digest;
 use edged_model::reason::{Code, Reason};
-use oci_spec::image::{Descriptor, ImageIndex};
+use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 
+use super::bundle::Bundle;
+use super::docker_archive::DockerImages;
 use super::source::ARTIFACTS_MAX;
 use super::{BlobStream, DOCUMENT_MAX_BYTES, Document, RegistryError};
+use crate::content::layer::Compression;
 
 const PREFIX: &str = "oci:";
+const INDEX: &str = "index.json";
 
 /// The annotation of `index.json` that names an image.
 const REFERENCE: &str = "org.opencontainers.image.ref.name";
@@ -62,39 +66,75 @@ impl LayoutReference {
 
 pub struct Layout {
     path: PathBuf,
+    files: Files,
     index: ImageIndex,
 }
 
+/// Where a layout's files lie.
+enum Files {
+    Directory,
+    Archive(Bundle),
+    /// Without an index: one was made of what it says about itself.
+    DockerArchive {
+        bundle: Bundle,
+        image: Box<DockerImages>,
+    },
+}
+
 impl Layout {
+    /// A directory, or an archive of one; an archive of `docker save` too.
     pub fn open(path: &Path) -> Result<Self, RegistryError> {
-        let bytes = read(&path.join("index.json"))?;
-        let index = serde_json::from_slice(&bytes).map_err(|error| {
-            let text = format!("{}: its index.json cannot be read: {error}", path.display());
-            RegistryError::new(Code::ImageUnusable, text, true)
-        })?;
-        Ok(Self { path: path.to_owned(), index })
+        if path.is_dir() {
+            let bytes = read(&path.join(INDEX))?;
+            return Ok(Self { path: path.to_owned(), files: Files::Directory, index: parse_index(path, &bytes)? });
+        }
+        let bundle = Bundle::open(path)?;
+        if let Some(part) = bundle.file(INDEX) {
+            let index = parse_index(path, &read_part(path, INDEX, part)?)?;
+            return Ok(Self { path: path.to_owned(), files: Files::Archive(bundle), index });
+        }
+        let image = Box::new(DockerImages::read(path, &bundle)?);
+        let index = image.index.clone();
+        Ok(Self { path: path.to_owned(), files: Files::DockerArchive { bundle, image }, index })
+    }
+
+    /// Whether its manifests were made here: then nobody can have signed them.
+    pub fn is_docker_archive(&self) -> bool {
+        matches!(self.files, Files::DockerArchive { .. })
     }
 
     pub fn manifest(&self, wanted: &str) -> Result<Document, RegistryError> {
         if let Ok(digest) = Digest::parse(wanted) {
             return self.document(digest);
         }
-        let name = |descriptor: &Descriptor| descriptor.annotations().as_ref().and_then(|a| a.get(REFERENCE).cloned());
-        let mut found = self.index.manifests().iter().filter(|descriptor| match wanted {
-            "" => !is_signature(name(descriptor).as_deref()),
-            wanted => name(descriptor).as_deref() == Some(wanted),
-        });
-        match (found.next(), found.next()) {
-            (Some(descriptor), None) => self.described(descriptor),
-            (None, _) => {
-                let text = format!("{}: there is no image `{wanted}`", self.path.display());
-                Err(RegistryError::new(Code::ImageNotFound, text, true))
+        let mut found = match wanted {
+            "" => self.images()?,
+            wanted => {
+                let named = self.index.manifests().iter().filter(|descriptor| name(descriptor) == Some(wanted));
+                named.map(|descriptor| self.described(descriptor)).collect::<Result<_, _>>()?
             }
-            (Some(_), Some(_)) => {
-                let text = format!("{}: there is more than one image `{wanted}`", self.path.display());
+        };
+        let how_many = found.len();
+        match found.pop() {
+            Some(document) if how_many == 1 => Ok(document),
+            found => {
+                let is = if found.is_none() { "no" } else { "more than one" };
+                let text = format!("{}: there is {is} image `{wanted}`", self.path.display());
                 Err(RegistryError::new(Code::ImageNotFound, text, true))
             }
         }
+    }
+
+    /// Every image in it: signatures and other artifacts left out, each image once.
+    pub fn images(&self) -> Result<Vec<Document>, RegistryError> {
+        let mut images: Vec<Document> = Vec::new();
+        for descriptor in self.index.manifests().iter().filter(|descriptor| !is_signature(name(descriptor))) {
+            let document = self.described(descriptor)?;
+            if has_image(&document) && !images.iter().any(|known| known.digest == document.digest) {
+                images.push(document);
+            }
+        }
+        Ok(images)
     }
 
     fn described(&self, descriptor: &Descriptor) -> Result<Document, RegistryError> {
@@ -106,11 +146,20 @@ impl Layout {
 
     /// A document by its digest, checked.
     pub fn document(&self, digest: Digest) -> Result<Document, RegistryError> {
-        let path = self.blob_path(digest);
-        let bytes = read(&path)?;
+        let name = blob_name(digest);
+        let bytes = match &self.files {
+            Files::Directory => read(&self.path.join(&name))?,
+            Files::Archive(bundle) => {
+                let part = bundle.file(&name).ok_or_else(|| self.has_no(&name))?;
+                read_part(&self.path, &name, part)?
+            }
+            Files::DockerArchive { image, .. } => {
+                image.documents.get(&digest).cloned().ok_or_else(|| self.has_no(&name))?
+            }
+        };
         let found = Digest::of(&bytes);
         if found != digest {
-            let text = format!("{} has digest {found}", path.display());
+            let text = format!("{}/{name} has digest {found}", self.path.display());
             return Err(RegistryError::new(Code::DigestMismatch, text, true));
         }
         Ok(Document { bytes, digest, media_type: String::new() })
@@ -118,18 +167,43 @@ impl Layout {
 
     /// Its digest is the reader's to check.
     pub fn blob(&self, digest: Digest) -> Result<LayoutBlob, RegistryError> {
-        let path = self.blob_path(digest);
-        File::open(&path).map(LayoutBlob).map_err(|error| unreadable(&path, &error))
+        let name = blob_name(digest);
+        let stream: Option<Box<dyn Read + Send>> = match &self.files {
+            Files::Directory => {
+                let path = self.path.join(&name);
+                Some(Box::new(File::open(&path).map_err(|error| unreadable(&path, &error))?))
+            }
+            Files::Archive(bundle) => bundle.file(&name).map(|part| Box::new(part) as _),
+            Files::DockerArchive { bundle, image } => {
+                image.layers.get(&digest).and_then(|name| bundle.file(name)).map(|part| Box::new(part) as _)
+            }
+        };
+        stream.map(LayoutBlob).ok_or_else(|| self.has_no(&name))
+    }
+
+    fn has_no(&self, name: &str) -> RegistryError {
+        RegistryError::new(Code::ImageNotFound, format!("{} has no {name}", self.path.display()), true)
     }
 
     /// Everything else in the layout may be a signature.
     pub fn artifacts(&self) -> Result<Vec<Document>, RegistryError> {
         self.index.manifests().iter().take(ARTIFACTS_MAX).map(|descriptor| self.described(descriptor)).collect()
     }
+}
 
-    fn blob_path(&self, digest: Digest) -> PathBuf {
-        self.path.join("blobs/sha256").join(digest.hex())
-    }
+fn parse_index(path: &Path, bytes: &[u8]) -> Result<ImageIndex, RegistryError> {
+    serde_json::from_slice(bytes).map_err(|error| {
+        let text = format!("{}: its index.json cannot be read: {error}", path.display());
+        RegistryError::new(Code::ImageUnusable, text, true)
+    })
+}
+
+fn blob_name(digest: Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+fn name(descriptor: &Descriptor) -> Option<&str> {
+    descriptor.annotations().as_ref().and_then(|all| all.get(REFERENCE)).map(String::as_str)
 }
 
 /// The tags that signers give: `sha256-<hex>` and `sha256-<hex>.sig`.
@@ -137,10 +211,29 @@ fn is_signature(name: Option<&str>) -> bool {
     name.is_some_and(|name| name.starts_with("sha256-"))
 }
 
+/// An index, or a manifest with layers of files. What signers write has an image's configuration, but no such layer.
+fn has_image(document: &Document) -> bool {
+    if serde_json::from_slice::<ImageIndex>(&document.bytes).is_ok() {
+        return true;
+    }
+    serde_json::from_slice::<ImageManifest>(&document.bytes).is_ok_and(|manifest| {
+        let is_of_files = |layer: &Descriptor| Compression::of_media_type(layer.media_type().as_ref()).is_some();
+        manifest.artifact_type().is_none() && manifest.layers().iter().any(is_of_files)
+    })
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, RegistryError> {
+    let file = File::open(path).map_err(|error| unreadable(path, &error))?;
+    read_bounded(file, path)
+}
+
+fn read_part(path: &Path, name: &str, part: impl Read) -> Result<Vec<u8>, RegistryError> {
+    read_bounded(part, &path.join(name))
+}
+
+fn read_bounded(reader: impl Read, path: &Path) -> Result<Vec<u8>, RegistryError> {
     let mut bytes = Vec::new();
-    let opened = File::open(path).and_then(|file| file.take(DOCUMENT_MAX_BYTES + 1).read_to_end(&mut bytes));
-    opened.map_err(|error| unreadable(path, &error))?;
+    reader.take(DOCUMENT_MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| unreadable(path, &error))?;
     if bytes.len() as u64 > DOCUMENT_MAX_BYTES {
         let text = format!("{} is larger than {DOCUMENT_MAX_BYTES} bytes", path.display());
         return Err(RegistryError::new(Code::ImageUnusable, text, true));
@@ -153,7 +246,7 @@ fn unreadable(path: &Path, error: &io::Error) -> RegistryError {
     RegistryError::new(code, format!("{}: {error}", path.display()), true)
 }
 
-pub struct LayoutBlob(File);
+pub struct LayoutBlob(Box<dyn Read + Send>);
 
 impl Read for LayoutBlob {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {

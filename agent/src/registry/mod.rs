@@ -18,7 +18,9 @@ use crate::config::Registry;
 
 mod auth;
 mod blob;
-/// An OCI layout in a directory: a stick, a test, a build.
+mod bundle;
+mod docker_archive;
+/// An OCI layout or a saved image: a stick, a test, a build.
 pub mod layout;
 /// Which image of an index is for this machine.
 pub mod platform;

@@ -10,6 +10,7 @@ mod faults;
 mod fleet;
 mod frozen;
 mod generations;
+mod images;
 mod journal;
 mod life;
 mod moment;

@@ -321,6 +321,11 @@ impl Device {
         self.stop();
     }
 
+    /// Where it keeps everything.
+    pub fn data(&self) -> &Path {
+        &self.root
+    }
+
     fn stop(&mut self) {
         if let Ok(pid) = i32::try_from(self.child.id()) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);

@@ -5,6 +5,7 @@ mod support;
 
 mod broken_registry;
 mod image_policy;
+mod load;
 mod many_layers;
 mod real_registry;
 

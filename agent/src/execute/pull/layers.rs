@@ -184,7 +184,7 @@ impl Work<'_> {
         let bounds =
             Bounds { bytes_max: images.layer_max.0, entries_max: images.layer_entries_max, disk_left: &self.disk_left };
         match unpack_stream(&mut reader, &expected, staged.path(), &|| self.below(index), bounds) {
-            Ok(()) => Ok(staged.publish().map_err(disk)?),
+            Ok(sums) => Ok(staged.publish(&sums).map_err(disk)?),
             Err(_) if self.failed.load(Ordering::Relaxed) => Err(Stopped::GivenUp),
             Err(error) => match reader.stream.take_error() {
                 Some(error) => Err(PullFailure::from(error).into()),

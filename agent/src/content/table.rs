@@ -1,0 +1,509 @@
+//! What a layer was when it was unpacked: one line for each entry with its metadata and a sum over its content, written
+//! beside the layer and synced with it. After an unclean stop the layer is held against it.
+//!
+//! ```text
+//! <path> TAB <kind, mode, owner, time, size or target> TAB <attributes> TAB <sum of the content>
+//! …
+//! end TAB <entries> TAB <sum of all lines above>
+//! ```
+//! The sum is xxHash (XXH64): it finds what a disk does to bytes, at the speed of memory. It keeps nobody out: who can
+//! write to the disk could write the table too. What an image is was settled by its digests before the table was made.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::hash::Hasher;
+use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, readlinkat, statat};
+use rustix::io::Errno;
+use twox_hash::XxHash64;
+
+/// Longer than any line that is written: two names of 4 KiB, four characters for each byte.
+const LINE_MAX_BYTES: u64 = 64 << 10;
+/// Differences that are named.
+const NAMED_MAX: usize = 5;
+const READ_BYTES: usize = 128 << 10;
+/// Attributes that could not be asked for: a path too long for it. They are like any others.
+const UNKNOWN: &str = "?";
+/// What the system may set on its own (security.selinux) is not what the image says.
+const ATTRIBUTES: [&[u8]; 3] = [b"security.capability", b"trusted.overlay.", b"user."];
+const ATTRIBUTE_MAX_BYTES: usize = 64 << 10;
+
+/// Sums of contents that were taken while they were written, by inode: nothing is read twice.
+#[derive(Debug, Default)]
+pub struct Sums {
+    by_inode: HashMap<u64, u64>,
+    /// Something was taken away again: its inode may have come back as another file, so none of them is believed.
+    forgotten: bool,
+}
+
+impl Sums {
+    pub fn note(&mut self, inode: u64, sum: u64) {
+        if !self.forgotten {
+            self.by_inode.insert(inode, sum);
+        }
+    }
+
+    pub fn forget(&mut self) {
+        *self = Self { by_inode: HashMap::new(), forgotten: true };
+    }
+}
+
+/// A sum that grows with what is written.
+#[derive(Default)]
+pub struct Sum(XxHash64);
+
+impl Sum {
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0.write(bytes);
+    }
+
+    pub fn value(&self) -> u64 {
+        self.0.finish()
+    }
+}
+
+/// How a layer was found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Found {
+    pub entries: u64,
+    pub read_bytes: u64,
+    /// What is not as it was; at most a few.
+    pub damage: Vec<String>,
+    /// Contents that were not read because there was no time for it.
+    pub unread: u64,
+}
+
+/// Writes the table of the layer that lies at `layer` to `path`. Syncing is the caller's.
+pub fn write(layer: &Path, sums: &Sums, path: &Path) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(READ_BYTES, File::create(path)?);
+    let mut all = Sum::default();
+    let (mut entries, mut buffer) = (0_u64, vec![0; READ_BYTES]);
+    let mut walk = Walk::new(layer)?;
+    while let Some(entry) = walk.next()? {
+        let sum = match (entry.is_file(), sums.by_inode.get(&entry.stat.st_ino)) {
+            (false, _) => None,
+            (true, Some(sum)) => Some(*sum),
+            (true, None) => Some(walk.content_sum(&entry, &mut buffer)?.0),
+        };
+        let line = entry.line(sum);
+        all.add(line.as_bytes());
+        out.write_all(line.as_bytes())?;
+        entries += 1;
+    }
+    writeln!(out, "end\t{entries}\t{:016x}", all.value())?;
+    out.into_inner().map_err(io::IntoInnerError::into_error).map(drop)
+}
+
+/// Holds the layer against its table. `may_read` is asked before each content, with its size.
+pub fn check(layer: &Path, path: &Path, may_read: &mut dyn FnMut(u64) -> bool) -> io::Result<Found> {
+    let mut found = Found::default();
+    let mut table = Table::open(path)?;
+    let (mut walk, mut buffer) = (Walk::new(layer)?, vec![0; READ_BYTES]);
+    let mut is = walk.next()?;
+    loop {
+        let Ok(was) = table.next() else {
+            note(&mut found, "its table cannot be read".to_owned());
+            return Ok(found);
+        };
+        match (was, &is) {
+            (None, None) => return Ok(found),
+            (Some(was), Some(entry)) if was.path() == entry.escaped => {
+                compare(&mut found, &was, entry, &walk, &mut buffer, may_read);
+                is = walk.next()?;
+            }
+            // Both are in the same order: what is behind where it should be is missing, what is before it is too much.
+            (Some(was), Some(entry)) if was.order() > order(&entry.escaped) => {
+                note(&mut found, format!("{} was not there", entry.escaped));
+                table.again(was);
+                is = walk.next()?;
+            }
+            (Some(was), _) => note(&mut found, format!("{} is missing", was.path())),
+            (None, Some(entry)) => {
+                note(&mut found, format!("{} was not there", entry.escaped));
+                is = walk.next()?;
+            }
+        }
+    }
+}
+
+fn compare(
+    found: &mut Found,
+    was: &Line,
+    entry: &Entry,
+    walk: &Walk,
+    buffer: &mut [u8],
+    may_read: &mut dyn FnMut(u64) -> bool,
+) {
+    found.entries += 1;
+    let same_attributes =
+        was.attributes() == entry.attributes || [was.attributes(), &entry.attributes].contains(&UNKNOWN);
+    if was.meta() != entry.meta || !same_attributes {
+        return note(found, format!("{} is `{}`, it was `{}`", entry.escaped, entry.meta, was.meta()));
+    }
+    if !entry.is_file() {
+        return;
+    }
+    if !may_read(entry.size()) {
+        found.unread += 1;
+        return;
+    }
+    match walk.content_sum(entry, buffer) {
+        Ok((sum, bytes)) => {
+            found.read_bytes += bytes;
+            if format!("{sum:016x}") != was.sum() {
+                note(found, format!("{} has another content", entry.escaped));
+            }
+        }
+        Err(error) => note(found, format!("{} cannot be read: {error}", entry.escaped)),
+    }
+}
+
+fn note(found: &mut Found, what: String) {
+    if found.damage.len() < NAMED_MAX {
+        found.damage.push(what);
+    }
+}
+
+/// Names sort part by part, as a walk meets them.
+fn order(escaped: &str) -> Vec<&str> {
+    escaped.split('/').collect()
+}
+
+/// The table as it was written.
+struct Table {
+    reader: BufReader<File>,
+    sum: Sum,
+    entries: u64,
+    again: Option<Line>,
+}
+
+struct Line(String);
+
+impl Line {
+    fn field(&self, index: usize) -> &str {
+        self.0.trim_end_matches('\n').split('\t').nth(index).unwrap_or_default()
+    }
+    fn path(&self) -> &str {
+        self.field(0)
+    }
+    fn meta(&self) -> &str {
+        self.field(1)
+    }
+    fn attributes(&self) -> &str {
+        self.field(2)
+    }
+    fn sum(&self) -> &str {
+        self.field(3)
+    }
+    fn order(&self) -> Vec<&str> {
+        order(self.path())
+    }
+}
+
+impl Table {
+    fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { reader: BufReader::new(File::open(path)?), sum: Sum::default(), entries: 0, again: None })
+    }
+
+    /// The next line; `None` at an end that agrees with all that came before.
+    fn next(&mut self) -> io::Result<Option<Line>> {
+        if let Some(line) = self.again.take() {
+            return Ok(Some(line));
+        }
+        let bad = || io::Error::from(io::ErrorKind::InvalidData);
+        let mut bytes = Vec::new();
+        (&mut self.reader).take(LINE_MAX_BYTES).read_until(b'\n', &mut bytes)?;
+        let text = String::from_utf8(bytes).map_err(|_| bad())?;
+        if let Some(end) = text.strip_prefix("end\t") {
+            let expected = format!("{}\t{:016x}\n", self.entries, self.sum.value());
+            // No path is `end`: they all begin with a dot.
+            return if end == expected { Ok(None) } else { Err(bad()) };
+        }
+        if !text.ends_with('\n') {
+            return Err(bad());
+        }
+        self.sum.add(text.as_bytes());
+        self.entries += 1;
+        Ok(Some(Line(text)))
+    }
+
+    fn again(&mut self, line: Line) {
+        self.again = Some(line);
+    }
+}
+
+/// All entries of a tree, each directory before what is in it, names in order.
+struct Walk {
+    root: PathBuf,
+    top: OwnedFd,
+    /// Directories on the way, and what is left of each.
+    open: Vec<(PathBuf, std::vec::IntoIter<Vec<u8>>)>,
+    begun: bool,
+}
+
+struct Entry {
+    path: PathBuf,
+    escaped: String,
+    stat: Stat,
+    meta: String,
+    attributes: String,
+}
+
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+impl Walk {
+    fn new(root: &Path) -> io::Result<Self> {
+        let top = rustix::fs::open(root, DIRECTORY, Mode::empty())?;
+        Ok(Self { root: root.to_owned(), top, open: Vec::new(), begun: false })
+    }
+
+    fn next(&mut self) -> io::Result<Option<Entry>> {
+        let path = if self.begun {
+            loop {
+                let Some((directory, names)) = self.open.last_mut() else { return Ok(None) };
+                match names.next() {
+                    Some(name) => break directory.join(std::ffi::OsString::from_vec(name)),
+                    None => drop(self.open.pop()),
+                }
+            }
+        } else {
+            self.begun = true;
+            PathBuf::from(".")
+        };
+        let stat = statat(&self.top, &path, AtFlags::SYMLINK_NOFOLLOW)?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        if kind == FileType::Directory {
+            let names = self.names(&path)?;
+            self.open.push((path.clone(), names.into_iter()));
+        }
+        let meta = self.meta(&path, &stat, kind)?;
+        let attributes = if matches!(kind, FileType::RegularFile | FileType::Directory) {
+            self.attributes(&path)
+        } else {
+            String::new()
+        };
+        Ok(Some(Entry { escaped: escaped(path.as_os_str().as_bytes()), path, stat, meta, attributes }))
+    }
+
+    fn names(&self, directory: &Path) -> io::Result<Vec<Vec<u8>>> {
+        let fd = openat(&self.top, directory, DIRECTORY, Mode::empty())?;
+        let mut names = Vec::new();
+        for entry in Dir::new(fd)? {
+            let name = entry?.file_name().to_bytes().to_vec();
+            if name != b"." && name != b".." {
+                names.push(name);
+            }
+        }
+        // As the lines of the table are compared: by what is written there.
+        names.sort_by_cached_key(|name| escaped(name));
+        Ok(names)
+    }
+
+    fn meta(&self, path: &Path, stat: &Stat, kind: FileType) -> io::Result<String> {
+        let mut text =
+            format!("{:o} {} {} {}.{:09}", stat.st_mode, stat.st_uid, stat.st_gid, stat.st_mtime, stat.st_mtime_nsec);
+        match kind {
+            FileType::RegularFile => text.push_str(&format!(" {}", stat.st_size)),
+            FileType::Symlink => {
+                let target = readlinkat(&self.top, path, Vec::new())?;
+                text.push_str(&format!(" {}", escaped(target.as_bytes())));
+            }
+            FileType::CharacterDevice | FileType::BlockDevice => text.push_str(&format!(" {}", stat.st_rdev)),
+            _ => {}
+        }
+        Ok(text)
+    }
+
+    /// A sum over the attributes that belong to the image, names in order; empty without any.
+    fn attributes(&self, path: &Path) -> String {
+        let path = self.root.join(path);
+        let mut buffer = vec![0; ATTRIBUTE_MAX_BYTES];
+        let names = match rustix::fs::llistxattr(&path, &mut buffer) {
+            Ok(count) => buffer[..count].to_vec(),
+            Err(Errno::OPNOTSUPP) => Vec::new(),
+            Err(_) => return UNKNOWN.to_owned(),
+        };
+        let mut names: Vec<&[u8]> = names.split(|byte| *byte == 0).filter(|name| is_of_the_image(name)).collect();
+        names.sort_unstable();
+        let mut sum = Sum::default();
+        for name in &names {
+            let Ok(count) = rustix::fs::lgetxattr(&path, *name, &mut buffer) else { return UNKNOWN.to_owned() };
+            sum.add(name);
+            sum.add(&buffer[..count]);
+        }
+        if names.is_empty() { String::new() } else { format!("{:016x}", sum.value()) }
+    }
+
+    fn content_sum(&self, entry: &Entry, buffer: &mut [u8]) -> io::Result<(u64, u64)> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut file = File::from(openat(&self.top, &entry.path, flags, Mode::empty())?);
+        let (mut sum, mut bytes) = (Sum::default(), 0);
+        loop {
+            match file.read(buffer)? {
+                0 => return Ok((sum.value(), bytes)),
+                count => {
+                    sum.add(&buffer[..count]);
+                    bytes += count as u64;
+                }
+            }
+        }
+    }
+}
+
+fn is_of_the_image(name: &[u8]) -> bool {
+    !name.is_empty() && ATTRIBUTES.iter().any(|known| name.starts_with(known))
+}
+
+impl Entry {
+    fn is_file(&self) -> bool {
+        FileType::from_raw_mode(self.stat.st_mode) == FileType::RegularFile
+    }
+
+    fn size(&self) -> u64 {
+        u64::try_from(self.stat.st_size).unwrap_or(0)
+    }
+
+    fn line(&self, sum: Option<u64>) -> String {
+        let sum = sum.map(|sum| format!("{sum:016x}")).unwrap_or_default();
+        format!("{}\t{}\t{}\t{sum}\n", self.escaped, self.meta, self.attributes)
+    }
+}
+
+/// Names may have any byte: tabs and line ends too.
+fn escaped(raw: &[u8]) -> String {
+    let mut text = String::with_capacity(raw.len());
+    for byte in raw {
+        match byte {
+            b'\\' | 0..=b' ' | 0x7f.. => text.push_str(&format!("\\x{byte:02x}")),
+            _ => text.push(char::from(*byte)),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+
+    fn layer(root: &Path) {
+        fs::create_dir_all(root.join("bin/deep")).unwrap();
+        fs::write(root.join("bin/app"), vec![1; 300_000]).unwrap();
+        fs::write(root.join("bin/deep/a b\tc"), "x").unwrap();
+        fs::write(root.join("bin-2"), "between, as bytes sort").unwrap();
+        fs::write(root.join("empty"), "").unwrap();
+        fs::write(root.join("last"), "y").unwrap();
+        symlink("bin/app", root.join("link")).unwrap();
+    }
+
+    fn checked(root: &Path, table: &Path) -> Found {
+        check(root, table, &mut |_| true).unwrap()
+    }
+
+    #[test]
+    fn whatever_a_disk_does_to_a_layer_is_found_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
+        type Harm = (&'static str, fn(&Path), &'static str);
+        let harms: [Harm; 9] = [
+            (
+                "a bit flips",
+                |root| {
+                    let path = root.join("bin/app");
+                    let before = fs::metadata(&path).unwrap().modified().unwrap();
+                    let file = File::options().write(true).open(path).unwrap();
+                    file.write_all_at(&[0], 150_000).unwrap();
+                    file.set_modified(before).unwrap();
+                },
+                "./bin/app has another content",
+            ),
+            (
+                "a file is shorter",
+                |root| File::options().write(true).open(root.join("bin/app")).unwrap().set_len(9).unwrap(),
+                "./bin/app is",
+            ),
+            (
+                "a file is gone",
+                |root| fs::remove_file(root.join("bin/deep/a b\tc")).unwrap(),
+                "./bin/deep/a\\x20b\\x09c is missing",
+            ),
+            ("the last is gone", |root| fs::remove_file(root.join("last")).unwrap(), "./last is missing"),
+            ("a directory is gone", |root| fs::remove_dir_all(root.join("bin")).unwrap(), "./bin/app is missing"),
+            ("a file too many", |root| fs::write(root.join("bin/new"), "").unwrap(), "./bin/new was not there"),
+            ("a file too many at the end", |root| fs::write(root.join("zz"), "").unwrap(), "./zz was not there"),
+            (
+                "another mode",
+                |root| fs::set_permissions(root.join("empty"), fs::Permissions::from_mode(0o4755)).unwrap(),
+                "./empty is",
+            ),
+            (
+                "another target",
+                |root| {
+                    fs::remove_file(root.join("link")).unwrap();
+                    symlink("x", root.join("link")).unwrap();
+                },
+                "./link is",
+            ),
+        ];
+        for (what, harm, said) in harms {
+            let _ = fs::remove_dir_all(&root);
+            layer(&root);
+            write(&root, &Sums::default(), &table).unwrap();
+            let whole = checked(&root, &table);
+            assert_eq!((whole.damage, whole.entries, whole.read_bytes), (Vec::new(), 9, 300_024), "{what}");
+            harm(&root);
+            let found = checked(&root, &table);
+            assert!(found.damage.iter().any(|damage| damage.starts_with(said)), "{what}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_table_that_is_damaged_itself_proves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
+        layer(&root);
+        write(&root, &Sums::default(), &table).unwrap();
+        let bytes = fs::read(&table).unwrap();
+        for at in (0..bytes.len()).step_by(7) {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 4;
+            fs::write(&table, damaged).unwrap();
+            assert!(!checked(&root, &table).damage.is_empty(), "flipped at {at}");
+            fs::write(&table, &bytes[..at]).unwrap();
+            assert!(!checked(&root, &table).damage.is_empty(), "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn what_there_is_no_time_for_is_counted_and_the_rest_is_looked_at_all_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
+        layer(&root);
+        write(&root, &Sums::default(), &table).unwrap();
+        let found = check(&root, &table, &mut |size| size < 1000).unwrap();
+        assert_eq!((found.unread, found.read_bytes, found.damage), (1, 24, Vec::new()));
+        fs::remove_file(root.join("bin/app")).unwrap();
+        assert!(!check(&root, &table, &mut |_| false).unwrap().damage.is_empty());
+    }
+
+    #[test]
+    fn sums_taken_while_writing_are_believed_until_something_was_taken_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
+        layer(&root);
+        let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(root.join("last")).unwrap());
+        let mut sums = Sums::default();
+        sums.note(inode, 7);
+        write(&root, &sums, &table).unwrap();
+        assert_eq!(checked(&root, &table).damage, ["./last has another content"], "the sum was wrong, and was taken");
+        sums.forget();
+        sums.note(inode, 7);
+        write(&root, &sums, &table).unwrap();
+        assert_eq!(checked(&root, &table).damage, Vec::<String>::new());
+    }
+}

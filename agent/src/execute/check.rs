@@ -1,0 +1,105 @@
+//! Holds layers against what was unpacked, and takes damaged ones away so that they, and they alone, are fetched again.
+//! Whether it is time for that is told by a mark: the boot in which images were last in use. It is there until the next
+//! boot finds it, so a boot that nobody ended in order is noticed whatever ended it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+
+use edged_model::id::Digest;
+use edged_model::images::CheckedLayer;
+use edged_model::quantity::Bytes;
+
+use super::pull::ReadyImage;
+use crate::content::{Content, ContentError};
+
+/// Which images have which layer.
+pub fn by_layer(images: &BTreeMap<String, ReadyImage>) -> BTreeMap<Digest, Vec<String>> {
+    let mut all: BTreeMap<Digest, Vec<String>> = BTreeMap::new();
+    for (name, image) in images {
+        for chain in &image.layers {
+            all.entry(*chain).or_default().push(name.clone());
+        }
+    }
+    all
+}
+
+/// Looks at each layer. `may_read` is asked before each content, with its size; metadata are always looked at.
+pub fn layers(
+    content: &Content,
+    layers: &BTreeMap<Digest, Vec<String>>,
+    may_read: &mut dyn FnMut(u64) -> bool,
+) -> Vec<CheckedLayer> {
+    let check = |(chain, images): (&Digest, &Vec<String>)| {
+        let found = content.check_layer(*chain, may_read);
+        let mut checked = CheckedLayer {
+            chain: *chain,
+            images: images.clone(),
+            entries: 0,
+            read: Bytes(0),
+            damage: Vec::new(),
+            unread: false,
+        };
+        match found {
+            Ok(Some(found)) => {
+                checked.entries = found.entries;
+                checked.read = Bytes(found.read_bytes);
+                checked.unread = found.unread > 0;
+                checked.damage = found.damage;
+            }
+            Ok(None) => checked.unread = true,
+            // A disk that cannot be read is no whole layer.
+            Err(error) => checked.damage.push(crate::store::inline_chain(&error)),
+        }
+        checked
+    };
+    layers.iter().map(check).collect()
+}
+
+/// Whether the images were last in use in another boot than `boot_id` and nobody has said farewell since; from now on they
+/// are in use in this one.
+pub fn is_due(content: &Content, boot_id: &str, ended_in_order: bool) -> Result<bool, ContentError> {
+    let path = mark(content);
+    let before = fs::read_to_string(&path).ok();
+    if before.as_deref() == Some(boot_id) {
+        return Ok(false);
+    }
+    let is_due = before.as_deref().is_some_and(|mark| mark == UNCLEAN || !ended_in_order);
+    write_mark(path, boot_id)?;
+    Ok(is_due)
+}
+
+/// What no boot is called.
+const UNCLEAN: &str = "damaged";
+
+/// Has the layers looked at, at the next start of the agent in whatever boot.
+pub fn mark_unclean(content: &Content) -> Result<(), ContentError> {
+    write_mark(mark(content), UNCLEAN)
+}
+
+fn mark(content: &Content) -> PathBuf {
+    content.directory().join("in-use")
+}
+
+fn write_mark(path: PathBuf, text: &str) -> Result<(), ContentError> {
+    crate::content::durable(&path, text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_boot_without_a_farewell_is_an_unclean_stop() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = Content::open(&crate::config::Places::new(Some(dir.path()), None)).unwrap();
+        let is_due = |boot: &str, in_order| is_due(&content, boot, in_order).unwrap();
+        assert!(!is_due("one", false), "the first boot has nothing to check");
+        assert!(!is_due("one", false), "another agent in the same boot");
+        assert!(is_due("two", false), "the power was cut");
+        assert!(!is_due("two", false), "looked at already");
+        assert!(!is_due("three", true), "it was shut down in order");
+        mark_unclean(&content).unwrap();
+        assert!(is_due("three", true), "damage was seen");
+    }
+}

@@ -1,0 +1,133 @@
+//! After an unclean stop the layers of what is about to run are held against what was unpacked, image by image: a workload
+//! starts when its own image has been looked at. A damaged layer is taken away, and the planner has its image fetched
+//! again, of which nothing else is missing.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use edged_model::id::Digest;
+use edged_model::images::CheckedLayer;
+use edged_model::observed::ImageStatus;
+use edged_model::quantity::Bytes;
+use edged_model::reason::{Code, Reason};
+use edged_model::report::BootCause;
+use edged_plan::garbage::needed_images;
+use tokio::sync::mpsc;
+
+use super::{Agent, Message, clock};
+use crate::content::Content;
+use crate::execute::check;
+use crate::execute::pull::ReadyImage;
+use crate::store::inline_chain;
+
+impl Agent {
+    /// `runs`: workloads that were taken over. What they stand on cannot be replaced under them.
+    pub(super) fn check_if_unclean(&mut self, runs: usize) {
+        if runs > 0 {
+            return;
+        }
+        let content = self.start_context.content.clone();
+        let ended_in_order = self.boot_cause == Some(BootCause::Requested);
+        match check::is_due(&content, &self.boot_id, ended_in_order) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => {
+                let text = format!("whether images are to be checked: {}", inline_chain(&error));
+                return self.tell(None, None, &Reason::new(Code::DiskFull, text), "agent");
+            }
+        }
+        let needed: BTreeSet<String> = needed_images(&self.world.desired).into_iter().map(str::to_owned).collect();
+        let mut images = BTreeMap::new();
+        for name in needed {
+            if let Some(image) = self.images.remove(&name) {
+                // Nothing is started from it and nobody fetches it meanwhile.
+                let status = ImageStatus::Pulling { done: Bytes(0), total: Bytes(0) };
+                self.world.observed.images.insert(name.clone(), status);
+                images.insert(name, image);
+            }
+        }
+        if images.is_empty() {
+            return;
+        }
+        // Nobody may be pulling or collecting while layers are taken away.
+        self.collected.under_way = true;
+        let until = clock::boot_ms().saturating_add(self.config.images.check_time.ms);
+        let inbox = self.inbox.clone();
+        tokio::task::spawn_blocking(move || look(&content, images, until, &inbox));
+    }
+
+    pub(super) fn image_checked(&mut self, name: String, image: ReadyImage, is_whole: bool) {
+        if is_whole {
+            self.world.observed.images.insert(name.clone(), ImageStatus::Ready { digest: image.digest });
+            self.images.insert(name, image);
+            return;
+        }
+        self.world.observed.images.remove(&name);
+        let written = self.writes.submit(move |store| {
+            if let Err(error) = store.forget_image(&name) {
+                tracing::error!("image record: {}", inline_chain(&error));
+            }
+        });
+        self.warn_if_busy(written);
+    }
+
+    pub(super) fn layers_checked(&mut self, layers: &[CheckedLayer], took_ms: u64) {
+        self.collected.under_way = false;
+        for why in told(layers, took_ms) {
+            self.tell(None, None, &why, "agent");
+        }
+    }
+}
+
+/// On a thread of its own. The loop has ended only when the agent ends.
+fn look(content: &Content, images: BTreeMap<String, ReadyImage>, until: u64, inbox: &mpsc::Sender<Message>) {
+    let began = clock::boot_ms();
+    let mut layers: BTreeMap<Digest, CheckedLayer> = BTreeMap::new();
+    let names = check::by_layer(&images);
+    for (name, image) in images {
+        let unseen = image.layers.iter().filter(|chain| !layers.contains_key(chain));
+        let unseen = unseen.map(|chain| (*chain, names.get(chain).cloned().unwrap_or_default())).collect();
+        for layer in check::layers(content, &unseen, &mut |_| clock::boot_ms() < until) {
+            if !layer.damage.is_empty() {
+                if let Err(error) = content.remove_layer(layer.chain) {
+                    tracing::error!("a damaged layer: {}", inline_chain(&error));
+                }
+            }
+            layers.insert(layer.chain, layer);
+        }
+        let is_damaged = |chain| layers.get(chain).is_some_and(|layer| !layer.damage.is_empty());
+        let is_whole = !image.layers.iter().any(is_damaged);
+        let _ = inbox.blocking_send(Message::ImageChecked { name, image: Box::new(image), is_whole });
+    }
+    let took_ms = clock::boot_ms().saturating_sub(began);
+    let _ = inbox.blocking_send(Message::LayersChecked { layers: layers.into_values().collect(), took_ms });
+}
+
+/// For the events: what a check at the start has found.
+fn told(layers: &[CheckedLayer], took_ms: u64) -> Vec<Reason> {
+    let damaged = layers.iter().filter(|layer| !layer.damage.is_empty());
+    let mut list: Vec<Reason> = damaged
+        .map(|layer| {
+            let text = format!(
+                "layer {} of {} is damaged ({}) and is fetched again",
+                layer.chain.short(),
+                layer.images.join(", "),
+                layer.damage.join("; ")
+            );
+            Reason::new(Code::LayerDamaged, text).next("if this comes back, the disk is failing")
+        })
+        .collect();
+    let read: u64 = layers.iter().map(|layer| layer.read.0).sum();
+    let unread = layers.iter().filter(|layer| layer.unread).count();
+    let rest = match unread {
+        0 => String::new(),
+        n => format!("; {n} of them not in full (no time left, or unpacked by an older edged)"),
+    };
+    let text = format!(
+        "after an unclean stop {} layers were checked in {took_ms} ms, {} read: {} damaged{rest}",
+        layers.len(),
+        Bytes(read).human(),
+        list.len()
+    );
+    list.push(Reason::new(Code::LayersChecked, text));
+    list
+}

@@ -1,0 +1,104 @@
+//! Images on a device: brought on a stick, listed, checked, and repaired layer by layer after the power was cut.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use edged_qemu::process;
+use serde_json::Value;
+
+use crate::rig::{Device, Factory, head, until};
+
+fn sleeper(sequence: u32, image: &str) -> String {
+    format!(
+        "{}workloads:\n  app:\n    image: {image}\n    command: [/bin/sleep, \"10000\"]\n    \
+         mounts: [{{ source: {{ volume: data }}, target: /data }}]\n    resources: {{ memory: 8Mi, cpu: 100m }}\nvolumes: {{ data: {{}} }}\n",
+        head(sequence)
+    )
+}
+
+fn json(device: &Device, words: &[&str]) -> Value {
+    serde_json::from_str(&device.ask(&[words, &["-o", "json"]].concat())).unwrap()
+}
+
+/// A file that only one layer of the device has.
+fn find(device: &Device, name: &str) -> PathBuf {
+    let layers = fs::read_dir(device.data().join("layers")).unwrap();
+    layers.map(|layer| layer.unwrap().path().join(name)).find(|path| path.exists()).expect(name)
+}
+
+#[test]
+fn an_image_from_a_stick_runs_without_its_registry_and_is_listed_with_who_uses_it() {
+    let factory = Factory::start();
+    factory.push_busybox();
+    let stick = factory.path("stick.tar");
+    let layout = factory.path("busybox.layout");
+    process::run(std::process::Command::new("tar").arg("-cf").arg(&stick).arg("-C").arg(&layout).arg(".")).unwrap();
+    let device = factory.device("[images]\npolicy = \"digest\"\n");
+    assert!(device.ask(&["images"]).starts_with("none"));
+    let said = device.ask(&["image", "load", &stick.display().to_string()]);
+    let digest = said.lines().map(str::trim).find(|line| line.starts_with("sha256:")).expect(&said).to_owned();
+    assert!(device.ask(&["images"]).contains("nobody"), "{}", device.ask(&["images"]));
+
+    device.take(&factory.sign("one", &sleeper(1, &format!("nowhere.invalid/busybox@{digest}"))));
+    device.wait_for_generation(1, "good");
+    let images = json(&device, &["images"]);
+    assert_eq!(images[0]["workloads"], serde_json::json!(["app"]), "{images}");
+    assert_eq!(images[0]["generations"], serde_json::json!([1]), "{images}");
+    assert!(device.ask(&["images"]).contains("app [1]"), "{}", device.ask(&["images"]));
+    let volumes = json(&device, &["volumes"]);
+    assert_eq!((&volumes[0]["name"], &volumes[0]["workloads"][0]), (&"data".into(), &"app".into()), "{volumes}");
+    assert!(device.ask(&["image", "check"]).contains("are as they were unpacked"));
+
+    let refused = device.edgectl(&["image", "load", "/nowhere/stick.tar"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("/nowhere/stick.tar"), "{refused:?}");
+}
+
+#[test]
+fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_so() {
+    let factory = Factory::start();
+    let own = factory.path("own");
+    fs::create_dir_all(own.join("opt")).unwrap();
+    fs::write(own.join("opt/tool"), vec![7; 100_000]).unwrap();
+    let image = factory.publish_over_busybox("app", &own);
+    let device = factory.device("");
+    device.take(&factory.sign("one", &sleeper(1, &image)));
+    device.wait_for_generation(1, "good");
+    let (tool, busybox) = (find(&device, "opt/tool"), find(&device, "bin/busybox"));
+    let untouched = fs::metadata(&busybox).unwrap();
+    let data = device.data().to_owned();
+    device.switch_off();
+
+    // In order: nothing is looked at, because this boot is the boot of before.
+    let device = factory.device("");
+    device.running("app");
+    assert!(!device.events().iter().any(|text| text.contains("were checked")), "{:?}", device.events());
+    device.switch_off();
+
+    // As after a power cut, with one byte of one file another.
+    fs::write(data.join("content/in-use"), "another boot").unwrap();
+    let (file, before) = (fs::File::options().write(true).open(&tool).unwrap(), fs::metadata(&tool).unwrap());
+    file.write_all_at(&[8], 50_000).unwrap();
+    file.set_modified(before.modified().unwrap()).unwrap();
+    let device = factory.device("");
+    let told = until("the check", || device.events().into_iter().find(|text| text.contains("were checked")));
+    assert!(told.contains("2 layers") && told.contains("1 damaged"), "{told}");
+    let damage = device.events().into_iter().find(|text| text.contains("is damaged")).expect("an event");
+    assert!(damage.contains("./opt/tool has another content"), "{damage}");
+    device.running("app");
+    assert_eq!(fs::read(&tool).unwrap(), vec![7; 100_000], "fetched again");
+    let now = fs::metadata(&busybox).unwrap();
+    use std::os::unix::fs::MetadataExt;
+    assert_eq!((now.ino(), now.ctime()), (untouched.ino(), untouched.ctime()), "the other layer was left alone");
+
+    // What is damaged under a running workload is seen when asked, and mended at the next start.
+    fs::remove_file(find(&device, "opt/tool")).unwrap();
+    let check = device.edgectl(&["image", "check"]);
+    let text = String::from_utf8_lossy(&check.stdout).into_owned();
+    assert!(check.status.code() == Some(1) && text.contains("./opt/tool is missing"), "{check:?}");
+    device.switch_off();
+    let device = factory.device("");
+    device.running("app");
+    assert_eq!(fs::read(find(&device, "opt/tool")).unwrap(), vec![7; 100_000]);
+}
