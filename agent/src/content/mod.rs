@@ -89,6 +89,17 @@ impl Content {
             // What cannot be taken away must not keep the agent from starting: staging that layer again will say so.
             let _ = remove::path(&path);
         }
+        for dir in [&content.documents, &content.records, &content.tables] {
+            for entry in fs::read_dir(dir).map_err(at(dir))? {
+                let path = entry.map_err(at(dir))?.path();
+                let is_half_written = path.extension().is_some();
+                let is_of_no_layer = dir == &content.tables
+                    && path.file_name().is_some_and(|chain| !content.layers.join(chain).is_dir());
+                if is_half_written || is_of_no_layer {
+                    let _ = fs::remove_file(&path);
+                }
+            }
+        }
         Ok(content)
     }
 
@@ -203,6 +214,9 @@ impl Drop for Staged<'_> {
     fn drop(&mut self) {
         // Not there any more if it was published; else, what stays is taken away at the next start.
         let _ = remove::path(&self.path);
+        if !self.content.has_layer(self.chain) {
+            let _ = fs::remove_file(self.content.table(self.chain));
+        }
         self.content.in_work.chains.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.chain);
         self.content.in_work.done.notify_all();
     }

@@ -2,6 +2,7 @@
 //! verified is not visible.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use edged_model::id::Digest;
@@ -19,12 +20,16 @@ use crate::registry::{Client, Document, Reference, RegistryError, Source};
 use crate::verify::cosign::{self, Wanted};
 use crate::verify::image_policy::{self, Demand, Rule};
 use layers::Layer;
+use room::{Promises, Ticket};
 
 mod claims;
 mod depth;
 mod layers;
 /// Images that are brought on a stick.
 pub mod load;
+/// Whether there is room for an update.
+pub mod room;
+mod size;
 
 /// An image that can be run. What the store remembers of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +86,7 @@ pub struct PullContext {
     pub rules: Vec<Rule>,
     pub data: PathBuf,
     pub disk_reserve: Bytes,
+    pub promises: Arc<Promises>,
 }
 
 impl PullContext {
@@ -136,8 +142,15 @@ struct Record {
 }
 
 /// Fetches what is missing of `image`: `registry/repository@sha256:…`, `registry/repository:tag`, or `oci:/path`. Mirrors
-/// are asked first; whatever is wrong with what one has, the next is asked.
-pub fn pull(ctx: &PullContext, image: &str, progress: &dyn Fn(Progress)) -> Result<ReadyImage, PullFailure> {
+/// are asked first; whatever is wrong with what one has, the next is asked. `ticket`: the images of one update are weighed
+/// together, or none of them is fetched.
+pub fn pull(
+    ctx: &PullContext,
+    image: &str,
+    ticket: Ticket,
+    progress: &dyn Fn(Progress),
+) -> Result<ReadyImage, PullFailure> {
+    let mut ticket = Some(ticket);
     let (wanted, digest, sources) = sources(ctx, image)?;
     // A digest never means anything else later; a tag may have moved.
     if let Some(digest) = digest {
@@ -153,7 +166,7 @@ pub fn pull(ctx: &PullContext, image: &str, progress: &dyn Fn(Progress)) -> Resu
         let pulled = source().and_then(|source| {
             let naming = if digest.is_some() { Naming::Digest } else { Naming::Tag };
             let one = OneImage { ctx, source: &source, wanted: &wanted, naming, image };
-            let ready = one.pull(progress)?.ready;
+            let ready = one.pull(&mut ticket, progress)?.ready;
             // Last of all: what it speaks of is on the disk.
             remember(ctx, image, false, ready)
         });
@@ -231,7 +244,7 @@ struct OneImage<'p> {
 }
 
 impl OneImage<'_> {
-    fn pull(&self, progress: &dyn Fn(Progress)) -> Result<Fetched, PullFailure> {
+    fn pull(&self, ticket: &mut Option<Ticket>, progress: &dyn Fn(Progress)) -> Result<Fetched, PullFailure> {
         let top = self.source.manifest(self.wanted)?;
         let document = self.for_this_platform(&top)?;
         self.check_signature(&top, &document)?;
@@ -252,7 +265,7 @@ impl OneImage<'_> {
             return Err(self.unusable(&format!("made for {is}, this machine is {wants}")));
         }
         let layers = self.layers(&manifest, &configuration)?;
-        layers::fetch(self.ctx, self.image, self.source, &layers, progress)?;
+        layers::fetch(self.ctx, self.image, self.source, &layers, ticket, progress)?;
         for bytes in [&document.bytes, &config] {
             self.ctx.content.put_document(bytes).map_err(|error| self.disk(&error))?;
         }

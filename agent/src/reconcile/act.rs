@@ -55,12 +55,13 @@ impl Agent {
         self.pull_attempts.insert(image.clone(), attempts);
         self.world.observed.images.insert(image.clone(), nothing);
         let (context, inbox) = (self.pull_context.clone(), self.inbox.clone());
+        let ticket = self.ticket(&image);
         tokio::task::spawn_blocking(move || {
             let tell = |progress| {
                 // A progress that finds no room is told by the next one.
                 let _ = inbox.try_send(Message::PullProgress { image: image.clone(), progress });
             };
-            let result = Box::new(pull::pull(&context, &image, &tell));
+            let result = Box::new(pull::pull(&context, &image, ticket, &tell));
             // The loop has ended only when the agent ends.
             let _ = inbox.blocking_send(Message::Pulled { image: image.clone(), result });
         });
@@ -81,6 +82,7 @@ impl Agent {
                 self.world.observed.images.insert(image.clone(), ImageStatus::Ready { digest: ready.digest });
                 let text = format!("image {image} ({}) is on disk and verified", ready.digest.short());
                 self.tell(None, None, &Reason::new(Code::ImageReady, text), "agent");
+                self.collected.no_room.remove(&image);
                 self.images.insert(image, ready);
             }
             Err(failure) => {
@@ -88,15 +90,14 @@ impl Agent {
                 let backoff = (PULL_RETRY_MS << attempts.min(10)).min(PULL_RETRY_MAX_MS);
                 let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
                 let retry_at_boot_ms = now.boot_ms.saturating_add(backoff.max(asked).min(PULL_RETRY_MAX_MS));
-                self.collected.room_is_short |= failure.reason.code == Code::DiskDoesNotFit;
-                self.tell(None, None, &failure.reason, "agent");
+                let permanent = failure.permanent || self.found_no_room(&image, &failure.reason);
+                // The images of one update that does not fit all say the same.
+                let says_it = |status: &ImageStatus| matches!(status, ImageStatus::Failed { reason, .. } if *reason == failure.reason);
+                if !self.world.observed.images.values().any(says_it) {
+                    self.tell(None, None, &failure.reason, "agent");
+                }
                 self.refuse(&image, &failure.reason);
-                let status = ImageStatus::Failed {
-                    reason: failure.reason,
-                    attempts,
-                    retry_at_boot_ms,
-                    permanent: failure.permanent,
-                };
+                let status = ImageStatus::Failed { reason: failure.reason, attempts, retry_at_boot_ms, permanent };
                 self.world.observed.images.insert(image, status);
             }
         }

@@ -156,6 +156,7 @@ impl Agent {
             if matches!(images.get(&workload.image), Some(ImageStatus::Failed { .. })) {
                 images.remove(&workload.image);
             }
+            self.collected.no_room.remove(&workload.image);
         }
     }
 

@@ -59,6 +59,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::api::Call;
 use crate::config::Config;
+use crate::execute::pull::room::Ticket;
 use crate::execute::pull::{Progress, PullContext, PullFailure, ReadyImage};
 use crate::execute::start::StartContext;
 use crate::network::ports::Ports;
@@ -160,6 +161,8 @@ enum StartFailure {
 #[derive(Default)]
 struct UnderWay {
     pulls: BTreeSet<String>,
+    /// While a plan is carried out.
+    update: Option<Ticket>,
     starts: BTreeMap<WorkloadName, StartUnderWay>,
     removals: BTreeSet<WorkloadName>,
     signalled: BTreeSet<WorkloadName>,
@@ -269,9 +272,12 @@ impl Agent {
         self.look_whether_all_is_well(now);
         self.look_at_locks(now);
         self.plan = edged_plan::plan(&self.world.desired, &self.world.observed, now);
+        // The images of an update are ordered in one plan: they are weighed together.
+        self.under_way.update = Some(Ticket::alone());
         for action in self.plan.actions.clone() {
             self.act(action, now).await;
         }
+        self.under_way.update = None;
     }
 
     fn look_whether_all_is_well(&mut self, now: Now) {

@@ -1,6 +1,7 @@
 //! The disk: what takes it, and when what is not needed goes. By itself that happens when a generation has become good,
 //! every hour after, and when a pull found no room; never while an image is fetched or a generation is on its way.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use edged_model::api::{Answer, DiskPart, DiskUse, Pruned};
@@ -16,6 +17,7 @@ use super::{Agent, Message, answer};
 use crate::config::Places;
 use crate::content::Content;
 use crate::content::usage::tree_bytes;
+use crate::execute::pull::room::Ticket;
 use crate::execute::reclaim::{self, Wish};
 use crate::observe::disk;
 use crate::store::inline_chain;
@@ -30,6 +32,10 @@ pub struct Collected {
     generation: Option<Sequence>,
     /// A pull found no room: age saves nothing next time.
     pub room_is_short: bool,
+    /// The one under way lets age save nothing.
+    makes_room: bool,
+    /// Images that found no room, and whether some was made since.
+    pub no_room: BTreeMap<String, bool>,
 }
 
 impl Agent {
@@ -61,6 +67,8 @@ impl Agent {
             at_boot_ms: Some(now),
             generation: active,
             room_is_short: false,
+            makes_room: self.collected.room_is_short,
+            no_room: std::mem::take(&mut self.collected.no_room),
         };
         let (content, inbox) = (self.start_context.content.clone(), self.inbox.clone());
         tokio::task::spawn_blocking(move || {
@@ -80,6 +88,29 @@ impl Agent {
         }
     }
 
+    /// Whom a pull is weighed with: the others of its update. What the active generation lacks waits for no update.
+    pub(super) fn ticket(&self, image: &str) -> Ticket {
+        let update = self.under_way.update.as_ref().filter(|_| !self.is_active(image));
+        update.map_or_else(Ticket::alone, Ticket::another)
+    }
+
+    fn is_active(&self, image: &str) -> bool {
+        self.active().is_some_and(|active| active.manifest.workloads.values().any(|workload| workload.image == image))
+    }
+
+    /// Takes note that a pull found no room, which the next collection makes. Whether that was the last word: an update that
+    /// does not fit after that either is refused; what the active generation needs is tried for ever.
+    pub(super) fn found_no_room(&mut self, image: &str, why: &Reason) -> bool {
+        self.collected.room_is_short |= why.code == Code::DiskFull;
+        if why.code != Code::DiskDoesNotFit {
+            return false;
+        }
+        let room_was_made = self.collected.no_room.insert(image.to_owned(), false) == Some(true);
+        let is_last_word = room_was_made && !self.is_active(image);
+        self.collected.room_is_short |= !is_last_word;
+        is_last_word
+    }
+
     /// An operator's `prune`.
     pub(super) fn prune(&mut self, answers: mpsc::Sender<Answer>, dry_run: bool) {
         if !dry_run && !self.is_settled() {
@@ -87,6 +118,7 @@ impl Agent {
             return answer::error(&answers, why.next("try again when `edgectl status` says `good`"));
         }
         self.collected.under_way |= !dry_run;
+        self.collected.makes_room |= !dry_run;
         let wish = self.wish(true, dry_run);
         let (content, inbox) = (self.start_context.content.clone(), self.inbox.clone());
         tokio::task::spawn_blocking(move || {
@@ -116,6 +148,9 @@ impl Agent {
         }
         if !result.as_ref().is_ok_and(|(pruned, _)| pruned.dry_run) {
             self.collected.under_way = false;
+            if self.collected.makes_room && result.is_ok() {
+                self.collected.no_room.values_mut().for_each(|made| *made = true);
+            }
         }
         if let Ok((Pruned { dry_run: false, .. }, broken)) = &result {
             for name in broken {

@@ -76,6 +76,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         rules: image_policy::rules(&root),
         data: places.data().to_owned(),
         disk_reserve: config.limits.disk_reserve,
+        promises: std::sync::Arc::default(),
     };
     let mut agent = Agent {
         device: config.device.id.clone(),

@@ -79,7 +79,7 @@ impl<'c> BlobReader<'c> {
 }
 
 /// `Content-Range: bytes 100-199/200` begins at 100.
-fn range_start(response: &Response<Body>) -> Option<u64> {
+pub(super) fn range_start(response: &Response<Body>) -> Option<u64> {
     let range = response.headers().get(header::CONTENT_RANGE)?.to_str().ok()?;
     range.strip_prefix("bytes ")?.split('-').next()?.parse().ok()
 }

@@ -134,6 +134,14 @@ pub struct Part {
     left: u64,
 }
 
+impl Part {
+    /// Only so many bytes of its end.
+    pub fn last(self, bytes: u64) -> Self {
+        let over = self.left.saturating_sub(bytes);
+        Self { at: self.at + over, left: self.left - over, ..self }
+    }
+}
+
 impl Read for Part {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let take = buffer.len().min(BUFFER_BYTES).min(usize::try_from(self.left).unwrap_or(usize::MAX));

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use edged_model::id::Digest;
@@ -179,6 +180,22 @@ impl Layout {
             }
         };
         stream.map(LayoutBlob).ok_or_else(|| self.has_no(&name))
+    }
+
+    /// The last bytes of a blob.
+    pub fn ending(&self, digest: Digest) -> Option<[u8; 4]> {
+        let mut ending = [0; 4];
+        match &self.files {
+            Files::Directory => {
+                let file = File::open(self.path.join(blob_name(digest))).ok()?;
+                let from = file.metadata().ok()?.len().checked_sub(4)?;
+                file.read_exact_at(&mut ending, from).ok()?;
+            }
+            Files::Archive(bundle) => bundle.file(&blob_name(digest))?.last(4).read_exact(&mut ending).ok()?,
+            // Its layers are not compressed.
+            Files::DockerArchive { .. } => return None,
+        }
+        Some(ending)
     }
 
     fn has_no(&self, name: &str) -> RegistryError {

@@ -200,6 +200,20 @@ impl Client {
         BlobReader::new(self, format!("/{repository}/blobs/{digest}"), size)
     }
 
+    /// The last bytes of a blob, from a registry that has ranges.
+    pub fn ending(&self, repository: &str, digest: Digest, size: u64) -> Option<[u8; 4]> {
+        let path = format!("/{repository}/blobs/{digest}");
+        let from = size.checked_sub(4).filter(|from| *from > 0)?;
+        let what = format!("{}{path}", self.name);
+        let response = self.get(&path, "*/*", Some(from), DOCUMENT_TIMEOUT, &what).ok()?;
+        if response.status() != StatusCode::PARTIAL_CONTENT || blob::range_start(&response) != Some(from) {
+            return None;
+        }
+        let mut ending = [0; 4];
+        response.into_body().into_reader().read_exact(&mut ending).ok()?;
+        Some(ending)
+    }
+
     /// GET with authorization and redirects. The credentials never go to another host, and what began encrypted does
     /// not go on in the clear.
     fn get(

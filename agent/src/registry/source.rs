@@ -45,6 +45,14 @@ impl Source {
         })
     }
 
+    /// The last bytes of a blob, where they can be had without the rest.
+    pub fn ending(&self, digest: Digest, size: u64) -> Option<[u8; 4]> {
+        match self {
+            Self::Registry { client, repository } => client.ending(repository, digest, size),
+            Self::Layout(layout) => layout.ending(digest),
+        }
+    }
+
     /// Manifests that may hold a signature of `digest`, at most [`ARTIFACTS_MAX`].
     pub fn artifacts(&self, digest: Digest) -> Result<Vec<Document>, RegistryError> {
         match self {

@@ -176,7 +176,11 @@ pub fn durable(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
         file.sync_all()?;
         fs::rename(&temporary, path)
     };
-    write().map_err(|source| StoreError::File { path: path.to_owned(), source })?;
+    write().map_err(|source| {
+        // On a full disk of all things, nothing may stay of what failed.
+        let _ = fs::remove_file(&temporary);
+        StoreError::File { path: path.to_owned(), source }
+    })?;
     sync_dir(dir)
 }
 

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
 use crate::rig::{Device, Factory, head, until};
@@ -79,4 +81,53 @@ fn what_is_old_goes_by_itself_once_a_generation_is_good() {
     until("the collection", || device.events().iter().any(|text| text.contains("no generation needs")).then_some(()));
     assert!(layers(&device).0 < 4, "{}", device.ask(&["df"]));
     device.running("app");
+}
+
+/// An image with so much that does not compress.
+fn noise(factory: &Factory, name: &str, mebibytes: usize) -> String {
+    let own = factory.path(name);
+    fs::create_dir_all(own.join("data")).unwrap();
+    let mut state = name.bytes().map(u64::from).sum::<u64>();
+    let bytes = (0..mebibytes << 20).map(|_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state.to_be_bytes()[0]
+    });
+    fs::write(own.join("data/noise"), bytes.collect::<Vec<u8>>()).unwrap();
+    factory.publish_over_busybox(name, &own)
+}
+
+#[test]
+fn an_update_that_cannot_fit_is_refused_as_a_whole_with_the_numbers_and_one_that_just_fits_is_taken() {
+    let factory = Factory::start();
+    // A data disk of 92 MiB for this device alone, 64 of them in reserve.
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+    let root = factory.path("device");
+    fs::create_dir_all(&root).unwrap();
+    mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), Some("size=92m")).unwrap();
+    let [first, second] = ["first", "second"].map(|name| noise(&factory, name, 16));
+    let busybox = factory.publish_busybox();
+    let device = factory.device("");
+    device.take(&factory.sign("one", &sleeper(1, &busybox)));
+    device.wait_for_generation(1, "good");
+    let (pid, before) = (device.pid("app"), layers(&device).0);
+
+    // Each of the two would fit alone.
+    let other = "  other:\n    image: IMAGE\n    command: [/bin/sleep, \"10000\"]\n    \
+                 resources: { memory: 8Mi, cpu: 100m }\n";
+    let both = format!("{}{}", sleeper(2, &first), other.replace("IMAGE", &second));
+    device.take(&factory.sign("two", &both));
+    let refused = until("the refusal", || {
+        let generations: Value = serde_json::from_str(&device.ask(&["generations", "-o", "json"])).unwrap();
+        let found = generations.as_array()?.iter().find(|generation| generation["sequence"] == 2)?.clone();
+        (found["state"] == "rejected").then_some(found)
+    });
+    let why = refused["reason"]["text"].as_str().unwrap();
+    assert!(why.contains("2 images") && why.contains("/first@") && why.contains("/second@"), "{refused}");
+    assert!(why.contains(" need about 3") && why.contains(" are free, 64Mi are in reserve"), "{refused}");
+    assert_eq!(refused["reason"]["code"], "diskDoesNotFit", "{refused}");
+    assert_eq!((device.pid("app"), layers(&device).0), (pid, before), "nothing was fetched, nothing was stopped");
+
+    device.take(&factory.sign("three", &sleeper(3, &first)));
+    device.wait_for_generation(3, "good");
 }

@@ -258,6 +258,7 @@ impl Stick {
             rules: Vec::new(),
             data: places.data().to_owned(),
             disk_reserve: Bytes(0),
+            promises: std::sync::Arc::default(),
         };
         Self { dir, layout, ctx, manifest, config }
     }
@@ -283,7 +284,7 @@ impl Stick {
             .replace(&Digest::of(&self.config).to_string(), &self.put(bytes).to_string());
         for top in [self.put(bytes), self.put(as_config.as_bytes())] {
             let image = format!("oci:{}@{top}", self.layout.display());
-            match pull::pull(&self.ctx, &image, &|_| {}) {
+            match pull::pull(&self.ctx, &image, pull::room::Ticket::alone(), &|_| {}) {
                 Ok(ready) => assert!(pull::is_whole(&self.ctx.content, &ready) && !ready.layers.is_empty()),
                 Err(failure) => sentence(&failure.reason),
             }

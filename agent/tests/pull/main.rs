@@ -8,6 +8,7 @@ mod image_policy;
 mod load;
 mod many_layers;
 mod real_registry;
+mod small_disk;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use edged::config::{self, ImagePolicy, Images, Places};
 use edged::content::Content;
 use edged::content::build::{BuildSpec, build_layout};
+use edged::execute::pull::room::Ticket;
 use edged::execute::pull::{self, PullContext, PullFailure, ReadyImage};
 use edged::registry::platform::architecture;
 use edged_model::id::Digest;
@@ -40,6 +42,7 @@ impl Device {
             rules: Vec::new(),
             data: places.data().to_owned(),
             disk_reserve: Bytes::mebi(1),
+            promises: std::sync::Arc::default(),
         };
         Self { ctx, _dir: dir }
     }
@@ -51,7 +54,7 @@ impl Device {
     }
 
     fn pull(&self, image: &str) -> Result<ReadyImage, PullFailure> {
-        pull::pull(&self.ctx, image, &|_| {})
+        pull::pull(&self.ctx, image, Ticket::alone(), &|_| {})
     }
 
     fn layer(&self, ready: &ReadyImage, index: usize) -> PathBuf {

@@ -2,6 +2,7 @@
 
 pub mod faults;
 pub mod registry;
+pub mod tmpfs;
 
 use std::path::Path;
 use std::process::{Command, Output};

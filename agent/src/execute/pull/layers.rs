@@ -3,15 +3,16 @@
 
 use std::io::{self, Read};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use edged_model::id::Digest;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 
-use super::{Progress, PullContext, PullFailure};
+use super::room::{Disk, Promise, Ticket};
+use super::{Progress, PullContext, PullFailure, size};
 use crate::content::layer::{Compression, Expected, LayerError, unpack_stream};
 use crate::content::unpack::{Bounds, UnpackError};
 use crate::registry::{BlobStream, Source};
@@ -27,41 +28,29 @@ pub struct Layer {
     pub compression: Compression,
 }
 
-/// What gzip and zstd make of programs is about a third; what is downloaded is not kept.
-const UNPACKED_PER_COMPRESSED: u64 = 3;
-
 /// A report of progress is worth waking somebody for.
 const PROGRESS_STEP_BYTES: u64 = 256 << 10;
 
 /// Reports on their way: one for each thread that fetches is enough, more only smooths.
 const PROGRESS_DEPTH: usize = 16;
 
-impl Layer {
-    fn unpacked_estimate(&self) -> u64 {
-        match self.compression {
-            Compression::None => self.size,
-            Compression::Gzip | Compression::Zstd => self.size.saturating_mul(UNPACKED_PER_COMPRESSED),
-        }
-    }
-}
-
-/// Fetches what is missing of `layers` (lowest first).
+/// Fetches what is missing of `layers` (lowest first), once it is certain that there is room for it. Without a `ticket`
+/// it is weighed alone.
 pub fn fetch(
     ctx: &PullContext,
     image: &str,
     source: &Source,
     layers: &[Layer],
+    ticket: &mut Option<Ticket>,
     progress: &dyn Fn(Progress),
 ) -> Result<(), PullFailure> {
     let missing: Vec<usize> = (0..layers.len()).filter(|index| !ctx.content.has_layer(layers[*index].chain)).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let needed = missing.iter().map(|index| layers[*index].unpacked_estimate()).fold(0, u64::saturating_add);
-    let room = Room::of(ctx);
-    if needed > room.usable() {
-        return Err(room.too_small(image, needed));
-    }
+    let disk = || Disk::of(&ctx.data, ctx.disk_reserve);
+    let needs = size::needs(source, missing.iter().map(|index| &layers[*index]), disk());
+    let promise = ticket.take().unwrap_or_else(Ticket::alone).weigh(image, needs, &ctx.promises, &disk)?;
     let work = Work {
         ctx,
         image,
@@ -69,8 +58,7 @@ pub fn fetch(
         layers,
         missing: &missing,
         next: AtomicUsize::new(0),
-        disk_left: AtomicU64::new(room.usable()),
-        room,
+        promise,
         done: Mutex::new((0..layers.len()).map(|index| !missing.contains(&index)).collect()),
         changed: Condvar::new(),
         failed: AtomicBool::new(false),
@@ -107,32 +95,6 @@ pub fn fetch(
     })
 }
 
-/// The disk, when the pull began.
-#[derive(Debug, Clone, Copy)]
-struct Room {
-    free: u64,
-    reserve: u64,
-}
-
-impl Room {
-    fn of(ctx: &PullContext) -> Self {
-        // A file system that cannot be asked says so when it is written to.
-        let free = rustix::fs::statvfs(&ctx.data).map_or(u64::MAX, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-        Self { free, reserve: ctx.disk_reserve.0 }
-    }
-
-    fn usable(self) -> u64 {
-        self.free.saturating_sub(self.reserve)
-    }
-
-    fn too_small(self, image: &str, needed: u64) -> PullFailure {
-        let [needed, free, reserve] = [needed, self.free, self.reserve].map(|bytes| Bytes(bytes).human());
-        let text = format!("{image} needs about {needed}, {free} are free, {reserve} are in reserve");
-        let reason = Reason::new(Code::DiskDoesNotFit, text).next("free some room or use a smaller image");
-        PullFailure { reason, permanent: false, retry_after: None }
-    }
-}
-
 enum Stopped {
     Failed(PullFailure),
     GivenUp,
@@ -152,8 +114,7 @@ struct Work<'w> {
     layers: &'w [Layer],
     missing: &'w [usize],
     next: AtomicUsize,
-    disk_left: AtomicU64,
-    room: Room,
+    promise: Arc<Promise>,
     /// Which layers are on the disk.
     done: Mutex<Vec<bool>>,
     changed: Condvar,
@@ -181,8 +142,8 @@ impl Work<'_> {
         let mut reader = Watched { stream, size_left: layer.size, unreported: 0, progress, failed: &self.failed };
         let expected = Expected { digest: layer.digest, diff_id: layer.diff_id, compression: layer.compression };
         let images = &self.ctx.images;
-        let bounds =
-            Bounds { bytes_max: images.layer_max.0, entries_max: images.layer_entries_max, disk_left: &self.disk_left };
+        let (bytes_max, entries_max) = (images.layer_max.0, images.layer_entries_max);
+        let bounds = Bounds { bytes_max, entries_max, disk_left: self.promise.left() };
         match unpack_stream(&mut reader, &expected, staged.path(), &|| self.below(index), bounds) {
             Ok(sums) => Ok(staged.publish(&sums).map_err(disk)?),
             Err(_) if self.failed.load(Ordering::Relaxed) => Err(Stopped::GivenUp),
@@ -211,8 +172,7 @@ impl Work<'_> {
                 PullFailure::passing(Code::DiskFull, text)
             }
             LayerError::Unpack(UnpackError::DiskFull { .. }) => {
-                let taken = self.room.usable().saturating_sub(self.disk_left.load(Ordering::Relaxed));
-                let mut failure = self.room.too_small(self.image, taken);
+                let mut failure = self.promise.was_too_small(self.image);
                 failure.reason.text = format!("{}; {text}", failure.reason.text);
                 failure
             }

@@ -59,7 +59,7 @@ pub fn load(
         let label = format!("{shown}@{digest}");
         let (image, naming) = tag.as_deref().map_or((label.as_str(), Naming::Later), |tag| (tag, Naming::Tag));
         let one = OneImage { ctx, source: &source, wanted: &digest, naming, image };
-        let fetched = one.pull(progress).map_err(|failure| explained(failure, is_docker_archive))?;
+        let fetched = one.pull(&mut None, progress).map_err(|failure| explained(failure, is_docker_archive))?;
         let mut names = keep(ctx, &source, &fetched)?;
         if let Some(tag) = &tag {
             remember(ctx, tag, true, fetched.ready.clone())?;
