@@ -20,10 +20,8 @@ const ISIZE_COMPRESSED_MAX: u64 = 1 << 30;
 /// For each layer what it takes.
 pub fn needs<'l>(source: &Source, layers: impl Iterator<Item = &'l Layer>, disk: Disk) -> Vec<(Digest, u64)> {
     let layers: Vec<&Layer> = layers.collect();
-    let sum = |of: fn(&Layer) -> u64| layers.iter().map(|layer| of(layer)).fold(0, u64::saturating_add);
-    let room = disk.free.saturating_sub(disk.reserve);
-    // What is too large even packed needs no second opinion.
-    let is_tight = sum(guess) > room / WORTH_ASKING && sum(|layer| layer.size) <= room;
+    let all = layers.iter().map(|layer| guess(layer)).fold(0, u64::saturating_add);
+    let is_tight = all > disk.free.saturating_sub(disk.reserve) / WORTH_ASKING;
     let need = |layer: &Layer| {
         let asked = if is_tight { ask(source, layer) } else { None };
         (layer.chain, asked.unwrap_or_else(|| guess(layer)))
