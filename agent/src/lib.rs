@@ -25,6 +25,9 @@ const fn parse_decimal(text: &str) -> i64 {
     value
 }
 
+/// Where a test lets the agent die.
+pub mod crash_point;
+
 /// `agent.toml` and the places on disk.
 pub mod config;
 

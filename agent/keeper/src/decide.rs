@@ -6,7 +6,7 @@ use edged_model::keeper::{
 };
 
 use crate::agent::{count_failure, restart_delay_ms};
-use crate::table::{AgentLife, Child, Down, Life, MAX_CHILDREN, Phase, Table, Way};
+use crate::table::{AgentLife, Child, Down, Life, MAX_CHILDREN, NOBODY, Phase, Table, Way};
 
 /// Grace for the kernel to take away what was killed.
 pub const FORCED_MS: u64 = 2_000;
@@ -154,6 +154,7 @@ pub fn decide(table: &mut Table, event: Event, now: u64) -> Vec<Act> {
         Event::Request(request) => answer(table, request, now, &mut acts),
         Event::Unreadable { why } => refuse(&mut acts, 0, why),
         Event::AgentStarted { pid } => {
+            table.forget_requests();
             table.agent.life = AgentLife::Running { pid, started_boot_ms: now, heard_boot_ms: now };
         }
         Event::AgentNotStarted { why } => {
@@ -205,6 +206,9 @@ fn exec_reached(table: &mut Table, key: String, acts: &mut Vec<Act>) {
     let Some(child) = table.children.get_mut(&key) else { return };
     if let Life::Launching { request } = child.life {
         child.life = Life::Running;
+        if request == NOBODY {
+            return;
+        }
         let body = ReplyBody::Launched { key: key.clone(), pid: child.pid, boot_ms: child.started_boot_ms };
         acts.push(Act::Send { id: request, body, outputs_of: Some(key) });
     }
@@ -230,13 +234,13 @@ fn reaped(table: &mut Table, pid: i32, end: End, now: u64, acts: &mut Vec<Act>) 
     let End { code, signal, core_dumped } = end;
     let exit = ChildExit { key: key.clone(), pid, code, signal, core_dumped, boot_ms: now };
     match std::mem::replace(&mut child.life, Life::Ended(exit.clone())) {
-        Life::Failed { request, stage, errno } => {
+        Life::Failed { request, stage, errno } if request != NOBODY => {
             table.children.remove(&key);
             acts.push(Act::Close { key: key.clone() });
             send(acts, request, ReplyBody::LaunchFailed { key, stage, errno });
         }
         // Dead without a word: killed on its way to exec.
-        Life::Launching { request } => {
+        Life::Launching { request } if request != NOBODY => {
             table.children.remove(&key);
             acts.push(Act::Close { key: key.clone() });
             let stage = match signal {
@@ -245,7 +249,7 @@ fn reaped(table: &mut Table, pid: i32, end: End, now: u64, acts: &mut Vec<Act>) 
             };
             send(acts, request, ReplyBody::LaunchFailed { key, stage, errno: 0 });
         }
-        Life::Running | Life::Ended(_) => {
+        Life::Launching { .. } | Life::Failed { .. } | Life::Running | Life::Ended(_) => {
             acts.push(Act::ClosePidfd { key });
             send(acts, 0, ReplyBody::Exited(exit));
         }

@@ -29,7 +29,7 @@ pub struct Child {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Life {
-    /// Cloned, exec not reached yet; the request that waits for it.
+    /// Cloned, exec not reached yet; the request that waits for it, or [`NOBODY`].
     Launching {
         request: u64,
     },
@@ -44,16 +44,19 @@ pub enum Life {
     Ended(ChildExit),
 }
 
+/// The agent that asked for a launch is gone: the next one is told of a child, and of its end, but of no answer.
+pub const NOBODY: u64 = 0;
+
 impl Child {
     /// What the agent is told; `None` while its launch is still to be answered.
     pub fn state(&self, key: &str) -> Option<ChildState> {
         let exit = match &self.life {
+            Life::Launching { request: NOBODY } | Life::Failed { request: NOBODY, .. } | Life::Running => None,
             Life::Launching { .. } | Life::Failed { .. } => return None,
-            Life::Running => None,
             Life::Ended(exit) => Some(exit.clone()),
         };
         let (note, started_boot_ms) = (self.note.clone(), self.started_boot_ms);
-        Some(ChildState { key: key.to_owned(), pid: self.pid, started_boot_ms, note, exit })
+        Some(ChildState { key: key.to_owned(), pid: self.pid, started_boot_ms, note, exit, stop: self.stop })
     }
 
     /// When its time to end by itself is over; `None` before it was asked and after it was killed.
@@ -171,6 +174,15 @@ impl Table {
     pub fn key_of_pid(&self, pid: i32) -> Option<&str> {
         let found = self.children.iter().find(|(_, child)| child.pid == pid && child.is_living());
         found.map(|(key, _)| key.as_str())
+    }
+
+    /// The numbers of the next agent's requests begin anew: an answer to the one before would be taken for another.
+    pub fn forget_requests(&mut self) {
+        for child in self.children.values_mut() {
+            if let Life::Launching { request } | Life::Failed { request, .. } = &mut child.life {
+                *request = NOBODY;
+            }
+        }
     }
 
     pub fn living(&self) -> impl Iterator<Item = (&String, &Child)> {

@@ -105,6 +105,9 @@ pub struct ChildState {
     /// The agent's own words about the launch (`LaunchSpec::note`), given back as they were.
     pub note: String,
     pub exit: Option<ChildExit>,
+    /// How the launch said it is to be ended: the manifest of today may say something else, or nothing.
+    #[serde(default)]
+    pub stop: StopPlan,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

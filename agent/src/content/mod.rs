@@ -23,6 +23,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use edged_model::id::Digest;
 
 use crate::config::Places;
+use crate::crash_point;
 use table::{Found, Sums};
 
 /// A tar archive as a stream of entries.
@@ -83,6 +84,9 @@ impl Content {
         let staging = content.staging();
         for dir in [&content.documents, &content.records, &content.tables, &content.layers, &staging] {
             fs::create_dir_all(dir).map_err(at(dir))?;
+        }
+        for dir in [&content.documents, &content.records] {
+            crate::store::keep::sweep_unfinished(dir);
         }
         for entry in fs::read_dir(&staging).map_err(at(&staging))? {
             let path = entry.map_err(at(&staging))?.path();
@@ -201,10 +205,13 @@ impl Staged<'_> {
         let table = self.content.table(self.chain);
         table::write(&self.path, sums, &table).map_err(at(&table))?;
         let dir = File::open(&self.path).map_err(at(&self.path))?;
+        crash_point::pass("layer-unpacked");
         // One layer is thousands of files: one syncfs(2) is cheaper than an fsync for each.
         rustix::fs::syncfs(&dir).map_err(|errno| at(&self.path)(errno.into()))?;
+        crash_point::pass("layer-synced");
         let path = self.content.layer(self.chain);
         fs::rename(&self.path, &path).map_err(at(&path))?;
+        crash_point::pass("layer-named");
         let layers = &self.content.layers;
         File::open(layers).and_then(|dir| dir.sync_all()).map_err(at(layers))
     }

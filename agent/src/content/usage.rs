@@ -10,6 +10,7 @@ use edged_model::id::Digest;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat};
 
 use super::{Content, ContentError, at, remove};
+use crate::crash_point;
 
 /// One thing on the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +40,7 @@ impl Content {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             renamed => renamed.map_err(at(&from))?,
         }
+        crash_point::pass("layer-moved-aside");
         // Without its layer it means nothing, and the next unpacking writes it anew.
         let _ = std::fs::remove_file(self.table(chain));
         remove::path(&aside).map_err(at(&aside))

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{ImagePolicy, Images, Registry};
 use crate::content::layer::Compression;
 use crate::content::{Content, chain_id};
+use crate::crash_point;
 use crate::registry::layout::{Layout, LayoutReference};
 use crate::registry::platform::{self, architecture};
 use crate::registry::{Client, Document, Reference, RegistryError, Source};
@@ -189,6 +190,7 @@ fn remember(ctx: &PullContext, image: &str, loaded: bool, ready: ReadyImage) -> 
     let disk = |why: String| PullFailure::passing(Code::DiskFull, format!("{image}: {why}"));
     let bytes = serde_json::to_vec(&record).map_err(|error| disk(error.to_string()))?;
     ctx.content.put_record(image, &bytes).map_err(|error| disk(crate::store::inline_chain(&error)))?;
+    crash_point::pass("image-recorded");
     Ok(record.ready)
 }
 
@@ -269,6 +271,7 @@ impl OneImage<'_> {
         for bytes in [&document.bytes, &config] {
             self.ctx.content.put_document(bytes).map_err(|error| self.disk(&error))?;
         }
+        crash_point::pass("documents-written");
         let chains = layers.iter().map(|layer| layer.chain).collect();
         Ok(Fetched { ready: ready_image(document.digest, chains, &configuration), top, document })
     }

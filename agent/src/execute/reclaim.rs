@@ -12,6 +12,7 @@ use oci_spec::image::ImageManifest;
 use super::pull::ReadyImage;
 use crate::content::usage::Item;
 use crate::content::{Content, ContentError};
+use crate::crash_point;
 
 /// What is asked of a collection.
 #[derive(Debug, Clone)]
@@ -50,6 +51,7 @@ pub fn collect(content: &Content, wish: &Wish) -> Result<(Pruned, Vec<String>), 
             let of = wish.images.iter().find(|(_, image)| image.layers.contains(&layer.digest));
             if !wish.dry_run {
                 content.remove_layer(layer.digest)?;
+                crash_point::pass("layer-removed");
             }
             note(&mut pruned, "layer", &layer, of.map(|(name, _)| name.clone()));
         }
@@ -69,6 +71,7 @@ pub fn collect(content: &Content, wish: &Wish) -> Result<(Pruned, Vec<String>), 
     if !wish.dry_run {
         for name in &broken {
             content.remove_record(name)?;
+            crash_point::pass("record-removed");
         }
     }
     Ok((pruned, broken))

@@ -14,6 +14,7 @@ use super::pull::ReadyImage;
 use super::user;
 use crate::config::{Allow, Places};
 use crate::content::Content;
+use crate::crash_point;
 use crate::network::netns;
 use crate::runtime::cgroup::{Cgroup, CgroupRoot, IoLimits, Limits};
 use crate::runtime::defaults::{self, ContainerInputs};
@@ -126,6 +127,7 @@ pub fn prepare(
     let fail = |error: &dyn std::error::Error| failed(name, error);
     let layers: Vec<PathBuf> = image.layers.iter().map(|chain| ctx.content.layer(*chain)).collect();
     let root = place::writable_root(&ctx.places, name, workload.digest()).map_err(|error| fail(&error))?;
+    crash_point::pass("place-made");
     let limits = Limits {
         memory_bytes: workload.resources.memory.unwrap_or_default().0,
         cpu_milli: workload.resources.cpu.unwrap_or_default().0,
@@ -134,10 +136,12 @@ pub fn prepare(
     };
     let cgroup = ctx.cgroups.create(name.as_str(), &limits).map_err(|error| fail(&error))?;
     cgroup.reset_peak();
+    crash_point::pass("cgroup-made");
     let netns = match netns_path(&ctx.places, name, workload.network_mode) {
         Some(path) => Some(netns::ensure(&path).map_err(|error| fail(&error))?),
         None => None,
     };
+    crash_point::pass("namespace-made");
     let inputs = inputs(ctx, name, workload, manifest, image, &layers)?;
     let spec = defaults::spec(&inputs).map_err(|error| fail(&error))?;
     let first = u32::from(netns.is_some());

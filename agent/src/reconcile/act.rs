@@ -13,6 +13,7 @@ use edged_plan::world::Began;
 
 use super::store_thread::Busy;
 use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock};
+use crate::crash_point;
 use crate::execute::{place, pull, start, stop};
 use crate::network::netns;
 use crate::report::Taken;
@@ -55,6 +56,7 @@ impl Agent {
         self.pull_attempts.insert(image.clone(), attempts);
         self.world.observed.images.insert(image.clone(), nothing);
         let (context, inbox) = (self.pull_context.clone(), self.inbox.clone());
+        crash_point::pass("pull-ordered");
         let ticket = self.ticket(&image);
         tokio::task::spawn_blocking(move || {
             let tell = |progress| {
@@ -72,11 +74,13 @@ impl Agent {
         let now = self.now();
         match result {
             Ok(ready) => {
+                crash_point::pass("image-told");
                 let (record, key) = (ready.clone(), image.clone());
                 let written = self.writes.submit(move |store| {
                     if let Err(error) = store.put_image(&key, &record) {
                         tracing::error!("image record: {}", inline_chain(&error));
                     }
+                    crash_point::pass("image-stored");
                 });
                 self.warn_if_busy(written);
                 self.world.observed.images.insert(image.clone(), ImageStatus::Ready { digest: ready.digest });
@@ -117,6 +121,7 @@ impl Agent {
         self.under_way.starts.insert(workload.clone(), StartUnderWay { oom_kills_before, ended_already: None });
         tracing::debug!(%workload, "start: {why}");
         self.world.starting(&workload, spec.digest(), now);
+        crash_point::pass("start-ordered");
         let (context, link, inbox) = (self.start_context.clone(), self.link.clone(), self.inbox.clone());
         let started = Box::new(spec.clone());
         tokio::spawn(async move {
@@ -125,10 +130,14 @@ impl Agent {
             let prepared =
                 tokio::task::spawn_blocking(move || start::prepare(&context, &name, &spec, &manifest, &image, note));
             let result = match prepared.await {
-                Ok(Ok(prepared)) => link.launch(prepared.spec, prepared.fds).await.map_err(StartFailure::Launch),
+                Ok(Ok(prepared)) => {
+                    crash_point::pass("start-prepared");
+                    link.launch(prepared.spec, prepared.fds).await.map_err(StartFailure::Launch)
+                }
                 Ok(Err(reason)) => Err(StartFailure::Reason(reason)),
                 Err(error) => Err(StartFailure::Reason(Reason::new(Code::StartFailed, error.to_string()))),
             };
+            crash_point::pass("start-answered");
             // The loop has ended only when the agent ends.
             let _ = inbox.send(Message::Started { workload, spec: started, result }).await;
         });
@@ -157,7 +166,8 @@ impl Agent {
                 };
                 self.world.began(&name, &began);
                 self.restart_was_tried(&name);
-                self.watch(&name, launched.pid, Some(oom_kills_before)).await;
+                let stop_signal = stop::signal(spec, self.images.get(&spec.image));
+                self.watch(&name, launched.pid, stop_signal, Some(oom_kills_before)).await;
                 let text = format!("{name} runs (pid {})", launched.pid);
                 self.tell(
                     Some(&name),
@@ -166,6 +176,7 @@ impl Agent {
                     "planner",
                 );
                 self.save_history(&name, Durability::Soon);
+                crash_point::pass("start-taken");
                 if let Some(exit) = ended_already.filter(|exit| exit.pid == launched.pid) {
                     self.exited(exit).await;
                 }
@@ -197,11 +208,17 @@ impl Agent {
 
     /// What a living run needs from us: its wall's counters, its probe, its ports.
     /// `oom_kills_before`: `None` for a run that was adopted; what it had before nobody counts again.
-    pub(super) async fn watch(&mut self, name: &WorkloadName, pid: i32, oom_kills_before: Option<u64>) {
+    pub(super) async fn watch(
+        &mut self,
+        name: &WorkloadName,
+        pid: i32,
+        stop_signal: i32,
+        oom_kills_before: Option<u64>,
+    ) {
         let cgroup = self.start_context.cgroups.open(name.as_str());
         let oom_kills_before = oom_kills_before.unwrap_or_else(|| cgroup.usage().oom_kills);
         let probe = self.probe_task(name, pid);
-        let run = Run { cgroup, oom_kills_before, probe, cpu: None, cpu_milli: None };
+        let run = Run { cgroup, oom_kills_before, stop_signal, probe, cpu: None, cpu_milli: None };
         if let Some(old) = self.runs.insert(name.clone(), run) {
             old.probe.inspect(tokio::task::JoinHandle::abort);
         }
@@ -216,16 +233,15 @@ impl Agent {
 
     async fn stop(&mut self, name: &WorkloadName, why: &Reason, now: Now) {
         self.let_go_on(name);
-        let workload = self.active().and_then(|active| active.manifest.workloads.get(name));
-        let image = workload.and_then(|workload| self.images.get(&workload.image));
-        let sigterm = nix::sys::signal::Signal::SIGTERM as i32;
-        let number = workload.map_or(sigterm, |workload| stop::signal(workload, image));
+        let number = self.runs.get(name).map_or(nix::sys::signal::Signal::SIGTERM as i32, |run| run.stop_signal);
         self.tell(Some(name), self.world.desired.pointers.active, why, "planner");
         self.world.stopping(name, why, now);
         self.save_history(name, Durability::Soon);
+        crash_point::pass("stop-told");
         if let Err(error) = self.link.signal(name.as_str(), number).await {
             tracing::warn!(workload = %name, "stop: {}", inline_chain(&error));
         }
+        crash_point::pass("stop-signalled");
     }
 
     async fn kill(&mut self, name: &WorkloadName, why: &Reason) {
@@ -237,6 +253,7 @@ impl Agent {
         if let Err(error) = self.link.signal(name.as_str(), nix::sys::signal::Signal::SIGKILL as i32).await {
             tracing::warn!(workload = %name, "kill: {}", inline_chain(&error));
         }
+        crash_point::pass("kill-signalled");
     }
 
     fn remove(&mut self, workload: WorkloadName) {
@@ -250,13 +267,14 @@ impl Agent {
         tokio::task::spawn_blocking(move || {
             let cgroup = context.cgroups.open(workload.as_str());
             let path = context.places.netns().join(format!("w-{workload}"));
-            let steps = [
-                cgroup.remove().map_err(|error| inline_chain(&error)),
-                netns::remove(&path).map_err(|error| inline_chain(&error)),
-                place::remove(&context.places, &workload).map_err(|error| inline_chain(&error)),
-                store.forget_workload(&workload).map_err(|error| inline_chain(&error)),
-            ];
-            let failed = steps.into_iter().find_map(Result::err);
+            let mut failed = cgroup.remove().err().map(|error| inline_chain(&error));
+            crash_point::pass("cgroup-removed");
+            failed = failed.or(netns::remove(&path).err().map(|error| inline_chain(&error)));
+            crash_point::pass("namespace-removed");
+            failed = failed.or(place::remove(&context.places, &workload).err().map(|error| inline_chain(&error)));
+            crash_point::pass("place-removed");
+            failed = failed.or(store.forget_workload(&workload).err().map(|error| inline_chain(&error)));
+            crash_point::pass("workload-forgotten");
             let _ = inbox.blocking_send(Message::Removed { workload, failed });
         });
     }
@@ -309,8 +327,10 @@ impl Agent {
         let submitted = self.writes.submit(move |store| {
             let envelope = envelope.as_ref().map(|(sequence, bytes)| (*sequence, bytes.as_slice()));
             let remembered = failed_digest.map_or(Ok(()), |digest| store.remember_failed(digest));
+            crash_point::pass("failure-remembered");
             let written = remembered.and_then(|()| store.transition(&change.generations, envelope, &change.pointers));
             let failed = written.err().map(|error| inline_chain(&error));
+            crash_point::pass("change-written");
             let _ = inbox.blocking_send(Message::Changed { change: Box::new(change), failed, activated });
         });
         self.under_way.change = submitted.is_ok();
@@ -344,6 +364,7 @@ impl Agent {
                 self.hold(&name, None);
             }
         }
+        crash_point::pass("change-taken");
     }
 
     /// An operator's word, remembered.

@@ -9,6 +9,7 @@ use edged_model::workload::{Exit, ExitCause};
 use edged_plan::restart;
 
 use super::{Agent, Message, health};
+use crate::crash_point;
 use crate::store::{Durability, inline_chain};
 
 impl Agent {
@@ -22,6 +23,7 @@ impl Agent {
         }
         if !health::finish(&self.execs, &exit) {
             if let Ok(name) = WorkloadName::parse(&key) {
+                crash_point::pass("end-seen");
                 let cause = self.cause(&name, &exit);
                 let since = match self.world.instance(&name).state {
                     InstanceState::Running { since_boot_ms, .. } => since_boot_ms,
@@ -75,6 +77,7 @@ impl Agent {
 
     pub(super) async fn end_written(&mut self, name: &WorkloadName) {
         self.under_way.ends.remove(name);
+        crash_point::pass("end-written");
         self.forget(name.as_str()).await;
     }
 
@@ -82,6 +85,7 @@ impl Agent {
         if let Err(error) = self.link.forget(key).await {
             tracing::warn!(key, "forget: {}", inline_chain(&error));
         }
+        crash_point::pass("end-forgotten");
     }
 
     pub(super) fn restart_was_tried(&mut self, name: &WorkloadName) {
@@ -114,5 +118,6 @@ impl Agent {
         // The record of the end makes durable what was written before it.
         self.save_history(name, Durability::Soon);
         self.tell(Some(name), generation, &why, by);
+        crash_point::pass("end-told");
     }
 }

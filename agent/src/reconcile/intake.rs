@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use edged_plan::transition;
 
 use super::{Agent, Message};
+use crate::crash_point;
 use crate::execute::start;
 use crate::report::Taken;
 use crate::verify::{self, DeviceFacts, Verdict};
@@ -139,6 +140,7 @@ impl Agent {
         );
         self.tell(None, Some(sequence), &why, by);
         self.try_images_anew(&generation.manifest);
+        crash_point::pass("manifest-verified");
         let change = transition::received(&self.world.desired, generation, now);
         self.write_change(change, Some((sequence, envelope)), None, false);
         if !self.under_way.change {

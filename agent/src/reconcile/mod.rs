@@ -188,6 +188,8 @@ struct Run {
     cgroup: Cgroup,
     /// OOM kills of the group before this run.
     oom_kills_before: u64,
+    /// As it was started: a workload that leaves the manifest is ended by its own word too.
+    stop_signal: i32,
     probe: Option<tokio::task::JoinHandle<()>>,
     /// CPU time at the last look, and when that was.
     cpu: Option<(u64, u64)>,

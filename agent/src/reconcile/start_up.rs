@@ -21,6 +21,7 @@ use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock, time, trust_root};
 use crate::api::{self, console};
 use crate::config::{Config, Places};
 use crate::content::Content;
+use crate::crash_point;
 use crate::execute::pull::{self, PullContext, ReadyImage, is_whole};
 use crate::execute::start::StartContext;
 use crate::network::{interface, ports::Ports};
@@ -49,20 +50,24 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     link.heartbeat().await?;
     let opening = (places.clone(), config.fleet.outbox_max);
     let (store, opened) = tokio::task::spawn_blocking(move || Store::open(&opening.0, opening.1)).await??;
+    crash_point::pass("store-opened");
     link.heartbeat().await?;
     let floor = store.time_floor()?.max(Timestamp(crate::BUILT_AT));
     let beside = places.config_file.with_file_name("trust.cose");
     let factory = config.device.trust_root.clone().unwrap_or(beside);
     let (root, root_problem) = trust_root::first(&factory, &store, clock::now(0, floor).wall)?;
+    crash_point::pass("root-taken");
     let instance = (!is_device).then(|| Digest::of(places.data().as_os_str().as_encoded_bytes()).short());
     let cgroups = CgroupRoot::detect(instance.as_deref())?;
     let content = Content::open(&places)?;
+    crash_point::pass("content-opened");
     let capacity = capacity(&config);
     if is_device {
         cgroups.limit_all(capacity.memory_total.0.saturating_sub(capacity.memory_reserve.0))?;
     }
     let logs = Logs::start(places.log(), config.log.workload_max)?;
     let key = key::load_or_make(&places.device_key())?;
+    crash_point::pass("key-made");
     let fleet = FleetLine::new(key, config.device.id.clone(), config.device.groups.clone());
     let (inbox, messages) = mpsc::channel(MESSAGES_DEPTH);
     let (story, _) = broadcast::channel(STORY_DEPTH);
@@ -111,12 +116,15 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         config,
     };
     agent.load(capacity)?;
+    crash_point::pass("world-loaded");
     for why in opened_reason(&opened).into_iter().chain(root_problem) {
         agent.tell(None, None, &why, "agent");
     }
     let runs = agent.adopt().await?;
+    crash_point::pass("all-adopted");
     agent.check_if_unclean(runs);
     let calls = agent.open_doors(&places, is_device).await?;
+    crash_point::pass("doors-open");
     agent.turn(messages, exits, calls).await;
     Ok(())
 }
@@ -195,6 +203,7 @@ impl Agent {
         let adopted = children.iter().filter(|(child, _)| child.exit.is_none() && !child.key.contains('/')).count();
         for (child, outputs) in children {
             self.adopt_one(child, outputs).await;
+            crash_point::pass("child-adopted");
         }
         edged_plan::transition::forget_old(&mut self.world.desired, &self.world.observed);
         let (code, text) = match adopted {
@@ -226,7 +235,7 @@ impl Agent {
             pid: child.pid,
             since_boot_ms: child.started_boot_ms,
             spec: Digest::parse(&child.note).unwrap_or_else(|_| Digest::of(b"")),
-            stop_timeout_ms: spec.as_ref().map_or(10_000, |spec| spec.stop_timeout.ms),
+            stop_timeout_ms: child.stop.timeout_ms,
             checked: spec.as_ref().is_some_and(|spec| spec.health.is_some()),
         };
         if child.exit.as_ref().is_some_and(|exit| self.world.knows_end(&name, exit.boot_ms)) {
@@ -238,7 +247,7 @@ impl Agent {
         }
         match child.exit {
             Some(exit) => self.exited(exit).await,
-            None => self.watch(&name, child.pid, None).await,
+            None => self.watch(&name, child.pid, child.stop.signal, None).await,
         }
     }
 

@@ -36,6 +36,7 @@ use tokio::sync::{mpsc, oneshot};
 use ureq::http::Response;
 
 use crate::config::Fleet;
+use crate::crash_point;
 use crate::registry;
 use crate::store::{Durability, Store, inline_chain};
 
@@ -184,11 +185,13 @@ impl FleetLine {
     /// Signs a report and puts it into the outbox. Blocking.
     pub fn put(&self, store: &Store, status: &Status) -> Result<(), String> {
         let number = store.next_report_number().map_err(|error| inline_chain(&error))?;
+        crash_point::pass("report-numbered");
         let dropped = store.dropped_reports().map_err(|error| inline_chain(&error))?;
         let report = collect::report(status, self.shared.arch, number, dropped);
         let payload = cbor::encode(&report).map_err(|error| error.to_string())?;
         let signed = envelope::sign1(Kind::Report, payload, &self.shared.key).map_err(|error| error.to_string())?;
         store.push_report(&signed, Durability::Now).map_err(|error| inline_chain(&error))?;
+        crash_point::pass("report-waiting");
         *self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.shared.wake.notify_all();
         Ok(())

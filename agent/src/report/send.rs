@@ -8,6 +8,7 @@ use edged_model::reason::Reason;
 
 use super::retry::{self, Verdict};
 use super::{Endpoint, FleetLine, Refused, enroll, random, refusal};
+use crate::crash_point;
 use crate::store::{Store, inline_chain};
 
 /// With an empty outbox, it is looked at this often.
@@ -43,6 +44,7 @@ pub(super) fn run(line: &FleetLine, endpoint: &Endpoint, store: &Store, token: O
         }
         match sent {
             Sent::Taken | Sent::Dropped(_) => {
+                crash_point::pass("report-taken");
                 failures = 0;
                 line.reached((endpoint.clock)());
                 if let Err(error) = store.remove_report(number) {

@@ -15,6 +15,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
+use crate::crash_point;
+
 /// The keeper never waits, so an answer that takes longer than this never comes.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -143,7 +145,9 @@ impl KeeperLink {
 
     /// Starts a container, or a process in one.
     pub async fn launch(&self, spec: LaunchSpec, fds: Vec<OwnedFd>) -> Result<Launched, LaunchError> {
-        let (body, outputs) = self.ask_one(RequestBody::Launch(Box::new(spec)), &fds).await?;
+        let (_asked, mut answers) = self.ask(RequestBody::Launch(Box::new(spec)), &fds).await?;
+        crash_point::pass("start-sent");
+        let (body, outputs) = next(&mut answers).await?;
         match body {
             ReplyBody::Launched { pid, boot_ms, .. } => Ok(Launched { pid, boot_ms, outputs }),
             ReplyBody::LaunchFailed { stage, errno, .. } => Err(LaunchError::Failed { stage, errno }),

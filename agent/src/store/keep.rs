@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::record::{Blob, seal, unseal};
 use super::{StoreError, sync_dir};
+use crate::crash_point;
 
 /// Damaged databases kept for inspection.
 const ASIDE_MAX: u32 = 2;
@@ -135,6 +136,7 @@ pub fn save(dir: &Path, kept: &Kept, rewrite: bool) -> Result<(), StoreError> {
         }
         named.push(name);
     }
+    crash_point::pass("keep-bodies-written");
     let path = dir.join(SUMMARY);
     if let Some(old) = read(&path)?.and_then(|bytes| unseal::<Summary>("keep", SUMMARY, &bytes)) {
         named.extend(old.generations.iter().map(|short| format!("{MANIFEST}{}", short.digest.hex())));
@@ -143,8 +145,10 @@ pub fn save(dir: &Path, kept: &Kept, rewrite: bool) -> Result<(), StoreError> {
         let previous = dir.join(PREVIOUS);
         let _ = fs::remove_file(&previous);
         fs::hard_link(&path, &previous).map_err(|source| StoreError::File { path: previous, source })?;
+        crash_point::pass("keep-previous-linked");
     }
     durable(&path, &seal("keep", SUMMARY, &kept.summary)?, 0o600)?;
+    crash_point::pass("keep-saved");
     sweep(dir, &named);
     Ok(())
 }
@@ -160,6 +164,18 @@ fn sweep(dir: &Path, named: &[String]) {
     }
 }
 
+/// Takes away what writers that ended in the middle have left. Only while nobody writes there.
+pub fn sweep_unfinished(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().contains(UNFINISHED) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// In the names of files that are being written.
+const UNFINISHED: &str = ".new-";
+
 static WRITERS: AtomicU64 = AtomicU64::new(0);
 
 /// Writes a file such that a power cut leaves the old or the new content, never a mix.
@@ -167,13 +183,15 @@ pub fn durable(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
     let dir = path.parent().unwrap_or(Path::new("."));
     // A name of its own for each writer: two may write the same file at the same time.
     let number = WRITERS.fetch_add(1, Ordering::Relaxed);
-    let temporary = path.with_extension(format!("new-{number}"));
+    let temporary =
+        path.with_file_name(format!("{}{UNFINISHED}{number}", path.file_name().unwrap_or_default().to_string_lossy()));
     let write = || {
         fs::create_dir_all(dir)?;
         let mut file = File::create(&temporary)?;
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.write_all(bytes)?;
         file.sync_all()?;
+        crash_point::pass("file-written");
         fs::rename(&temporary, path)
     };
     write().map_err(|source| {
@@ -181,6 +199,7 @@ pub fn durable(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StoreError> {
         let _ = fs::remove_file(&temporary);
         StoreError::File { path: path.to_owned(), source }
     })?;
+    crash_point::pass("file-named");
     sync_dir(dir)
 }
 

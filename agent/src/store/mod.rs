@@ -23,6 +23,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::Places;
+use crate::crash_point;
 
 /// The boot that was seen last.
 pub mod boots;
@@ -194,6 +195,7 @@ impl Store {
     fn commit(&self, _one: &MutexGuard<'_, Writer>, changes: &[Change], durable: Durability) -> Result<(), StoreError> {
         self.written(self.with_door(|door| {
             door.write(changes)?;
+            crash_point::pass("store-written");
             match durable {
                 Durability::Now => door.sync(),
                 Durability::Soon => Ok(()),
@@ -206,6 +208,7 @@ impl Store {
         let revision = self.get::<u64>(trees::META, meta::REVISION)?.unwrap_or(0) + 1;
         changes.push(put(trees::META, meta::REVISION, &revision)?);
         self.commit(one, &changes, Durability::Now)?;
+        crash_point::pass("store-synced");
         keep::save(&self.inner.keep, &self.kept()?, false)
     }
 

@@ -11,6 +11,8 @@ use edged_model::reason::{Code, Reason};
 
 use super::record::{self, Blob, number_key};
 use super::trees::{self, meta};
+use crate::crash_point;
+
 use super::{Door, Durability, Inner, Store, StoreError, Writer, inline_chain, keep, migrate, put, remove};
 
 /// How the store was found.
@@ -69,6 +71,7 @@ fn judge(store: u64, kept: Option<(u64, bool)>) -> Verdict {
 }
 
 pub fn open(state: &Path, keep: &Path, outbox_max: usize) -> Result<(Store, Opened), StoreError> {
+    keep::sweep_unfinished(keep);
     let kept = keep::load(keep)?;
     let existed = state.join("db").exists();
     let (damage, aside) = match open_as_it_is(state, keep, outbox_max, kept.as_ref()) {
@@ -85,14 +88,20 @@ pub fn open(state: &Path, keep: &Path, outbox_max: usize) -> Result<(Store, Open
             ("it was gone".to_owned(), None)
         }
         Err(error) if !existed && matches!(error, StoreError::Behind { .. }) => ("it was gone".to_owned(), None),
-        Err(error) if is_damage(&error) => (inline_chain(&error), Some(keep::set_aside(state)?)),
+        Err(error) if is_damage(&error) => (inline_chain(&error), {
+            let aside = keep::set_aside(state)?;
+            crash_point::pass("store-set-aside");
+            Some(aside)
+        }),
         Err(error) => return Err(error),
     };
     let store = bare(state, keep, outbox_max)?;
+    crash_point::pass("store-empty");
     let from_keep = kept.is_some();
     if let Some(kept) = kept {
         store.rebuild(kept)?;
     }
+    crash_point::pass("store-rebuilt");
     Ok((store.count()?.0, Opened::Rebuilt { damage, aside, from_keep }))
 }
 

@@ -2,6 +2,7 @@
 //! a real fleet server. Needs root. One after another: two devices would compete for the machine's two cores.
 
 mod clock;
+mod crash_points;
 mod disk;
 mod exec;
 #[path = "../support/faults.rs"]

@@ -118,7 +118,12 @@ impl Factory {
 
     /// Switches a device on. `more` is added to its `agent.toml`.
     pub fn device(&self, more: &str) -> Device {
-        let root = self.path("device");
+        self.device_called("device", more, &[])
+    }
+
+    /// One of several, with an environment.
+    pub fn device_called(&self, name: &str, more: &str, env: &[(&str, &Path)]) -> Device {
+        let root = self.path(name);
         fs::create_dir_all(&root).unwrap();
         let push_port = process::free_port().unwrap();
         let tls = self.authority.issue("device").unwrap();
@@ -132,15 +137,16 @@ impl Factory {
             tls.key.display(),
             self.registry.config_as(&self.registry.seen_from_host(), &ca.display().to_string()),
         );
-        let file = self.path("agent.toml");
+        let file = self.path(&format!("{name}.toml"));
         fs::write(&file, config).unwrap();
-        let log = self.path("edged.log");
+        let log = self.path(&format!("{name}.log"));
         let out = File::create(&log).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_edged"))
             .arg("--root")
             .arg(&root)
             .arg("--config")
             .arg(&file)
+            .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stdout(out.try_clone().unwrap())
             .stderr(out)
@@ -265,13 +271,18 @@ impl Device {
         (status.parse().unwrap(), body.to_owned())
     }
 
-    /// `edgectl push` of any file.
-    pub fn push(&self, file: &Path) -> Output {
+    /// `edgectl push` of any file, once.
+    pub fn push_command(&self, file: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_edgectl"));
         command
             .args(["push", "--to", &format!("https://127.0.0.1:{}", self.push_port), "--ca"])
             .arg(&self.ca)
             .arg(file);
+        command
+    }
+
+    pub fn push(&self, file: &Path) -> Output {
+        let mut command = self.push_command(file);
         let mut last = command.output().unwrap();
         // While the change before is being written down, the device asks to push again.
         until("a verdict on the push", || {
@@ -298,13 +309,27 @@ impl Device {
 
     /// The agent: the keeper's child that is called so.
     pub fn agent_pid(&self) -> i32 {
-        let keeper = self.child.id();
-        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
-        let is_agent = |pid: &&str| {
+        self.agent().expect("the keeper has an agent")
+    }
+
+    /// `None` while there is none.
+    pub fn agent(&self) -> Option<i32> {
+        let is_agent = |pid: &i32| {
             let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             words.split(|byte| *byte == 0).nth(1) == Some(b"agent")
         };
-        children.split_whitespace().find(is_agent).expect("the keeper has an agent").parse().unwrap()
+        self.children().into_iter().find(is_agent)
+    }
+
+    pub fn keeper_pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    /// All that the keeper has: what it launched, and every orphan of theirs.
+    pub fn children(&self) -> Vec<i32> {
+        let keeper = self.keeper_pid();
+        let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
+        children.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
     }
 
     /// The time floor as the second copy of the state has it.

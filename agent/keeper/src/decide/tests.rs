@@ -49,7 +49,14 @@ fn an_exit_is_kept_until_it_is_forgotten() {
     // The pid may be somebody else's by now.
     assert!(decide(&mut table, Event::Reaped { pid: 20, end: code(0) }, 9).is_empty());
     let acts = request(&mut table, 8, RequestBody::List, 10);
-    let state = ChildState { key: "web".into(), pid: 20, started_boot_ms: 5, note: "n".into(), exit: Some(exit) };
+    let state = ChildState {
+        key: "web".into(),
+        pid: 20,
+        started_boot_ms: 5,
+        note: "n".into(),
+        exit: Some(exit),
+        stop: StopPlan::default(),
+    };
     assert_eq!(acts[1], Act::Send { id: 8, body: ReplyBody::Child(state), outputs_of: Some("web".into()) });
     let acts = request(&mut table, 9, RequestBody::Forget { key: "web".into() }, 11);
     assert_eq!(acts[0], Act::Close { key: "web".into() });
@@ -71,6 +78,47 @@ fn a_failed_launch_is_told_when_nothing_is_left_of_it() {
     let body = ReplyBody::LaunchFailed { key: "web".into(), stage: "mounts".into(), errno: 19 };
     assert_eq!(acts, [Act::Close { key: "web".into() }, Act::Send { id: 7, body, outputs_of: None }]);
     assert!(table.children.is_empty());
+}
+
+/// The agent died between its order and the answer: the next one is told of the child, not of somebody else's request.
+#[test]
+fn a_launch_whose_agent_is_gone_is_the_next_ones_child() {
+    for fails in [false, true] {
+        let mut table = running_table(false);
+        let _ = request(&mut table, 7, RequestBody::Launch(spec("web")), 0);
+        let cloned =
+            Event::Cloned { request: 7, key: "web".into(), note: "n".into(), stop: StopPlan::default(), pid: 20 };
+        let _ = decide(&mut table, cloned, 0);
+        if fails {
+            let _ = decide(&mut table, Event::StepFailed { key: "web".into(), stage: "mounts".into(), errno: 19 }, 1);
+        }
+        let _ = decide(
+            &mut table,
+            Event::Reaped { pid: 10, end: End { code: None, signal: Some(9), core_dumped: false } },
+            1,
+        );
+        let _ = decide(&mut table, Event::AgentStarted { pid: 11 }, 2);
+        let acts = request(&mut table, 1, RequestBody::List, 3);
+        let state = ChildState {
+            key: "web".into(),
+            pid: 20,
+            started_boot_ms: 0,
+            note: "n".into(),
+            exit: None,
+            stop: StopPlan::default(),
+        };
+        assert_eq!(acts[1], Act::Send { id: 1, body: ReplyBody::Child(state), outputs_of: Some("web".into()) });
+        if !fails {
+            assert!(decide(&mut table, Event::ExecReached { key: "web".into() }, 4).is_empty(), "nobody asked");
+        }
+        let acts = decide(&mut table, Event::Reaped { pid: 20, end: code(127) }, 5);
+        assert!(
+            acts.iter()
+                .any(|act| matches!(act, Act::Send { id: 0, body: ReplyBody::Exited(exit), .. } if exit.pid == 20)),
+            "{acts:?}"
+        );
+        assert!(request(&mut table, 2, RequestBody::Forget { key: "web".into() }, 6).len() == 2);
+    }
 }
 
 #[test]
