@@ -18,7 +18,7 @@ use crate::progress;
 const SUITE: &str = "trixie";
 
 /// What a device loads, in this order. What the kernel has built in, or does not have at all, is left out.
-const WANTED: [&str; 22] = [
+const WANTED: [&str; 10] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_blk",
@@ -27,18 +27,6 @@ const WANTED: [&str; 22] = [
     "virtio_rng",
     "ext4",
     "overlay",
-    "veth",
-    "bridge",
-    "nf_tables",
-    "nft_chain_nat",
-    "nft_nat",
-    "nft_masq",
-    "nft_redir",
-    "nft_ct",
-    "nft_fib_ipv4",
-    "nft_fib_inet",
-    "nft_reject_inet",
-    "nft_limit",
     "i6300esb",
     "softdog",
 ];

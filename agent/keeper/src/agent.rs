@@ -30,6 +30,11 @@ pub fn count_failure(before: u32, ran_ms: u64) -> u32 {
 /// Room for the largest message and its fellows in the socket.
 const SOCKET_BUFFER_BYTES: usize = 1 << 20;
 
+/// glibc's allocator keeps an arena for each of many threads, and raises by itself the sizes from which it gives memory
+/// back (mallopt(3)). The agent's threads are few and wait for disks; its memory counts.
+const ALLOCATOR: [(&str, &str); 3] =
+    [("MALLOC_ARENA_MAX", "1"), ("MALLOC_MMAP_THRESHOLD_", "65536"), ("MALLOC_TRIM_THRESHOLD_", "65536")];
+
 /// Starts the agent as a process of its own, from the keeper's own sealed binary, with one end of a socket pair. Its
 /// end is seen like any child's.
 pub fn start(config: &KeeperConfig) -> io::Result<(i32, OwnedFd)> {
@@ -44,6 +49,7 @@ pub fn start(config: &KeeperConfig) -> io::Result<(i32, OwnedFd)> {
     for name in resume::OWN_ENV {
         command.env_remove(name);
     }
+    command.envs(ALLOCATOR);
     command.env(SOCKET_ENV, theirs.as_raw_fd().to_string()).stdin(Stdio::null());
     let child = command.spawn()?;
     let pid = i32::try_from(child.id()).map_err(io::Error::other)?;

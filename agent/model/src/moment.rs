@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::quantity::Timestamp;
 
+/// The volume in whose files workloads say that no update may come now.
+pub const LOCKS_VOLUME: &str = "update-locks";
+
 const DAY_MINUTES: i64 = 24 * 60;
 
 /// What a new generation waits for once it is staged.

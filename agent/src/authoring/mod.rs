@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use edged_model::quantity::{Span, Timestamp};
@@ -55,8 +56,10 @@ fn read_text(path: &Path) -> Result<String> {
 }
 
 /// The workstation's own clock: only for the dates that are written into what is signed.
+#[expect(clippy::disallowed_methods, reason = "no agent's clock, and reconcile is the agent's")]
 fn now() -> Timestamp {
-    Timestamp(crate::reconcile::clock::unix_ms() / 1000)
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp(i64::try_from(since_1970.as_secs()).unwrap_or(i64::MAX))
 }
 
 fn later(from: Timestamp, span: Span) -> Timestamp {

@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use edged_model::id::{Digest, SecretName, VolumeName, WorkloadName};
+use edged_model::moment::LOCKS_VOLUME;
 
 use crate::config::Places;
 
@@ -59,7 +60,7 @@ pub fn volume(places: &Places, name: &VolumeName) -> Result<PathBuf, PlaceError>
     if !dir.is_dir() {
         fs::create_dir_all(&dir).map_err(at(&dir))?;
         // Whoever mounts the locks may hold one, under whatever user it runs.
-        let mode = if name.as_str() == crate::observe::locks::VOLUME { 0o1777 } else { 0o755 };
+        let mode = if name.as_str() == LOCKS_VOLUME { 0o1777 } else { 0o755 };
         fs::set_permissions(&dir, Permissions::from_mode(mode)).map_err(at(&dir))?;
         File::open(&parent).and_then(|dir| dir.sync_all()).map_err(at(&parent))?;
     }

@@ -7,8 +7,6 @@ use std::path::Path;
 use edged_model::quantity::Span;
 use rustix::fs::{FileType, Mode, OFlags};
 
-/// The volume whose files are locks.
-pub const VOLUME: &str = "update-locks";
 /// What a file that says nothing asks for.
 const LEASE: Span = Span::from_secs(15 * 60);
 /// Nobody gets more at once; a workload that needs longer renews its lock.

@@ -18,7 +18,6 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use edged_model::api::{LogLine, Stream};
 use edged_model::id::WorkloadName;
 use edged_model::quantity::Bytes;
-use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::broadcast;
 
@@ -54,14 +53,19 @@ impl Logs {
 
     /// Reads `fd` to its end on the current runtime. `clock` gives the wall time in milliseconds.
     pub fn pump(&self, workload: &WorkloadName, stream: Stream, fd: OwnedFd, clock: fn() -> i64) -> io::Result<()> {
-        let mut pipe = pipe::Receiver::from_owned_fd(fd)?;
+        let pipe = pipe::Receiver::from_owned_fd(fd)?;
         let (logs, workload) = (self.clone(), workload.clone());
         tokio::spawn(async move {
             let mut lines = LineCutter::default();
-            let mut buffer = vec![0_u8; 16 * 1024];
             // A read error on a pipe cannot be mended: it ends the stream like its end does.
-            while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
-                lines.feed(&buffer[..count], |text| logs.line(&workload, stream, text, clock()));
+            while pipe.readable().await.is_ok() {
+                // Of this turn only: a stream that is silent holds no buffer.
+                let mut buffer = [0_u8; 16 * 1024];
+                match pipe.try_read(&mut buffer) {
+                    Ok(count @ 1..) => lines.feed(&buffer[..count], |text| logs.line(&workload, stream, text, clock())),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Ok(0) | Err(_) => break,
+                }
             }
             lines.finish(|text| logs.line(&workload, stream, text, clock()));
         });

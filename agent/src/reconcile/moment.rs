@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use edged_model::api::Answer;
 use edged_model::generation::GenerationState;
 use edged_model::id::Sequence;
-use edged_model::moment::UpdateLock;
+use edged_model::moment::{LOCKS_VOLUME, UpdateLock};
 use edged_model::quantity::Now;
 use edged_model::reason::{Code, Reason};
 use edged_plan::transition::Change;
@@ -64,7 +64,7 @@ impl Agent {
         if is_fresh || std::mem::replace(&mut self.leases.is_looking, true) {
             return;
         }
-        let (volume, inbox) = (self.start_context.places.volumes().join(locks::VOLUME), self.inbox.clone());
+        let (volume, inbox) = (self.start_context.places.volumes().join(LOCKS_VOLUME), self.inbox.clone());
         tokio::task::spawn_blocking(move || {
             let files = locks::look(&volume);
             // The loop has ended only when the agent ends.
