@@ -38,6 +38,7 @@ pub struct Config {
     /// By registry host and port, as image names spell it.
     pub registry: BTreeMap<String, Registry>,
     pub allow: Allow,
+    pub runtime: Runtime,
     pub log: Log,
     pub network: Network,
     pub time: Time,
@@ -223,7 +224,74 @@ pub struct Allow {
     /// Capabilities beyond the default set that may be added.
     pub capabilities: Vec<String>,
     pub host_network: bool,
+    /// `usernsMode: host`: workloads whose root is the device's root.
+    pub host_users: bool,
     pub seccomp_unconfined: bool,
+}
+
+/// How workloads are run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Runtime {
+    /// Each workload has ids of its own. Without, root inside is root outside, for all of them.
+    pub user_namespaces: bool,
+    /// Where those ids come from.
+    pub user_ids: UserIds,
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self { user_namespaces: true, user_ids: UserIds { first: 0x7000_0000, count: 0x1000_0000 } }
+    }
+}
+
+/// Ids of the device that are given to workloads, 65,536 to each. The default is a part that systemd's table of ids
+/// leaves free, enough for 4,096 workloads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RawUserIds")]
+pub struct UserIds {
+    first: u32,
+    count: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawUserIds {
+    first: u32,
+    count: u32,
+}
+
+impl TryFrom<RawUserIds> for UserIds {
+    type Error = String;
+
+    fn try_from(raw: RawUserIds) -> Result<Self, String> {
+        Self::new(raw.first, raw.count)
+    }
+}
+
+impl UserIds {
+    /// The sentence says what is wrong.
+    pub fn new(first: u32, count: u32) -> Result<Self, String> {
+        if first < 65_536 {
+            return Err(format!("user-ids: first = {first}: ids below 65536 are the device's own users"));
+        }
+        if count < 65_536 {
+            return Err(format!("user-ids: count = {count}: one workload needs 65536"));
+        }
+        // The highest number is no id (setresuid(2)).
+        match first.checked_add(count) {
+            Some(end) if end < u32::MAX => Ok(Self { first, count }),
+            _ => Err(format!("user-ids: first = {first} and count = {count} go beyond 4294967294")),
+        }
+    }
+
+    pub fn first(self) -> u32 {
+        self.first
+    }
+
+    pub fn count(self) -> u32 {
+        self.count
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -350,6 +418,14 @@ impl Places {
     /// Network namespaces, kept by bind mounts so that they outlive a run.
     pub fn netns(&self) -> PathBuf {
         self.run.join("netns")
+    }
+    /// User namespaces of workloads, kept likewise.
+    pub fn userns(&self) -> PathBuf {
+        self.run.join("userns")
+    }
+    /// Which workload has which ids.
+    pub fn user_ids(&self) -> PathBuf {
+        self.data.join("user-ids")
     }
     pub fn state(&self) -> PathBuf {
         self.data.join("state")

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 /// The largest message either side sends. A launch with a large environment is the biggest; more is refused by name.
 pub const MAX_MESSAGE_BYTES: usize = 192 * 1024;
 
-/// The most descriptors that travel with one message (the kernel's SCM_MAX_FD is 253).
-pub const MAX_MESSAGE_FDS: usize = 16;
+/// The most descriptors that travel with one message (the kernel's SCM_MAX_FD is 253): each mount of a workload with ids
+/// of its own is one.
+pub const MAX_MESSAGE_FDS: usize = 96;
 
 /// Agent to keeper.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -278,6 +279,8 @@ pub enum Rootfs {
     Overlay { lower: Vec<String>, upper: String, work: String, mount_at: String, volatile: bool, read_only: bool },
     /// A ready directory, bind-mounted onto itself.
     Directory { path: String, read_only: bool },
+    /// A ready, detached mount, by the index of its descriptor. It is put onto `mount_at`, which anybody may enter.
+    Tree { tree_fd: u32, mount_at: String, read_only: bool },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -97,9 +97,12 @@ pub struct Workload {
     pub env: BTreeMap<String, String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workdir: Option<String>,
-    /// `uid`, `uid:gid`, or names from the image's `/etc/passwd`.
+    /// `uid`, `uid:gid`, or names from the image's `/etc/passwd`. `host`: the image's user, with the device's own ids.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
+    /// Whose ids it runs with: `private` (a range of its own, root inside is nobody outside) or `host`.
+    #[serde(default, skip_serializing_if = "UsernsMode::is_private")]
+    pub userns_mode: UsernsMode,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
     /// The walls. `memory` and `cpu` must be there.
@@ -156,7 +159,20 @@ fn default_stop_timeout() -> Span {
     Span::from_secs(10)
 }
 
+/// The `user` that is none of the image's: the ids of the device.
+const USER_HOST: &str = "host";
+
 impl Workload {
+    /// Root inside is root outside: `user: host`, or `usernsMode: host` beside a user of the image.
+    pub fn has_host_ids(&self) -> bool {
+        self.userns_mode == UsernsMode::Host || self.user.as_deref() == Some(USER_HOST)
+    }
+
+    /// Who it runs as inside, if not as the image says.
+    pub fn user_inside(&self) -> Option<&str> {
+        self.user.as_deref().filter(|user| *user != USER_HOST)
+    }
+
     /// Tells whether two specifications are the same: a workload whose digest did not change is not touched.
     pub fn digest(&self) -> Digest {
         let bytes = serde_cbor::to_vec(self).unwrap_or_else(|_| unreachable!("a manifest type always serialises"));
@@ -325,6 +341,21 @@ pub enum NetworkMode {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum UsernsMode {
+    #[default]
+    Private,
+    /// Root inside is root outside; must be allowed by the device's `agent.toml`.
+    Host,
+}
+
+impl UsernsMode {
+    fn is_private(&self) -> bool {
+        *self == Self::Private
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     #[default]
@@ -460,6 +491,7 @@ impl Workload {
             env: BTreeMap::new(),
             workdir: None,
             user: None,
+            userns_mode: UsernsMode::default(),
             hostname: None,
             resources: Resources { pids: default_pids(), ..Resources::default() },
             restart: Restart::default(),

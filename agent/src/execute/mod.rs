@@ -2,6 +2,8 @@
 
 /// What is on the disk against what was unpacked.
 pub mod check;
+/// From a launch to one with ids and namespaces of its own.
+pub mod isolate;
 /// The folders and files of a workload.
 pub mod place;
 /// An image from its registry to its layers.
@@ -14,3 +16,5 @@ pub mod start;
 pub mod stop;
 /// Who a workload runs as.
 pub mod user;
+/// Whose ids on the device a workload's ids are.
+pub mod user_ids;

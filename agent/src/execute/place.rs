@@ -31,6 +31,12 @@ pub struct WritableRoot {
     pub mount_at: PathBuf,
 }
 
+/// Where the writable root of `workload` is, there or not.
+pub fn root_paths(places: &Places, workload: &WorkloadName, spec: Digest) -> WritableRoot {
+    let home = places.workloads().join(workload.as_str()).join(spec.short());
+    WritableRoot { upper: home.join("upper"), work: home.join("work"), mount_at: home.join("root") }
+}
+
 /// Makes the upper of `workload` for the specification `spec` and takes away those of earlier specifications.
 pub fn writable_root(places: &Places, workload: &WorkloadName, spec: Digest) -> Result<WritableRoot, PlaceError> {
     let home = places.workloads().join(workload.as_str());
@@ -43,7 +49,7 @@ pub fn writable_root(places: &Places, workload: &WorkloadName, spec: Digest) -> 
         }
     }
     let home = home.join(mine);
-    let root = WritableRoot { upper: home.join("upper"), work: home.join("work"), mount_at: home.join("root") };
+    let root = root_paths(places, workload, spec);
     for dir in [&root.upper, &root.work, &root.mount_at] {
         fs::create_dir_all(dir).map_err(at(dir))?;
         fs::set_permissions(dir, Permissions::from_mode(0o755)).map_err(at(dir))?;
@@ -62,6 +68,8 @@ pub fn volume(places: &Places, name: &VolumeName) -> Result<PathBuf, PlaceError>
         // Whoever mounts the locks may hold one, under whatever user it runs.
         let mode = if name.as_str() == LOCKS_VOLUME { 0o1777 } else { 0o755 };
         fs::set_permissions(&dir, Permissions::from_mode(mode)).map_err(at(&dir))?;
+        // A setuid program that root inside left there is for nobody outside.
+        fs::set_permissions(&parent, Permissions::from_mode(0o700)).map_err(at(&parent))?;
         File::open(&parent).and_then(|dir| dir.sync_all()).map_err(at(&parent))?;
     }
     Ok(dir)
@@ -85,15 +93,21 @@ pub struct RunPaths {
     pub secrets: PathBuf,
 }
 
-/// Writes the files in place: a running container that has them bind-mounted sees the new content.
-pub fn run_files(places: &Places, workload: &WorkloadName, files: &RunFiles) -> Result<RunPaths, PlaceError> {
-    let home = places.run().join("workloads").join(workload.as_str());
-    let paths = RunPaths {
+/// Where a workload's run files are, there or not.
+pub fn run_paths(places: &Places, workload: &WorkloadName) -> RunPaths {
+    let home = run_home(places, workload);
+    RunPaths {
         hosts: home.join("hosts"),
         resolv_conf: home.join("resolv.conf"),
         hostname: home.join("hostname"),
         secrets: home.join("secrets"),
-    };
+    }
+}
+
+/// Writes the files in place: a running container that has them bind-mounted sees the new content.
+pub fn run_files(places: &Places, workload: &WorkloadName, files: &RunFiles) -> Result<RunPaths, PlaceError> {
+    let home = run_home(places, workload);
+    let paths = run_paths(places, workload);
     fs::create_dir_all(&paths.secrets).map_err(at(&paths.secrets))?;
     fs::set_permissions(&home, Permissions::from_mode(0o700)).map_err(at(&home))?;
     write(&paths.hosts, files.hosts.as_bytes(), 0o644)?;
@@ -105,6 +119,26 @@ pub fn run_files(places: &Places, workload: &WorkloadName, files: &RunFiles) -> 
     Ok(paths)
 }
 
+/// Makes the container's root the owner of its run files: they are bound as they are.
+pub fn give_run_files(paths: &Path, owner: u32) -> Result<(), PlaceError> {
+    let chown = |path: &Path| std::os::unix::fs::lchown(path, Some(owner), Some(owner)).map_err(at(path));
+    for entry in fs::read_dir(paths).map_err(at(paths))? {
+        let entry = entry.map_err(at(paths))?.path();
+        chown(&entry)?;
+        if entry.is_dir() {
+            for secret in fs::read_dir(&entry).map_err(at(&entry))? {
+                chown(&secret.map_err(at(&entry))?.path())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where [`run_files`] puts them.
+pub fn run_home(places: &Places, workload: &WorkloadName) -> PathBuf {
+    places.run().join("workloads").join(workload.as_str())
+}
+
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), PlaceError> {
     let mut file = File::create(path).map_err(at(path))?;
     file.write_all(bytes).map_err(at(path))?;
@@ -114,7 +148,7 @@ fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), PlaceError> {
 /// Takes away what a workload left: its upper, its run files, its log. Never a volume.
 pub fn remove(places: &Places, workload: &WorkloadName) -> Result<(), PlaceError> {
     let name = workload.as_str();
-    for dir in [places.workloads().join(name), places.run().join("workloads").join(name), places.log().join(name)] {
+    for dir in [places.workloads().join(name), run_home(places, workload), places.log().join(name)] {
         match fs::remove_dir_all(&dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&dir)(error)),
             _ => {}

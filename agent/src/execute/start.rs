@@ -2,20 +2,22 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use edged_model::id::{SecretName, WorkloadName};
 use edged_model::keeper::{LaunchSpec, Rootfs};
-use edged_model::manifest::{Manifest, MountSource, NetworkMode, Protocol, Seccomp, Secret, Workload};
+use edged_model::manifest::{Manifest, MountSource, NetworkMode, Protocol, Seccomp, Secret, UsernsMode, Workload};
 use edged_model::reason::{Code, Reason};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount};
 
+use super::isolate::Launch;
 use super::place::{self, RunFiles};
 use super::pull::ReadyImage;
 use super::user;
+use super::user_ids::Ranges;
 use crate::config::{Allow, Places};
 use crate::content::Content;
 use crate::crash_point;
-use crate::network::netns;
 use crate::runtime::cgroup::{Cgroup, CgroupRoot, IoLimits, Limits};
 use crate::runtime::defaults::{self, ContainerInputs};
 use crate::runtime::seccomp;
@@ -30,6 +32,9 @@ pub struct StartContext {
     pub content: Content,
     pub cgroups: CgroupRoot,
     pub allow: Allow,
+    /// `runtime.user-namespaces`.
+    pub user_namespaces: bool,
+    pub user_ids: Arc<Ranges>,
 }
 
 /// Ready to be launched.
@@ -95,6 +100,10 @@ fn not_allowed(workload: &Workload, allow: &Allow) -> Option<(String, &'static s
     if workload.network_mode == NetworkMode::Host && !allow.host_network {
         return Some(("networkMode: host".to_owned(), "allow.host-network"));
     }
+    if workload.has_host_ids() && !allow.host_users {
+        let field = if workload.userns_mode == UsernsMode::Host { "usernsMode: host" } else { "user: host" };
+        return Some((field.to_owned(), "allow.host-users"));
+    }
     if workload.seccomp == Seccomp::Unconfined && !allow.seccomp_unconfined {
         return Some(("seccomp: unconfined".to_owned(), "allow.seccomp-unconfined"));
     }
@@ -115,37 +124,46 @@ fn failed(name: &WorkloadName, error: &dyn std::error::Error) -> Reason {
     Reason::new(Code::StartFailed, format!("{name} could not be started: {}", inline_chain(error)))
 }
 
-/// Makes all that is missing and describes the launch. Blocking.
-pub fn prepare(
+/// What is prepared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A run: all that is missing is made, walls included.
+    Run,
+    /// A command in a living run: nothing of that run may be touched, the manifest may say something else by now.
+    Command,
+}
+
+/// Describes the launch, but for the namespaces: those are [`super::isolate`]'s. Blocking.
+pub(super) fn prepare(
+    purpose: Purpose,
     ctx: &StartContext,
-    name: &WorkloadName,
-    workload: &Workload,
-    manifest: &Manifest,
-    image: &ReadyImage,
+    launch: &Launch<'_>,
     note: String,
 ) -> Result<Prepared, Reason> {
+    let Launch { name, workload, manifest, image } = *launch;
     let fail = |error: &dyn std::error::Error| failed(name, error);
     let layers: Vec<PathBuf> = image.layers.iter().map(|chain| ctx.content.layer(*chain)).collect();
-    let root = place::writable_root(&ctx.places, name, workload.digest()).map_err(|error| fail(&error))?;
-    crash_point::pass("place-made");
-    let limits = Limits {
-        memory_bytes: workload.resources.memory.unwrap_or_default().0,
-        cpu_milli: workload.resources.cpu.unwrap_or_default().0,
-        pids: u64::from(workload.resources.pids),
-        io: io_limits(workload, ctx.places.data()),
+    let root = match purpose {
+        Purpose::Run => {
+            let root = place::writable_root(&ctx.places, name, workload.digest()).map_err(|error| fail(&error))?;
+            crash_point::pass("place-made");
+            root
+        }
+        Purpose::Command => place::root_paths(&ctx.places, name, workload.digest()),
     };
-    let cgroup = ctx.cgroups.create(name.as_str(), &limits).map_err(|error| fail(&error))?;
-    cgroup.reset_peak();
-    crash_point::pass("cgroup-made");
-    let netns = match netns_path(&ctx.places, name, workload.network_mode) {
-        Some(path) => Some(netns::ensure(&path).map_err(|error| fail(&error))?),
-        None => None,
+    let cgroup = match purpose {
+        Purpose::Run => {
+            let limits = limits(workload, ctx.places.data());
+            let cgroup = ctx.cgroups.create(name.as_str(), &limits).map_err(|error| fail(&error))?;
+            cgroup.reset_peak();
+            crash_point::pass("cgroup-made");
+            cgroup
+        }
+        Purpose::Command => ctx.cgroups.open(name.as_str()),
     };
-    crash_point::pass("namespace-made");
-    let inputs = inputs(ctx, name, workload, manifest, image, &layers)?;
+    let inputs = inputs(purpose, ctx, launch, &layers)?;
     let spec = defaults::spec(&inputs).map_err(|error| fail(&error))?;
-    let first = u32::from(netns.is_some());
-    let (entry, cgroup_fds) = cgroup.entry(first).map_err(|error| fail(&error))?;
+    let (entry, fds) = cgroup.entry(0).map_err(|error| fail(&error))?;
     let filter = match workload.seccomp {
         Seccomp::Default => seccomp::default_filter().map_err(|error| fail(&error))?.to_vec(),
         Seccomp::Unconfined => Vec::new(),
@@ -163,14 +181,24 @@ pub fn prepare(
             read_only: workload.read_only,
         },
         cgroup: entry,
-        netns_fd: netns.as_ref().map(|_| 0),
+        netns_fd: None,
         seccomp: filter,
         cgroups: CgroupView::Namespace,
     };
     let mut spec = launch_spec(&spec, place).map_err(|error| fail(&error))?;
     spec.init = workload.init;
     spec.stop = super::stop::plan(manifest, name, workload, Some(image));
-    Ok(Prepared { spec, fds: netns.into_iter().chain(cgroup_fds).collect(), cgroup })
+    Ok(Prepared { spec, fds, cgroup })
+}
+
+/// The walls that the manifest wants.
+pub fn limits(workload: &Workload, data: &Path) -> Limits {
+    Limits {
+        memory_bytes: workload.resources.memory.unwrap_or_default().0,
+        cpu_milli: workload.resources.cpu.unwrap_or_default().0,
+        pids: u64::from(workload.resources.pids),
+        io: io_limits(workload, data),
+    }
 }
 
 fn io_limits(workload: &Workload, data: &Path) -> IoLimits {
@@ -187,19 +215,23 @@ fn io_limits(workload: &Workload, data: &Path) -> IoLimits {
 }
 
 fn inputs(
+    purpose: Purpose,
     ctx: &StartContext,
-    name: &WorkloadName,
-    workload: &Workload,
-    manifest: &Manifest,
-    image: &ReadyImage,
+    launch: &Launch<'_>,
     layers: &[PathBuf],
 ) -> Result<ContainerInputs, Reason> {
+    let Launch { name, workload, manifest, image } = *launch;
     let fail = |error: &dyn std::error::Error| failed(name, error);
-    let user_text = workload.user.as_deref().or(image.user.as_deref()).unwrap_or_default();
+    let user_text = workload.user_inside().or(image.user.as_deref()).unwrap_or_default();
     let user = user::resolve(user_text, layers).map_err(|error| fail(&error))?;
     let hostname = workload.hostname.clone().unwrap_or_else(|| name.to_string());
-    let paths = place::run_files(&ctx.places, name, &run_files(ctx, name, workload, manifest, &hostname)?)
-        .map_err(|error| fail(&error))?;
+    let paths = match purpose {
+        Purpose::Run => {
+            let files = run_files(ctx, name, workload, manifest, &hostname)?;
+            place::run_files(&ctx.places, name, &files).map_err(|error| fail(&error))?
+        }
+        Purpose::Command => place::run_paths(&ctx.places, name),
+    };
     let mount = |result: Result<Mount, oci_spec::OciSpecError>| result.map_err(|error| fail(&error));
     let mut mounts = vec![
         mount(defaults::bind(paths.hosts, "/etc/hosts", true))?,

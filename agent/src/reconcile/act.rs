@@ -14,8 +14,7 @@ use edged_plan::world::Began;
 use super::store_thread::Busy;
 use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock};
 use crate::crash_point;
-use crate::execute::{place, pull, start, stop};
-use crate::network::netns;
+use crate::execute::{isolate, place, pull, start, stop};
 use crate::report::Taken;
 use crate::runtime::keeper_link::{LaunchError, Launched};
 use crate::store::{Durability, SavedHistory, inline_chain};
@@ -127,8 +126,10 @@ impl Agent {
         tokio::spawn(async move {
             let name = workload.clone();
             let note = spec.digest().to_string();
-            let prepared =
-                tokio::task::spawn_blocking(move || start::prepare(&context, &name, &spec, &manifest, &image, note));
+            let prepared = tokio::task::spawn_blocking(move || {
+                let launch = isolate::Launch { name: &name, workload: &spec, manifest: &manifest, image: &image };
+                isolate::run(&context, &launch, note)
+            });
             let result = match prepared.await {
                 Ok(Ok(prepared)) => {
                     crash_point::pass("start-prepared");
@@ -266,10 +267,9 @@ impl Agent {
         let (context, inbox, store) = (self.start_context.clone(), self.inbox.clone(), self.store.clone());
         tokio::task::spawn_blocking(move || {
             let cgroup = context.cgroups.open(workload.as_str());
-            let path = context.places.netns().join(format!("w-{workload}"));
             let mut failed = cgroup.remove().err().map(|error| inline_chain(&error));
             crash_point::pass("cgroup-removed");
-            failed = failed.or(netns::remove(&path).err().map(|error| inline_chain(&error)));
+            failed = failed.or(isolate::remove(&context, &workload).err().map(|error| inline_chain(error.as_ref())));
             crash_point::pass("namespace-removed");
             failed = failed.or(place::remove(&context.places, &workload).err().map(|error| inline_chain(&error)));
             crash_point::pass("place-removed");

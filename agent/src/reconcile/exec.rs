@@ -15,7 +15,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Agent, health};
 use crate::api::Passing;
-use crate::execute::start;
+use crate::execute::isolate::{self, Launch};
+use crate::execute::start::Prepared;
 use crate::runtime::keeper_link::KeeperLink;
 use crate::store::inline_chain;
 
@@ -53,7 +54,9 @@ impl Agent {
         tokio::spawn(async move {
             let described = name.clone();
             let prepared = tokio::task::spawn_blocking(move || {
-                start::prepare(&context, &described, &workload, &manifest, &image, String::new())
+                let name = &described;
+                let launch = Launch { name, workload: &workload, manifest: &manifest, image: &image };
+                isolate::command(&context, &launch)
             });
             let failed = |text: String| Answer::Error(Reason::new(Code::StartFailed, text));
             let answer = match prepared.await {
@@ -90,7 +93,7 @@ async fn run(
     execs: &health::Execs,
     name: &WorkloadName,
     wish: ExecWish,
-    prepared: start::Prepared,
+    prepared: Prepared,
     passing: Passing,
     answers: &mpsc::Sender<Answer>,
 ) -> Result<ChildExit, Answer> {

@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use super::{Agent, Message};
+use crate::execute::isolate::{self, Launch};
 use crate::execute::start::{self, StartContext};
 use crate::observe::ProbeOutcome;
 use crate::observe::probes::{self, Target};
@@ -53,7 +54,8 @@ impl Agent {
                     name: name.clone(),
                     command: command.clone(),
                     describe: Arc::new(move |name: &WorkloadName, context: &StartContext| {
-                        start::prepare(context, name, &workload, &manifest, &image, String::new()).ok()
+                        let launch = Launch { name, workload: &workload, manifest: &manifest, image: &image };
+                        isolate::command(context, &launch).ok()
                     }),
                     context,
                 })

@@ -24,6 +24,7 @@ use crate::content::Content;
 use crate::crash_point;
 use crate::execute::pull::{self, PullContext, ReadyImage, is_whole};
 use crate::execute::start::StartContext;
+use crate::execute::user_ids::Ranges;
 use crate::network::{interface, ports::Ports};
 use crate::observe::{logs::Logs, pressure};
 use crate::report::{FleetLine, Offer, key, push};
@@ -102,7 +103,14 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         leases: super::moment::Leases::default(),
         pull_attempts: BTreeMap::new(),
         pull_context: Arc::new(pull_context),
-        start_context: StartContext { places: places.clone(), content, cgroups, allow: config.allow.clone() },
+        start_context: StartContext {
+            places: places.clone(),
+            content,
+            cgroups,
+            allow: config.allow.clone(),
+            user_namespaces: config.runtime.user_namespaces,
+            user_ids: Arc::new(Ranges::open(places.user_ids(), &places.userns(), config.runtime.user_ids)),
+        },
         floor,
         reckoning: time::Reckoning::new(store.time_floor()?),
         is_device,

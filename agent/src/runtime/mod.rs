@@ -8,5 +8,8 @@ pub mod defaults;
 /// The agent's end of the keeper's socket.
 pub mod keeper_link;
 
+/// File systems for a container with ids of its own.
+pub mod mapped;
+
 /// Capabilities, the default filter of system calls, specification to launch: what the agent shares with `edged oci`.
 pub use edged_oci::{caps, seccomp, spec};

@@ -12,9 +12,9 @@ use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use edged_model::keeper::{CgroupEntry, LaunchSpec, SecurityLabel};
+use edged_model::keeper::{CgroupEntry, IdMapping, LaunchSpec, SecurityLabel};
 use nix::sched::{CloneFlags, unshare};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
 use crate::program::Program;
@@ -159,6 +159,9 @@ fn steps(
     // Now, while /proc is the host's: a container's may be missing, or something else.
     at(Stage::OomScore, oom_score(spec))?;
     at(Stage::Session, nix::unistd::setsid().map_err(errno))?;
+    if let Streams::Ready(streams) = &stdio {
+        at(Stage::Stdio, give_streams(spec, streams))?;
+    }
     let state = match join {
         Some(target) => {
             at(Stage::Join, enter::container(target))?;
@@ -223,6 +226,24 @@ fn become_the_program(
         at(Stage::Seccomp, seccomp(spec))?;
     }
     about(Stage::Exec, spec.argv.first().map_or("", String::as_str), program.exec())
+}
+
+/// Pipes are the host root's, who is a stranger where ids are mapped: a program that opens `/dev/stdout` anew must own it.
+fn give_streams(spec: &LaunchSpec, streams: &[OwnedFd; 3]) -> Result<(), Errno> {
+    let outside = |map: &[IdMapping], id: u32| {
+        let within = |one: &&IdMapping| id.checked_sub(one.inside).is_some_and(|above| above < one.count);
+        map.iter().find(within).map(|one| one.outside + (id - one.inside))
+    };
+    let (uid, gid) = (outside(&spec.uid_map, spec.uid), outside(&spec.gid_map, spec.gid));
+    // Who is born in a new user namespace has no right to, and whoever gave the streams sees to it.
+    let is_new = spec.namespaces & u64::from(CloneFlags::CLONE_NEWUSER.bits() as u32) != 0;
+    let (Some(uid), Some(gid), false) = (uid, gid, is_new) else { return Ok(()) };
+    for stream in streams {
+        if FileType::from_raw_mode(rustix::fs::fstat(stream)?.st_mode) == FileType::Fifo {
+            rustix::fs::fchown(stream, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        }
+    }
+    Ok(())
 }
 
 /// Says that all is ready, and waits until somebody connects: the connection then tells what came of exec.
@@ -298,11 +319,13 @@ fn enter_v1_cgroups(spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<(), Errno> {
 /// Namespaces and file system. Gives back what the parent said when it let us go on: the container's state.
 fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd) -> Step<Vec<u8>> {
     let wants = |flag: CloneFlags| spec.namespaces & u64::from(flag.bits() as u32) != 0;
+    let inside = enter::is_childs_own_way(spec);
+    let procfs = if inside { enter::own_ids(spec, fds)? } else { None };
     enter::joins(spec, fds)?;
     if wants(CloneFlags::CLONE_NEWCGROUP) {
         at(Stage::CgroupNamespace, unshare(CloneFlags::CLONE_NEWCGROUP).map_err(errno))?;
     }
-    if let Some(index) = spec.netns_fd {
+    if let (Some(index), false) = (spec.netns_fd, inside) {
         let netns = at(Stage::NetworkNamespace, fds.get(index as usize).ok_or(Errno::BADF))?;
         at(Stage::NetworkNamespace, nix::sched::setns(netns, CloneFlags::CLONE_NEWNET).map_err(errno))?;
     }
@@ -327,7 +350,7 @@ fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd) -> Step<Ve
         at(Stage::Hostname, rustix::system::setdomainname(domainname.as_bytes()))?;
     }
     if let Some(rootfs) = &spec.rootfs {
-        rootfs::make(spec, rootfs, fds, &state)?;
+        rootfs::make(spec, rootfs, fds, procfs.as_ref(), &state)?;
     }
     Ok(state)
 }
@@ -349,7 +372,10 @@ fn hold(talk: &OwnedFd) -> Result<Vec<u8>, Errno> {
 pub const MAX_STATE_BYTES: usize = 96 * 1024;
 
 fn limits(spec: &LaunchSpec) -> Result<(), Errno> {
-    privilege::restore_open_files()?;
+    // Down and up again takes power over the whole machine (setrlimit(2)), which a user namespace does not give.
+    if !spec.rlimits.iter().any(|(resource, ..)| *resource == privilege::RLIMIT_NOFILE) {
+        privilege::restore_open_files()?;
+    }
     for (resource, soft, hard) in &spec.rlimits {
         privilege::set_limit(*resource, *soft, *hard)?;
     }

@@ -2,13 +2,13 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use edged_model::keeper::LaunchSpec;
+use edged_model::keeper::{LaunchSpec, Rootfs};
 use nix::sched::{CloneFlags, setns};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::child::{Fault, Stage, Step, at, errno};
-use crate::spawn;
+use crate::{mount, spawn};
 
 /// The crate does not know it yet (linux/sched.h).
 pub(crate) const CLONE_NEWTIME: CloneFlags = CloneFlags::from_bits_retain(0x80);
@@ -34,6 +34,40 @@ pub(crate) fn container(target: BorrowedFd<'_>) -> Result<(), Errno> {
         }
     }
     setns(target, always).map_err(errno)
+}
+
+/// Whether the child goes into its user namespace by itself. It can where all that takes the rights of the host was made
+/// beforehand (`Rootfs::Tree`); the pid namespace it is born in then belongs to the host, which nobody inside can tell.
+pub(crate) fn is_childs_own_way(spec: &LaunchSpec) -> bool {
+    let user =
+        spec.joins.iter().any(|join| CloneFlags::from_bits_retain(join.flag as i32) == CloneFlags::CLONE_NEWUSER);
+    user && matches!(spec.rootfs, Some(Rootfs::Tree { .. }))
+}
+
+/// That way: network and user namespace, then new ones that belong to it. Gives back the procfs of the pid namespace,
+/// which only the owner of that can mount.
+pub(crate) fn own_ids(spec: &LaunchSpec, fds: &[OwnedFd]) -> Step<Option<OwnedFd>> {
+    let procfs = spec.mounts.iter().find(|step| step.fstype == "proc" && !step.bind);
+    let procfs = procfs
+        .map(|step| mount::new_filesystem(&step.fstype, &step.source, &step.data, mount::attributes_of(step.flags)));
+    let procfs = at(Stage::Mounts, procfs.transpose())?;
+    let enter = |stage: Stage, index: u32, flag: CloneFlags| {
+        let fd = at(stage, spawn::descriptor(fds, index).map_err(|_| Errno::BADF))?;
+        at(stage, setns(fd, flag).map_err(errno))
+    };
+    if let Some(index) = spec.netns_fd {
+        enter(Stage::NetworkNamespace, index, CloneFlags::CLONE_NEWNET)?;
+    }
+    let is_user = |flag: u64| CloneFlags::from_bits_retain(flag as i32) == CloneFlags::CLONE_NEWUSER;
+    for join in spec.joins.iter().filter(|join| is_user(join.flag)) {
+        enter(Stage::UserNamespace, join.fd, CloneFlags::CLONE_NEWUSER)?;
+    }
+    at(Stage::UserNamespace, become_root_of_it())?;
+    // The others are made in their time by `child`.
+    let now = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
+    let wanted = CloneFlags::from_bits_retain(spec.namespaces as i32) & now;
+    at(Stage::OtherNamespace, nix::sched::unshare(wanted).map_err(errno))?;
+    Ok(procfs)
 }
 
 /// Namespaces by descriptor. Those that the rights of the host do not reach belong to the user namespace, and are

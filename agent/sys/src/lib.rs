@@ -6,6 +6,7 @@
 //! | [`spawn`] | clone(2) (clone3), pidfd_open(2) |
 //! | [`child`], `enter`, `program`, `rootfs` | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
 //! | [`mount`] | open_tree(2), fsopen(2), move_mount(2), mount_setattr(2) |
+//! | [`owned`] | user_namespaces(7), ioctl_ns(2) |
 //! | [`resolve`] | openat2(2) |
 //! | [`privilege`] | prctl(2), capset(2), seccomp(2) |
 //! | [`fdpass`] | unix(7), SCM_RIGHTS |
@@ -26,6 +27,8 @@ mod enter;
 pub mod hook;
 /// Mounts by descriptor.
 pub mod mount;
+/// Namespaces that are kept, and who has power over them.
+pub mod owned;
 /// Capabilities, ids, seccomp.
 pub mod privilege;
 /// Exec, and the tiny init.

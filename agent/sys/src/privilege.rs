@@ -30,6 +30,10 @@ pub fn raise_open_files(wanted: u64) -> Result<u64, Errno> {
     Ok(wanted.min(before.rlim_max))
 }
 
+/// How LaunchSpec and the kernel number it; the C library's own type differs from one to the next.
+#[expect(clippy::unnecessary_cast, reason = "it is an `int` with musl")]
+pub(crate) const RLIMIT_NOFILE: u32 = libc::RLIMIT_NOFILE as u32;
+
 /// What [`raise_open_files`] changed, changed back. In a child.
 pub(crate) fn restore_open_files() -> Result<(), Errno> {
     match OPEN_FILES.get() {

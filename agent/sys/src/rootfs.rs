@@ -17,10 +17,17 @@ use crate::resolve::{self, Want};
 use crate::{copy_up, hook};
 
 /// Everything from the private mount namespace to the new root, in order.
-pub(crate) fn make(spec: &LaunchSpec, rootfs: &Rootfs, fds: &[OwnedFd], state: &[u8]) -> Step {
-    let root = make_root(spec, rootfs)?;
+/// `procfs` is taken for every mount of one.
+pub(crate) fn make(
+    spec: &LaunchSpec,
+    rootfs: &Rootfs,
+    fds: &[OwnedFd],
+    procfs: Option<&OwnedFd>,
+    state: &[u8],
+) -> Step {
+    let root = make_root(spec, rootfs, fds)?;
     for step in &spec.mounts {
-        match mount_step(root.as_fd(), step, fds) {
+        match mount_step(root.as_fd(), step, fds, procfs) {
             Err(_) if step.optional => {}
             result => about(Stage::Mounts, &format!("{} at {}", step.source, step.target), result)?,
         }
@@ -54,8 +61,9 @@ pub(crate) fn make(spec: &LaunchSpec, rootfs: &Rootfs, fds: &[OwnedFd], state: &
     Ok(())
 }
 
-fn make_root(spec: &LaunchSpec, rootfs: &Rootfs) -> Step<OwnedFd> {
-    let (Rootfs::Overlay { mount_at: path, .. } | Rootfs::Directory { path, .. }) = rootfs;
+fn make_root(spec: &LaunchSpec, rootfs: &Rootfs, fds: &[OwnedFd]) -> Step<OwnedFd> {
+    let (Rootfs::Overlay { mount_at: path, .. } | Rootfs::Directory { path, .. } | Rootfs::Tree { mount_at: path, .. }) =
+        rootfs;
     if spec.root_propagation & MS_SHARED == 0 {
         // Slave first: what the host unmounts while we work goes here too, and nothing of ours goes to the host.
         let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
@@ -66,7 +74,7 @@ fn make_root(spec: &LaunchSpec, rootfs: &Rootfs) -> Step<OwnedFd> {
         let private = rustix::mount::mount_change(point.as_str(), MountPropagationFlags::PRIVATE);
         about(Stage::MountNamespace, &point, private)?;
     }
-    about(Stage::Root, path, open_root(rootfs))
+    about(Stage::Root, path, open_root(rootfs, fds))
 }
 
 /// The mount point that `path` lies under (proc_pid_mountinfo(5)).
@@ -79,7 +87,8 @@ fn mount_point_of(path: &str) -> Result<String, Errno> {
 
 /// The last thing done to the root: the terminal's `/dev/console` still needed a file in it.
 pub(crate) fn seal_root(rootfs: &Rootfs) -> Result<(), Errno> {
-    let (Rootfs::Overlay { read_only, .. } | Rootfs::Directory { read_only, .. }) = rootfs;
+    let (Rootfs::Overlay { read_only, .. } | Rootfs::Directory { read_only, .. } | Rootfs::Tree { read_only, .. }) =
+        rootfs;
     if !*read_only {
         return Ok(());
     }
@@ -88,8 +97,14 @@ pub(crate) fn seal_root(rootfs: &Rootfs) -> Result<(), Errno> {
 }
 
 /// Mounts the root file system in this mount namespace, private from now on, and opens it.
-fn open_root(rootfs: &Rootfs) -> Result<OwnedFd, Errno> {
+fn open_root(rootfs: &Rootfs, fds: &[OwnedFd]) -> Result<OwnedFd, Errno> {
     let at = match rootfs {
+        Rootfs::Tree { tree_fd, mount_at, .. } => {
+            let tree = fds.get(*tree_fd as usize).ok_or(Errno::BADF)?;
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            mount::attach(tree.as_fd(), rustix::fs::open(mount_at.as_str(), flags, Mode::empty())?.as_fd())?;
+            mount_at
+        }
         Rootfs::Overlay { lower, upper, work, mount_at, volatile, read_only } => {
             // A read-only root of several layers needs no upper; of a single one, overlayfs insists on it.
             let upper = if !*read_only || lower.len() < 2 { Some((upper.as_str(), work.as_str())) } else { None };
@@ -145,7 +160,7 @@ fn mount_overlay(lower: &[String], upper: Option<(&str, &str)>, at: &str, volati
     mount::attach(tree.as_fd(), target.as_fd())
 }
 
-fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd]) -> Result<(), Errno> {
+fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd], procfs: Option<&OwnedFd>) -> Result<(), Errno> {
     if step.remount {
         let target = resolve::open_path(root, Path::new(&step.target))?;
         return set_step_attributes(target.as_fd(), step, 0);
@@ -161,14 +176,15 @@ fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd]) -> Result
         let tree = mount::clone_tree(source.as_fd(), step.recursive)?;
         return attach_bind(root, tree.as_fd(), step);
     }
-    let tree = mount::new_filesystem(&step.fstype, &step.source, &step.data, attributes)?;
+    let tree = match procfs.filter(|_| step.fstype == "proc") {
+        Some(procfs) => rustix::io::fcntl_dupfd_cloexec(procfs, 0)?,
+        None => mount::new_filesystem(&step.fstype, &step.source, &step.data, attributes)?,
+    };
     // A mount that says nothing is private: what happens to the host's original later is not the container's.
     let propagation = if step.propagation == 0 { MS_PRIVATE } else { step.propagation };
     mount::set_attributes(tree.as_fd(), Attributes { propagation, ..Attributes::default() })?;
     let target = resolve::ensure(root, Path::new(&step.target), Want::Directory)?;
-    if step.fstype == "proc" || step.fstype == "sysfs" {
-        refuse_covered(target.as_fd(), root, &step.target)?;
-    }
+    refuse_covered(target.as_fd(), root, step)?;
     if step.copy_up {
         copy_up::fill(target.as_fd(), tree.as_fd())?;
     }
@@ -177,8 +193,11 @@ fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd]) -> Result
 
 /// `/proc` and `/sys` are made where the configuration says and nowhere else: an image in which they are links would
 /// have every later check look elsewhere (CVE-2019-19921, CVE-2023-27561).
-fn refuse_covered(found: BorrowedFd<'_>, root: BorrowedFd<'_>, target: &str) -> Result<(), Errno> {
-    let direct = resolve::open_path_no_follow(root, Path::new(target))?;
+fn refuse_covered(found: BorrowedFd<'_>, root: BorrowedFd<'_>, step: &MountStep) -> Result<(), Errno> {
+    if step.fstype != "proc" && step.fstype != "sysfs" {
+        return Ok(());
+    }
+    let direct = resolve::open_path_no_follow(root, Path::new(&step.target))?;
     let (found, direct) = (rustix::fs::fstat(found)?, rustix::fs::fstat(&direct)?);
     if (found.st_dev, found.st_ino) == (direct.st_dev, direct.st_ino) { Ok(()) } else { Err(Errno::LOOP) }
 }
@@ -189,6 +208,7 @@ fn attach_bind(root: BorrowedFd<'_>, tree: BorrowedFd<'_>, step: &MountStep) -> 
     set_step_attributes(tree, step, propagation)?;
     let want = if is_directory { Want::Directory } else { Want::File };
     let target = resolve::ensure(root, Path::new(&step.target), want)?;
+    refuse_covered(target.as_fd(), root, step)?;
     mount::attach(tree, target.as_fd())
 }
 

@@ -7,6 +7,7 @@ use edged_model::keeper::{CgroupEntry, IdMapping, LaunchSpec, Stdio};
 use nix::sched::CloneFlags;
 
 use crate::child::{self, Plumbing, Stage, Streams};
+use crate::enter;
 
 /// Proof that this process has one thread. Only then may the child between clone and exec allocate and use the whole
 /// standard library: no other thread can have held a lock at the moment of the clone.
@@ -153,7 +154,7 @@ pub fn launch(
     // The cgroup namespace's root is the cgroup one is in when it is made: the child unshares it once it is inside. A
     // time namespace is for children only (time_namespaces(7)): the child makes it, and enters it when its clocks are
     // set.
-    let late = to_flags(CloneFlags::CLONE_NEWCGROUP) | to_flags(crate::enter::CLONE_NEWTIME);
+    let late = to_flags(CloneFlags::CLONE_NEWCGROUP) | to_flags(enter::CLONE_NEWTIME);
     let mut flags = spec.namespaces & !late;
     let restore = match (join, of(CloneFlags::CLONE_NEWPID)) {
         (Some(target), _) => {
@@ -166,6 +167,10 @@ pub fn launch(
     let child = || match child::run(spec, fds, join, plumbing) {};
     let cloned = match of(CloneFlags::CLONE_NEWUSER) {
         None => clone3(proof, flags, cgroup, child),
+        // The rest it makes itself, once it is inside: so nobody has to be waited for.
+        Some(_) if enter::is_childs_own_way(spec) => {
+            clone3(proof, flags & to_flags(CloneFlags::CLONE_NEWPID), cgroup, child)
+        }
         Some(join) => launch_inside(proof, flags, cgroup, descriptor(fds, join.fd)?, child),
     };
     if let Some(own) = restore {
@@ -175,7 +180,7 @@ pub fn launch(
     }
     let (pid, pidfd) = cloned.map_err(SpawnError::Clone)?;
     if spec.namespaces & to_flags(CloneFlags::CLONE_NEWUSER) != 0 {
-        write_id_maps(pid, spec).map_err(SpawnError::IdMaps)?;
+        write_id_maps(pid, &spec.uid_map, &spec.gid_map).map_err(SpawnError::IdMaps)?;
         if !spec.hold {
             go_on(talk.as_fd(), b"{}").map_err(SpawnError::IdMaps)?;
         }
@@ -184,12 +189,12 @@ pub fn launch(
 }
 
 /// user_namespaces(7): each map is written once, by somebody with power over both namespaces.
-fn write_id_maps(pid: i32, spec: &LaunchSpec) -> io::Result<()> {
+pub(crate) fn write_id_maps(pid: i32, uid_map: &[IdMapping], gid_map: &[IdMapping]) -> io::Result<()> {
     let text = |map: &[IdMapping]| {
         map.iter().map(|one| format!("{} {} {}\n", one.inside, one.outside, one.count)).collect::<String>()
     };
-    std::fs::write(format!("/proc/{pid}/uid_map"), text(&spec.uid_map))?;
-    std::fs::write(format!("/proc/{pid}/gid_map"), text(&spec.gid_map))
+    std::fs::write(format!("/proc/{pid}/uid_map"), text(uid_map))?;
+    std::fs::write(format!("/proc/{pid}/gid_map"), text(gid_map))
 }
 
 /// A child that is born in a user namespace that exists, and in new namespaces owned by it. Who enters a user namespace
@@ -205,7 +210,7 @@ fn launch_inside(
     let (helper, _) = clone3(proof, 0, cgroup, || {
         let made = nix::sched::setns(user_namespace, CloneFlags::CLONE_NEWUSER)
             .map_err(io::Error::from)
-            .and_then(|()| crate::enter::become_root_of_it().map_err(io::Error::from))
+            .and_then(|()| enter::become_root_of_it().map_err(io::Error::from))
             .and_then(|()| clone3(proof, flags | CLONE_PARENT, None, child));
         let (number, fds) = match &made {
             Ok((pid, pidfd)) => (*pid, vec![pidfd.as_fd()]),
@@ -234,8 +239,8 @@ pub fn user_namespace(proof: &SingleThread, uid_map: &[IdMapping], gid_map: &[Id
         // SAFETY: `_exit` runs nothing of the parent whose memory this is a copy of.
         unsafe { libc::_exit(0) }
     })?;
-    let spec = LaunchSpec { uid_map: uid_map.to_vec(), gid_map: gid_map.to_vec(), ..LaunchSpec::default() };
-    let namespace = write_id_maps(pid, &spec).and_then(|()| std::fs::File::open(format!("/proc/{pid}/ns/user")));
+    let namespace =
+        write_id_maps(pid, uid_map, gid_map).and_then(|()| std::fs::File::open(format!("/proc/{pid}/ns/user")));
     let _ = crate::fdpass::send(ours.as_fd(), b"g", &[]);
     let _ = rustix::process::waitpid(rustix::process::Pid::from_raw(pid), rustix::process::WaitOptions::empty());
     namespace.map(OwnedFd::from)
@@ -313,6 +318,25 @@ fn clone3(
     cgroup: Option<BorrowedFd<'_>>,
     child: impl FnOnce(),
 ) -> io::Result<(i32, OwnedFd)> {
+    // SAFETY: `_proof` says that no other thread held a lock at the moment of the clone, so the child may do anything.
+    // It never returns from here: `child` cannot return, or ends in `_exit` below.
+    match unsafe { raw_clone3(flags, cgroup) }? {
+        Some(born) => Ok(born),
+        None => {
+            child();
+            // SAFETY: the child's steps end in exec or `_exit`; should they ever come back, this copy of the parent
+            // must end here without running anything of the parent's.
+            unsafe { libc::_exit(127) }
+        }
+    }
+}
+
+/// `None` in the child.
+///
+/// # Safety
+/// The child is a copy of the parent with one thread: unless the parent had one thread only, it may call nothing but
+/// async-signal-safe functions (signal-safety(7)), and it must end in exec or `_exit`.
+pub(crate) unsafe fn raw_clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Option<(i32, OwnedFd)>> {
     let mut pidfd: libc::c_int = -1;
     let mut flags = flags | libc::CLONE_PIDFD as u64;
     let mut cgroup_fd = 0;
@@ -334,21 +358,16 @@ fn clone3(
         set_tid_size: 0,
         cgroup: cgroup_fd,
     };
-    // SAFETY: without CLONE_VM the child has its own copy of the memory, and `_proof` says that no other thread held a
-    // lock in it. `args` and `pidfd` live across the call. The child never returns from here: `child` cannot return.
+    // SAFETY: without CLONE_VM the child has its own copy of the memory; what it does with it is the caller's promise.
+    // `args` and `pidfd` live across the call.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
     match result {
-        0 => {
-            child();
-            // SAFETY: the child's steps end in exec or `_exit`; should they ever come back, this copy of the parent
-            // must end here without running anything of the parent's.
-            unsafe { libc::_exit(127) }
-        }
+        0 => Ok(None),
         -1 => Err(io::Error::last_os_error()),
         pid => {
             // SAFETY: CLONE_PIDFD was given and clone3 succeeded, so the kernel wrote a new descriptor that is ours.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok((i32::try_from(pid).map_err(io::Error::other)?, pidfd))
+            Ok(Some((i32::try_from(pid).map_err(io::Error::other)?, pidfd)))
         }
     }
 }

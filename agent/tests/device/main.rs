@@ -18,3 +18,4 @@ mod moment;
 mod refusals;
 mod rig;
 mod rotation;
+mod userns;

@@ -171,6 +171,10 @@ pub struct Device {
 }
 
 impl Device {
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     pub fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -369,9 +373,10 @@ impl Drop for Device {
         if std::thread::panicking() {
             eprintln!("--- edged said:\n{}", self.said());
         }
-        // The pinned network namespaces are mounts: a directory that holds one cannot be removed.
-        let pins = fs::read_dir(self.root.join("run/netns")).into_iter().flatten().flatten();
-        for pin in pins {
+        // The pinned namespaces are mounts: a directory that holds one cannot be removed.
+        let pins =
+            ["run/netns", "run/userns"].map(|dir| fs::read_dir(self.root.join(dir)).into_iter().flatten().flatten());
+        for pin in pins.into_iter().flatten() {
             let _ = rustix::mount::unmount(pin.path(), rustix::mount::UnmountFlags::DETACH);
         }
     }

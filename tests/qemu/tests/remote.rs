@@ -68,10 +68,10 @@ fn a_technician_asks_for_the_status_over_ssh() {
         setup = setup.file("etc/edged/technicians/authorized_keys", std::fs::read(key.with_extension("pub"))?);
         let config = setup.files.iter_mut().find(|(path, ..)| path == "etc/edged/agent.toml");
         let (_, _, toml) = config.ok_or_else(|| anyhow::anyhow!("a device has an agent.toml"))?;
-        toml.extend_from_slice(b"\n[allow]\nbind = [\"/run/edged\", \"/etc/edged/technicians\"]\n");
+        toml.extend_from_slice(b"\n[allow]\nbind = [\"/run/edged\", \"/etc/edged/technicians\"]\nhost-users = true\n");
         let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
         let manifest = format!(
-            "{HEAD}sequence: 1\nvolumes: {{ ssh-host-key: {{}} }}\nworkloads:\n  ssh:\n    image: {image}\n    \
+            "{HEAD}sequence: 1\nvolumes: {{ ssh-host-key: {{}} }}\nworkloads:\n  ssh:\n    image: {image}\n    user: host\n    \
              resources: {{ memory: 16Mi, cpu: 400m }}\n    ports: [{{ host: {PORT}, container: 22 }}]\n    mounts:\n    \
              - {{ source: {{ bind: /run/edged }}, target: /run/edged }}\n    \
              - {{ source: {{ bind: /etc/edged/technicians }}, target: /.ssh, readOnly: true }}\n    \
