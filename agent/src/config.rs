@@ -183,6 +183,12 @@ pub struct Images {
     pub keep_unused: Span,
     /// After an unclean stop the layers about to be used are checked; contents are read for so long at most.
     pub check_time: Span,
+    /// Bytes per second from all registries together.
+    pub rate_max: Option<Bytes>,
+    /// Bytes a day (UTC) from all registries together.
+    pub daily_max: Option<Bytes>,
+    /// A layer that takes longer than this to fetch is kept while it is on its way, so that a restart costs none of it.
+    pub keep_partial_after: Span,
 }
 
 impl Default for Images {
@@ -194,6 +200,9 @@ impl Default for Images {
             parallel: 3,
             keep_unused: Span::from_secs(86_400),
             check_time: Span::from_secs(30),
+            rate_max: None,
+            daily_max: None,
+            keep_partial_after: Span::from_secs(30),
         }
     }
 }
@@ -207,6 +216,11 @@ pub struct Registry {
     pub password_file: Option<PathBuf>,
     /// PEM file with the registry's CA.
     pub ca: Option<PathBuf>,
+    /// PEM files with the certificate and the key by which this device shows who it is.
+    pub client_cert: Option<PathBuf>,
+    pub client_key: Option<PathBuf>,
+    /// `http://[user:password@]host:port`, asked by CONNECT. Default: what the environment says; empty: none.
+    pub proxy: Option<String>,
     /// Hosts that are asked first, in order.
     pub mirrors: Vec<String>,
     /// Plain HTTP: only sensible on loopback; the digest still guards the content.

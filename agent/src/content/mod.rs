@@ -3,13 +3,14 @@
 //! beside and renamed in.
 //!
 //! A layer's compressed bytes are not kept: they go from the socket through the hashes into the directory. That writes
-//! the flash once instead of twice and needs no room for both. The price: a layer that was cut off by the end of the
-//! *process* begins again (a broken link alone does not, see `registry::BlobReader`).
+//! the flash once instead of twice and needs no room for both. Only on a slow link they are kept while they are on their
+//! way (`partial`), so that another process goes on where this one stopped.
 //!
 //! ```text
 //! content/blobs/<sha256>       manifests and configurations
 //! content/images/<sha256 of the name>   what a pulled name has become
 //! content/tables/<chain id>    what a layer was when it was unpacked
+//! content/partial/<sha256>     bytes of a layer on its way, where they are dear
 //! layers/<chain id>/           unpacked; layers/ingest/ while on the way
 //! ```
 
@@ -32,6 +33,8 @@ pub mod archive;
 pub mod build;
 /// A layer from its stream to its directory.
 pub mod layer;
+/// Layers that are on their way.
+pub mod partial;
 /// Taking a tree away, however deep.
 pub mod remove;
 /// What a layer was when it was unpacked.
@@ -60,6 +63,7 @@ pub struct Content {
     documents: PathBuf,
     records: PathBuf,
     tables: PathBuf,
+    partials: PathBuf,
     layers: PathBuf,
     in_work: Arc<InWork>,
 }
@@ -78,6 +82,7 @@ impl Content {
             documents: places.content().join("blobs"),
             records: places.content().join("images"),
             tables: places.content().join("tables"),
+            partials: places.content().join("partial"),
             layers: places.layers(),
             in_work: Arc::default(),
         };

@@ -33,6 +33,18 @@ impl Content {
         items(&self.documents, |path| std::fs::symlink_metadata(path).map_or(0, |meta| meta.len()))
     }
 
+    /// Layers that are on their way, by their digests.
+    pub fn partials(&self) -> Result<Vec<Item>, ContentError> {
+        if !self.partials.is_dir() {
+            return Ok(Vec::new());
+        }
+        items(&self.partials, |path| std::fs::symlink_metadata(path).map_or(0, |meta| meta.len()))
+    }
+
+    pub fn remove_partial(&self, layer: Digest) -> Result<(), ContentError> {
+        forget(&self.partials.join(layer.hex()))
+    }
+
     /// Takes a layer away. Nobody may be pulling meanwhile: a pull takes what is there for granted.
     pub fn remove_layer(&self, chain: Digest) -> Result<(), ContentError> {
         let (from, aside) = (self.layer(chain), self.staging().join(format!("gone-{}", chain.hex())));

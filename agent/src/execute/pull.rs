@@ -17,6 +17,7 @@ use crate::content::{Content, chain_id};
 use crate::crash_point;
 use crate::registry::layout::{Layout, LayoutReference};
 use crate::registry::platform::{self, architecture};
+use crate::registry::traffic::Traffic;
 use crate::registry::{Client, Document, Reference, RegistryError, Source};
 use crate::verify::cosign::{self, Wanted};
 use crate::verify::image_policy::{self, Demand, Rule};
@@ -28,6 +29,7 @@ mod depth;
 mod layers;
 /// Images that are brought on a stick.
 pub mod load;
+mod resume;
 /// Whether there is room for an update.
 pub mod room;
 mod size;
@@ -88,6 +90,7 @@ pub struct PullContext {
     pub data: PathBuf,
     pub disk_reserve: Bytes,
     pub promises: Arc<Promises>,
+    pub traffic: Arc<Traffic>,
 }
 
 impl PullContext {
@@ -151,7 +154,6 @@ pub fn pull(
     ticket: Ticket,
     progress: &dyn Fn(Progress),
 ) -> Result<ReadyImage, PullFailure> {
-    let mut ticket = Some(ticket);
     let (wanted, digest, sources) = sources(ctx, image)?;
     // A digest never means anything else later; a tag may have moved.
     if let Some(digest) = digest {
@@ -162,11 +164,25 @@ pub fn pull(
             return Ok(ready);
         }
     }
+    let fetched = from_sources(ctx, image, (&wanted, digest), sources, ticket, progress);
+    ctx.traffic.settle();
+    fetched
+}
+
+fn from_sources(
+    ctx: &PullContext,
+    image: &str,
+    (wanted, digest): (&str, Option<Digest>),
+    sources: Vec<OpenSource<'_>>,
+    ticket: Ticket,
+    progress: &dyn Fn(Progress),
+) -> Result<ReadyImage, PullFailure> {
+    let mut ticket = Some(ticket);
     let mut last = PullFailure::passing(Code::RegistryUnavailable, format!("{image}: no registry to ask"));
     for source in sources {
         let pulled = source().and_then(|source| {
             let naming = if digest.is_some() { Naming::Digest } else { Naming::Tag };
-            let one = OneImage { ctx, source: &source, wanted: &wanted, naming, image };
+            let one = OneImage { ctx, source: &source, wanted, naming, image };
             let ready = one.pull(&mut ticket, progress)?.ready;
             // Last of all: what it speaks of is on the disk.
             remember(ctx, image, false, ready)
@@ -214,7 +230,7 @@ fn sources<'c>(
         let repository = reference.repository.clone();
         Box::new(move || {
             let config = ctx.registries.get(&host).cloned().unwrap_or_default();
-            Ok(Source::Registry { client: Box::new(Client::new(&host, &config)?), repository })
+            Ok(Source::Registry { client: Box::new(Client::new(&host, &config, &ctx.traffic)?), repository })
         })
     };
     Ok((reference.wanted(), reference.digest, hosts.map(open).collect()))
@@ -288,7 +304,7 @@ impl OneImage<'_> {
             return Ok(top.clone());
         }
         let index: ImageIndex = self.parse("index", &top.bytes)?;
-        let Some(descriptor) = platform::choose(&index, architecture()) else {
+        let Some(descriptor) = platform::choose(&index, &platform::this()) else {
             return Err(self.unusable(&format!(
                 "nothing for linux/{}, only {}",
                 architecture(),

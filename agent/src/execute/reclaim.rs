@@ -64,6 +64,14 @@ pub fn collect(content: &Content, wish: &Wish) -> Result<(Pruned, Vec<String>), 
             note(&mut pruned, "document", &document, None);
         }
     }
+    for partial in content.partials()? {
+        if wish.fate(&partial, false) == Fate::Goes {
+            if !wish.dry_run {
+                content.remove_partial(partial.digest)?;
+            }
+            note(&mut pruned, "partial layer", &partial, None);
+        }
+    }
     let gone: BTreeSet<Digest> = pruned.items.iter().map(|item| item.digest).collect();
     let is_broken = |image: &ReadyImage| image.layers.iter().any(|layer| gone.contains(layer));
     let broken: Vec<String> =

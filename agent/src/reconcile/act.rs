@@ -22,6 +22,8 @@ use crate::store::{Durability, SavedHistory, inline_chain};
 /// The longest pause between two tries of an image that cannot be had now.
 const PULL_RETRY_MAX_MS: u64 = 300_000;
 const PULL_RETRY_MS: u64 = 2_000;
+/// A registry may ask for a longer one, up to this.
+const PULL_ASKED_MAX_MS: u64 = 3_600_000;
 
 /// The key of generations' changes among what failed; no workload has such a name.
 const CHANGE: &str = "(change)";
@@ -92,7 +94,7 @@ impl Agent {
                 let attempts = self.pull_attempts.get(&image).copied().unwrap_or(0) + 1;
                 let backoff = (PULL_RETRY_MS << attempts.min(10)).min(PULL_RETRY_MAX_MS);
                 let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
-                let retry_at_boot_ms = now.boot_ms.saturating_add(backoff.max(asked).min(PULL_RETRY_MAX_MS));
+                let retry_at_boot_ms = now.boot_ms.saturating_add(pull_pause_ms(backoff, asked));
                 let permanent = failure.permanent || self.found_no_room(&image, &failure.reason);
                 // The images of one update that does not fit all say the same.
                 let says_it = |status: &ImageStatus| matches!(status, ImageStatus::Failed { reason, .. } if *reason == failure.reason);
@@ -400,4 +402,13 @@ impl Agent {
             tracing::error!("{busy}");
         }
     }
+}
+
+/// Before the next try of an image, spread: whoever asks for a pause asks many devices at once.
+fn pull_pause_ms(backoff_ms: u64, asked_ms: u64) -> u64 {
+    let mut random = [0; 1];
+    // Without randomness the pause is only not spread.
+    let _ = getrandom::fill(&mut random);
+    let pause_ms = backoff_ms.max(asked_ms.min(PULL_ASKED_MAX_MS));
+    pause_ms + pause_ms / 1024 * u64::from(random[0])
 }

@@ -203,11 +203,12 @@ fn use_of(
         size: Bytes(bytes),
         reclaimable,
     };
-    let (layers, documents) = (content.layers()?, content.documents()?);
+    let (layers, documents, partials) = (content.layers()?, content.documents()?, content.partials()?);
     let sum = |items: &[crate::content::usage::Item]| items.iter().map(|item| item.bytes).sum();
     let mut parts = vec![
         part("layers", layers.len(), sum(&layers), reclaimable("layer")),
         part("documents", documents.len(), sum(&documents), reclaimable("document")),
+        part("partial layers", partials.len(), sum(&partials), reclaimable("partial layer")),
     ];
     let directories: [(&str, PathBuf); 5] = [
         ("workloads", places.workloads()),

@@ -27,6 +27,7 @@ use crate::execute::start::StartContext;
 use crate::execute::user_ids::Ranges;
 use crate::network::{interface, ports::Ports};
 use crate::observe::{logs::Logs, pressure};
+use crate::registry::traffic::{Clock, Limits, Traffic};
 use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
@@ -82,7 +83,8 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         rules: image_policy::rules(&root),
         data: places.data().to_owned(),
         disk_reserve: config.limits.disk_reserve,
-        promises: std::sync::Arc::default(),
+        promises: Arc::default(),
+        traffic: Arc::new(traffic(&config, &places)),
     };
     let mut agent = Agent {
         device: config.device.id.clone(),
@@ -306,4 +308,13 @@ impl Agent {
         }
         Ok(receiver)
     }
+}
+
+fn traffic(config: &Config, places: &Places) -> Traffic {
+    let limits = Limits {
+        bytes_per_sec: config.images.rate_max.map(|bytes| bytes.0),
+        bytes_per_day: config.images.daily_max.map(|bytes| bytes.0),
+    };
+    let clock = Clock { boot_ms: clock::boot_ms, unix_secs: || clock::unix_ms() / 1000 };
+    Traffic::new(limits, clock, places.content().join("traffic"))
 }

@@ -8,6 +8,7 @@ use ureq::Body;
 use ureq::http::{Response, StatusCode, header};
 
 use super::source::BlobStream;
+use super::traffic::Metered;
 use super::{Client, DOCUMENT_TIMEOUT, RegistryError, SLOWEST_BYTES_PER_SEC, TRIES, broken, pause};
 
 /// A try that brought less than this does not count as progress: a registry that gives a byte at a time is given up.
@@ -26,8 +27,8 @@ pub struct BlobReader<'c> {
 }
 
 impl<'c> BlobReader<'c> {
-    pub(super) fn new(client: &'c Client, path: String, size: u64) -> Self {
-        Self { client, path, at: 0, size, body: None, failures: 0, failed_at: 0, error: None }
+    pub(super) fn new(client: &'c Client, path: String, size: u64, from: u64) -> Self {
+        Self { client, path, at: from.min(size), size, body: None, failures: 0, failed_at: from, error: None }
     }
 
     fn open(&mut self) -> Result<(), RegistryError> {
@@ -44,7 +45,8 @@ impl<'c> BlobReader<'c> {
         } else {
             self.at
         };
-        let mut body: Box<dyn Read + Send> = Box::new(response.into_body().into_with_config().limit(u64::MAX).reader());
+        let body = response.into_body().into_with_config().limit(u64::MAX).reader();
+        let mut body: Box<dyn Read + Send> = Box::new(Metered::new(body, &self.client.traffic));
         // A registry without ranges sends it all again: what is known already is read past.
         let passed = io::copy(&mut body.by_ref().take(skip), &mut io::sink()).map_err(|error| broken(&what, &error))?;
         if passed < skip {

@@ -166,8 +166,8 @@ impl Layout {
         Ok(Document { bytes, digest, media_type: String::new() })
     }
 
-    /// Its digest is the reader's to check.
-    pub fn blob(&self, digest: Digest) -> Result<LayoutBlob, RegistryError> {
+    /// From the byte `from` on. Its digest is the reader's to check.
+    pub fn blob(&self, digest: Digest, from: u64) -> Result<LayoutBlob, RegistryError> {
         let name = blob_name(digest);
         let stream: Option<Box<dyn Read + Send>> = match &self.files {
             Files::Directory => {
@@ -179,7 +179,10 @@ impl Layout {
                 image.layers.get(&digest).and_then(|name| bundle.file(name)).map(|part| Box::new(part) as _)
             }
         };
-        stream.map(LayoutBlob).ok_or_else(|| self.has_no(&name))
+        let mut stream = stream.ok_or_else(|| self.has_no(&name))?;
+        let passed = io::copy(&mut stream.by_ref().take(from), &mut io::sink());
+        passed.map_err(|error| unreadable(&self.path.join(&name), &error))?;
+        Ok(LayoutBlob(stream))
     }
 
     /// The last bytes of a blob.

@@ -11,7 +11,6 @@ use base64::Engine;
 use edged_model::id::Digest;
 use edged_model::reason::{Code, Reason};
 use ureq::http::{Response, StatusCode, header};
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use crate::config::Registry;
@@ -28,11 +27,17 @@ pub mod platform;
 pub mod reference;
 /// Where an image comes from: a registry or a layout.
 pub mod source;
+/// What may come a second and a day.
+pub mod traffic;
+mod way;
 
 use auth::Challenge;
 pub use blob::BlobReader;
 pub use reference::Reference;
 pub use source::{BlobStream, Source};
+use traffic::{Metered, Spent, Traffic};
+pub use way::{agent, certificates};
+use way::{agent_of, misconfigured};
 
 /// A manifest, an index or a configuration larger than this is none (distribution-spec: 4 MiB).
 pub const DOCUMENT_MAX_BYTES: u64 = 4 << 20;
@@ -80,6 +85,7 @@ pub struct Client {
     /// [`STALL_TIMEOUT`].
     stall_timeout: Duration,
     authorization: Arc<Mutex<Option<String>>>,
+    traffic: Arc<Traffic>,
 }
 
 /// A document and its digest.
@@ -96,22 +102,12 @@ pub const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, ap
 
 impl Client {
     /// A client for `registry` (host and port) with the device's configuration for it.
-    pub fn new(registry: &str, config: &Registry) -> Result<Self, RegistryError> {
-        let configuration = |text: String| RegistryError::new(Code::RegistryRefused, text, true);
-        let roots = match &config.ca {
-            None => RootCerts::WebPki,
-            Some(path) => {
-                let pem = std::fs::read(path)
-                    .map_err(|error| configuration(format!("CA of {registry}: {}: {error}", path.display())))?;
-                certificates(&pem)
-                    .ok_or_else(|| configuration(format!("CA of {registry}: {} has no certificate", path.display())))?
-            }
-        };
+    pub fn new(registry: &str, config: &Registry, traffic: &Arc<Traffic>) -> Result<Self, RegistryError> {
         let password = match (&config.password, &config.password_file) {
             (Some(password), _) => Some(password.clone()),
             (None, Some(path)) => Some(
                 std::fs::read_to_string(path)
-                    .map_err(|error| configuration(format!("password of {registry}: {}: {error}", path.display())))?
+                    .map_err(|error| misconfigured(format!("password of {registry}: {}: {error}", path.display())))?
                     .trim_end()
                     .to_owned(),
             ),
@@ -122,12 +118,13 @@ impl Client {
         });
         let scheme = if config.insecure_http { "http" } else { "https" };
         Ok(Self {
-            agent: agent(roots),
+            agent: agent_of(registry, config)?,
             base: format!("{scheme}://{registry}/v2"),
             name: registry.to_owned(),
             basic,
             stall_timeout: STALL_TIMEOUT,
             authorization: Arc::default(),
+            traffic: Arc::clone(traffic),
         })
     }
 
@@ -181,7 +178,8 @@ impl Client {
         let media_type = media_type.to_owned();
         let announced = length(&response);
         let mut bytes = Vec::new();
-        let mut body = response.into_body().into_reader().take(DOCUMENT_MAX_BYTES + 1);
+        let body = Metered::new(response.into_body().into_reader(), &self.traffic);
+        let mut body = body.take(DOCUMENT_MAX_BYTES + 1);
         body.read_to_end(&mut bytes).map_err(|error| broken(what, &error))?;
         if bytes.len() as u64 > DOCUMENT_MAX_BYTES {
             let text = format!("{what} is larger than {DOCUMENT_MAX_BYTES} bytes");
@@ -196,8 +194,8 @@ impl Client {
     }
 
     /// A blob as a stream that goes on where it stopped when the link breaks. Its digest is the reader's to check.
-    pub fn blob<'c>(&'c self, repository: &str, digest: Digest, size: u64) -> BlobReader<'c> {
-        BlobReader::new(self, format!("/{repository}/blobs/{digest}"), size)
+    pub fn blob<'c>(&'c self, repository: &str, digest: Digest, size: u64, from: u64) -> BlobReader<'c> {
+        BlobReader::new(self, format!("/{repository}/blobs/{digest}"), size, from)
     }
 
     /// The last bytes of a blob, from a registry that has ranges.
@@ -224,6 +222,8 @@ impl Client {
         body_timeout: Duration,
         what: &str,
     ) -> Result<Response<Body>, RegistryError> {
+        // A request that may bring nothing is not made.
+        self.traffic.allowed(1).map_err(|spent| spent.told(what))?;
         let mut url = format!("{}{path}", self.base);
         let mut is_registry = true;
         let mut redirects = 0;
@@ -334,32 +334,6 @@ fn without_path(url: &str) -> &str {
     url[host..].find(['/', '?', '#']).map_or(url, |end| &url[..host + end])
 }
 
-/// An HTTPS agent that trusts `roots`, follows no redirect by itself and gives up in time.
-pub fn agent(roots: RootCerts) -> Agent {
-    let tls = TlsConfig::builder().root_certs(roots).build();
-    Agent::config_builder()
-        .tls_config(tls)
-        .max_redirects(0)
-        .http_status_as_error(false)
-        .timeout_connect(Some(CONNECT_TIMEOUT))
-        .timeout_recv_response(Some(ANSWER_TIMEOUT))
-        .timeout_recv_body(Some(DOCUMENT_TIMEOUT))
-        .user_agent(concat!("edged/", env!("CARGO_PKG_VERSION")))
-        .build()
-        .into()
-}
-
-/// The certificates of a PEM file as the only roots.
-pub fn certificates(pem: &[u8]) -> Option<RootCerts> {
-    let list: Vec<Certificate<'static>> = parse_pem(pem)
-        .filter_map(|item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        })
-        .collect();
-    (!list.is_empty()).then(|| RootCerts::Specific(Arc::new(list)))
-}
-
 fn length(response: &Response<Body>) -> Option<u64> {
     response.headers().get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
@@ -382,6 +356,9 @@ fn unreachable(what: &str, error: &ureq::Error) -> RegistryError {
 }
 
 fn broken(what: &str, error: &io::Error) -> RegistryError {
+    if let Some(spent) = error.get_ref().and_then(|error| error.downcast_ref::<Spent>()) {
+        return spent.told(what);
+    }
     RegistryError::new(Code::RegistryUnavailable, format!("{what}: {error}"), false)
 }
 
@@ -406,9 +383,11 @@ fn pause(tries: u32, asked: Option<Duration>) {
     let mut random = [0; 1];
     // Without randomness the pause is only not spread.
     let _ = getrandom::fill(&mut random);
-    let backoff = Duration::from_millis((200 << tries.min(5)) + u64::from(random[0]));
+    // Also behind what was asked for: a thousand devices were asked the same.
+    let spread = Duration::from_millis(u64::from(random[0]));
+    let backoff = Duration::from_millis(200 << tries.min(5));
     #[expect(clippy::disallowed_methods, reason = "this thread was made for one pull and has nothing else to do")]
-    std::thread::sleep(asked.unwrap_or(backoff).min(RETRY_AFTER_MAX));
+    std::thread::sleep(asked.unwrap_or(backoff).min(RETRY_AFTER_MAX) + spread);
 }
 
 #[cfg(test)]
@@ -441,12 +420,14 @@ mod tests {
         let body: Vec<u8> = (0..100_000_u32).map(|n| n.to_be_bytes()[3]).collect();
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let host = listener.local_addr().unwrap().to_string();
-        let mut client = Client::new(&host, &Registry { insecure_http: true, ..Registry::default() }).unwrap();
+        let mut client =
+            Client::new(&host, &Registry { insecure_http: true, ..Registry::default() }, &Arc::new(Traffic::free()))
+                .unwrap();
         client.stall_timeout = Duration::from_millis(300);
         let sent = body.clone();
         let server = std::thread::spawn(move || stalls_once(&listener, &sent));
         let mut read = Vec::new();
-        client.blob("app", Digest::of(&body), body.len() as u64).read_to_end(&mut read).unwrap();
+        client.blob("app", Digest::of(&body), body.len() as u64, 0).read_to_end(&mut read).unwrap();
         assert!(read == body);
         let (_, head) = server.join().unwrap();
         assert!(head.contains("range: bytes=50000-"), "{head}");

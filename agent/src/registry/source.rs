@@ -38,10 +38,11 @@ impl Source {
         }
     }
 
-    pub fn blob(&self, digest: Digest, size: u64) -> Result<Box<dyn BlobStream + '_>, RegistryError> {
+    /// From the byte `from` on.
+    pub fn blob(&self, digest: Digest, size: u64, from: u64) -> Result<Box<dyn BlobStream + '_>, RegistryError> {
         Ok(match self {
-            Self::Registry { client, repository } => Box::new(client.blob(repository, digest, size)),
-            Self::Layout(layout) => Box::new(layout.blob(digest)?),
+            Self::Registry { client, repository } => Box::new(client.blob(repository, digest, size, from)),
+            Self::Layout(layout) => Box::new(layout.blob(digest, from)?),
         })
     }
 

@@ -84,7 +84,7 @@ fn what_is_old_goes_by_itself_once_a_generation_is_good() {
 }
 
 /// An image with so much that does not compress.
-fn noise(factory: &Factory, name: &str, mebibytes: usize) -> String {
+pub fn noise(factory: &Factory, name: &str, mebibytes: usize) -> String {
     let own = factory.path(name);
     fs::create_dir_all(own.join("data")).unwrap();
     let mut state = name.bytes().map(u64::from).sum::<u64>();

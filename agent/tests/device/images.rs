@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use edged_qemu::process;
 use serde_json::Value;
 
+use crate::disk::noise;
 use crate::rig::{Device, Factory, head, until};
 
 fn sleeper(sequence: u32, image: &str) -> String {
@@ -101,4 +102,24 @@ fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_s
     let device = factory.device("");
     device.running("app");
     assert_eq!(fs::read(find(&device, "opt/tool")).unwrap(), vec![7; 100_000]);
+}
+
+#[test]
+fn an_agent_that_is_killed_in_the_middle_of_a_slow_layer_costs_none_of_it() {
+    let factory = Factory::start();
+    let image = noise(&factory, "large", 6);
+    let device = factory.device("[images]\nrate-max = \"1Mi\"\nkeep-partial-after = \"1s\"\n");
+    device.take(&factory.sign("one", &sleeper(1, &image)));
+    let kept = |device: &Device| {
+        let partials = fs::read_dir(device.data().join("content/partial")).into_iter().flatten();
+        partials.map(|partial| partial.unwrap().metadata().map_or(0, |meta| meta.len())).max().unwrap_or(0)
+    };
+    let before = until("half of the layer", || Some(kept(&device)).filter(|bytes| *bytes > 3 << 20));
+    let agent = device.agent_pid();
+    device.kill_agent();
+    let more = until("another agent to go on", || Some(kept(&device)).filter(|bytes| *bytes != before));
+    assert!(more > before, "{more} of {before} are left");
+    assert_ne!(device.agent_pid(), agent);
+    device.wait_for_generation(1, "good");
+    assert_eq!(kept(&device), 0);
 }

@@ -259,6 +259,7 @@ impl Stick {
             data: places.data().to_owned(),
             disk_reserve: Bytes(0),
             promises: std::sync::Arc::default(),
+            traffic: std::sync::Arc::new(edged::registry::traffic::Traffic::free()),
         };
         Self { dir, layout, ctx, manifest, config }
     }

@@ -13,20 +13,20 @@ use super::{Device, sample};
 
 /// A registry that has the sample image, and answers as it should.
 #[derive(Clone)]
-struct Good {
+pub struct Good {
     layout: PathBuf,
-    digest: Digest,
+    pub digest: Digest,
     _dir: Arc<tempfile::TempDir>,
 }
 
 impl Good {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (layout, digest) = sample(dir.path());
         Self { layout, digest, _dir: Arc::new(dir) }
     }
 
-    fn answer(&self, request: &Request) -> Answer {
+    pub fn answer(&self, request: &Request) -> Answer {
         let blob = request.path.rsplit_once("sha256:").map(|(_, hex)| self.layout.join("blobs/sha256").join(hex));
         let Some(bytes) = blob.and_then(|path| std::fs::read(path).ok()) else { return Answer::new(404, "") };
         if request.path.contains("/manifests/") {
@@ -41,8 +41,15 @@ impl Good {
         }
     }
 
+    /// Of the layer of a MiB, packed.
+    pub fn large_bytes(&self) -> usize {
+        let blobs = std::fs::read_dir(self.layout.join("blobs/sha256")).unwrap();
+        let sizes = blobs.map(|blob| usize::try_from(blob.unwrap().metadata().unwrap().len()).unwrap());
+        sizes.max().unwrap()
+    }
+
     /// The layer of a MiB.
-    fn is_large_layer(&self, request: &Request) -> bool {
+    pub fn is_large_layer(&self, request: &Request) -> bool {
         request.path.contains("/blobs/") && self.answer(request).body.len() > 100_000 || {
             let range = Request { headers: [].into(), ..request.clone() };
             request.from().is_some() && self.answer(&range).body.len() > 100_000
@@ -50,7 +57,7 @@ impl Good {
     }
 }
 
-fn plain_http() -> config::Registry {
+pub fn plain_http() -> config::Registry {
     config::Registry { insecure_http: true, ..config::Registry::default() }
 }
 

@@ -8,7 +8,9 @@ mod image_policy;
 mod load;
 mod many_layers;
 mod real_registry;
+mod resume;
 mod small_disk;
+mod ways;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -43,6 +45,7 @@ impl Device {
             data: places.data().to_owned(),
             disk_reserve: Bytes::mebi(1),
             promises: std::sync::Arc::default(),
+            traffic: std::sync::Arc::new(edged::registry::traffic::Traffic::free()),
         };
         Self { ctx, _dir: dir }
     }

@@ -22,6 +22,15 @@ pub struct Registry {
 
 impl Registry {
     pub fn start() -> Self {
+        Self::start_with("")
+    }
+
+    /// One that lets in only who shows a certificate of its CA: [`Registry::client`] has one.
+    pub fn start_asking_for_certificates() -> Self {
+        Self::start_with("clientcas: [CERTS/ca.crt]")
+    }
+
+    fn start_with(tls: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         certificate(dir.path());
         let password = run(Command::new("htpasswd").args(["-nbB", USER, PASSWORD]));
@@ -29,7 +38,7 @@ impl Registry {
         // A port that was free a moment ago may be taken: then the next one.
         for _ in 0..5 {
             let port = free_port();
-            std::fs::write(dir.path().join("config.yml"), configuration(dir.path(), port)).unwrap();
+            std::fs::write(dir.path().join("config.yml"), configuration(dir.path(), port, tls)).unwrap();
             let log = std::fs::File::create(dir.path().join("log")).unwrap();
             let mut process = Command::new("docker-registry")
                 .arg("serve")
@@ -64,6 +73,11 @@ impl Registry {
 
     pub fn ca(&self) -> PathBuf {
         self.dir.path().join("certs/ca.crt")
+    }
+
+    /// A client's certificate and key. (skopeo takes them from beside the CA.)
+    pub fn client(&self) -> (PathBuf, PathBuf) {
+        (self.dir.path().join("certs/client.cert"), self.dir.path().join("certs/client.key"))
     }
 
     /// Where it keeps a blob.
@@ -174,13 +188,17 @@ fn certificate(dir: &Path) {
         dir,
         "x509 -req -in server.csr -CA certs/ca.crt -CAkey ca.key -CAcreateserial -days 3650 -extfile names -out server.crt",
     );
+    openssl(dir, &format!("req {key} -keyout certs/client.key -out client.csr -subj /CN=device"));
+    let sign = "-CA certs/ca.crt -CAkey ca.key -CAcreateserial -days 3650 -extfile names";
+    openssl(dir, &format!("x509 -req -in client.csr {sign} -out certs/client.cert"));
 }
 
-fn configuration(dir: &Path, port: u16) -> String {
+fn configuration(dir: &Path, port: u16, tls: &str) -> String {
     let dir = dir.display();
+    let tls = tls.replace("CERTS", &format!("{dir}/certs"));
     format!(
         "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {dir}/data}}}}\n\
-         http: {{addr: '127.0.0.1:{port}', secret: test, tls: {{certificate: {dir}/server.crt, key: {dir}/server.key}}}}\n\
+         http: {{addr: '127.0.0.1:{port}', secret: test, tls: {{certificate: {dir}/server.crt, key: {dir}/server.key, {tls}}}}}\n\
          auth: {{htpasswd: {{realm: test, path: {dir}/htpasswd}}}}\n"
     )
 }

@@ -11,6 +11,7 @@ use edged_model::id::Digest;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 
+use super::resume::Resumed;
 use super::room::{Disk, Promise, Ticket};
 use super::{Progress, PullContext, PullFailure, size};
 use crate::content::layer::{Compression, Expected, LayerError, unpack_stream};
@@ -95,6 +96,13 @@ pub fn fetch(
     })
 }
 
+#[derive(PartialEq, Eq)]
+enum Unpacked {
+    Whole,
+    /// What an earlier try had kept was not what it should be.
+    FromDamaged,
+}
+
 enum Stopped {
     Failed(PullFailure),
     GivenUp,
@@ -135,21 +143,39 @@ impl Work<'_> {
     }
 
     fn one(&self, index: usize, progress: &SyncSender<u64>) -> Result<(), Stopped> {
+        // Once more, and without what was kept of it: that is gone now.
+        while self.try_one(index, progress)? == Unpacked::FromDamaged {}
+        Ok(())
+    }
+
+    fn try_one(&self, index: usize, progress: &SyncSender<u64>) -> Result<Unpacked, Stopped> {
         let layer = &self.layers[index];
         let disk = |error| PullFailure::passing(Code::DiskFull, format!("{}: {}", self.image, inline_chain(&error)));
-        let Some(staged) = self.ctx.content.stage(layer.chain).map_err(disk)? else { return Ok(()) };
-        let stream = self.source.blob(layer.digest, layer.size).map_err(PullFailure::from)?;
+        let Some(staged) = self.ctx.content.stage(layer.chain).map_err(disk)? else { return Ok(Unpacked::Whole) };
+        let (blob, left) = ((layer.digest, layer.size), self.promise.left());
+        let stream = Resumed::open(self.ctx, self.source, blob, left).map_err(PullFailure::from)?;
         let mut reader = Watched { stream, size_left: layer.size, unreported: 0, progress, failed: &self.failed };
         let expected = Expected { digest: layer.digest, diff_id: layer.diff_id, compression: layer.compression };
         let images = &self.ctx.images;
         let (bytes_max, entries_max) = (images.layer_max.0, images.layer_entries_max);
         let bounds = Bounds { bytes_max, entries_max, disk_left: self.promise.left() };
         match unpack_stream(&mut reader, &expected, staged.path(), &|| self.below(index), bounds) {
-            Ok(sums) => Ok(staged.publish(&sums).map_err(disk)?),
+            Ok(sums) => {
+                staged.publish(&sums).map_err(disk)?;
+                reader.stream.forget();
+                Ok(Unpacked::Whole)
+            }
             Err(_) if self.failed.load(Ordering::Relaxed) => Err(Stopped::GivenUp),
             Err(error) => match reader.stream.take_error() {
                 Some(error) => Err(PullFailure::from(error).into()),
-                None => Err(self.refused(layer, &error).into()),
+                None => {
+                    reader.stream.forget();
+                    let is_wrong = matches!(error, LayerError::WrongDigest { .. });
+                    if is_wrong && reader.stream.is_resumed() {
+                        return Ok(Unpacked::FromDamaged);
+                    }
+                    Err(self.refused(layer, &error).into())
+                }
             },
         }
     }
@@ -201,7 +227,7 @@ impl Drop for FailOnDrop<'_, '_> {
 
 /// A stream that tells how far it is, ends with its announced size, and stops when another layer has failed.
 struct Watched<'w> {
-    stream: Box<dyn BlobStream + 'w>,
+    stream: Resumed<'w>,
     size_left: u64,
     unreported: u64,
     progress: &'w SyncSender<u64>,
