@@ -10,8 +10,9 @@
 pub const FILE_ENV: &str = "EDGED_CRASH_POINT_FILE";
 
 /// Every point, in the order in which a device comes by.
-pub const POINTS: [&str; 55] = [
+pub const POINTS: [&str; 56] = [
     // The store and its second copy.
+    "store-opening",
     "store-set-aside",
     "store-empty",
     "store-rebuilt",

@@ -38,7 +38,8 @@ const MAY_USE: [(&str, &[&str]); 16] = [
             "runtime",
             "network",
             "config",
-            "crash_point", // Which verbs the serial console has.
+            "crash_point",
+            // Which verbs the serial console has.
             "cli",
         ],
     ),

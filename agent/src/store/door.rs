@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sled::transaction::{ConflictableTransactionError, TransactionError, TransactionalTree};
 use sled::{Batch, Transactional};
@@ -17,6 +17,13 @@ const CACHE_BYTES: u64 = 2 << 20;
 
 /// An opening that takes longer is given up: a damaged database can keep sled busy for ever.
 const OPEN_SECS: u64 = 20;
+
+/// An opening that takes more memory is given up; a good one takes a few mebibytes. Far above what the agent's other threads
+/// may take meanwhile. On a device the agent's wall is lower, and who runs into it is counted ([`super::tries`]).
+const OPEN_MEMORY_BYTES: u64 = 256 << 20;
+
+/// Between two looks at what it takes.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// What was written with `Durability::Soon` is on the disk after this time at the latest. Each round may cost a flash
 /// page, so it is long; sled also uses the round to free old segments.
@@ -163,8 +170,8 @@ fn file_error(path: &Path) -> impl FnOnce(std::io::Error) -> StoreError + use<> 
 
 type Opened = (sled::Db, BTreeMap<&'static str, sled::Tree>);
 
-/// sled on damaged files may panic or never come back: it is opened and read on a thread of its own. One that hangs is
-/// left behind with its files; they are renamed, so it does not meet the new ones.
+/// sled on damaged files may panic, never come back, or take all memory there is: it is opened and read on a thread of its
+/// own. One that hangs cannot be ended, but for the whole process.
 fn open_within_bound(dir: &Path) -> Result<Opened, StoreError> {
     let config = sled::Config::new()
         .path(dir)
@@ -177,7 +184,19 @@ fn open_within_bound(dir: &Path) -> Result<Opened, StoreError> {
         let _ = sender.send(open_and_read(&config));
     });
     let opener = opener.map_err(file_error(dir))?;
-    match receiver.recv_timeout(Duration::from_secs(OPEN_SECS)) {
+    let (begin, memory_before) = (Instant::now(), resident_bytes());
+    let opened = loop {
+        let waited = receiver.recv_timeout(LOOK_EVERY);
+        let taken = resident_bytes().saturating_sub(memory_before);
+        match waited {
+            Err(mpsc::RecvTimeoutError::Timeout) if taken > OPEN_MEMORY_BYTES => {
+                return Err(StoreError::TakesMemory { bytes: taken });
+            }
+            Err(mpsc::RecvTimeoutError::Timeout) if begin.elapsed() < Duration::from_secs(OPEN_SECS) => {}
+            waited => break waited,
+        }
+    };
+    match opened {
         Ok(opened) => opened,
         Err(mpsc::RecvTimeoutError::Timeout) => Err(StoreError::Hangs { secs: OPEN_SECS }),
         Err(mpsc::RecvTimeoutError::Disconnected) => {
@@ -188,6 +207,14 @@ fn open_within_bound(dir: &Path) -> Result<Opened, StoreError> {
             Err(StoreError::Panicked { words: words.unwrap_or("no words").chars().take(200).collect() })
         }
     }
+}
+
+/// What this process has in memory (proc(5), `status`).
+fn resident_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib =
+        text.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
 }
 
 fn open_and_read(config: &sled::Config) -> Result<Opened, StoreError> {

@@ -41,6 +41,8 @@ mod record;
 /// What to believe when a store is opened; rebuilding it.
 mod recover;
 mod trees;
+/// Openings that nobody survived.
+mod tries;
 /// Trust root, time floor, digests that failed: what only rises or grows.
 mod trust;
 /// Holds, restart histories, images on disk.
@@ -77,6 +79,10 @@ pub enum StoreError {
     Behind { found: u64, kept: u64 },
     #[error("opening the store took longer than {secs} s")]
     Hangs { secs: u64 },
+    #[error("opening the store took more than {} MiB of memory", bytes >> 20)]
+    TakesMemory { bytes: u64 },
+    #[error("{times} agents in a row died while they opened the store")]
+    Deadly { times: u32 },
     #[error("reading the store failed inside sled: {words}")]
     Panicked { words: String },
     #[error("{path} is in use by another edged")]
@@ -161,10 +167,18 @@ impl Store {
         }
         let mut door = self.inner.door.write().unwrap_or_else(PoisonError::into_inner);
         drop(door.take());
-        // One that cannot be opened now is tried again with the next write.
-        if let Ok(opened) = recover::open_door(&self.inner.state) {
-            *door = Some(opened);
-            self.inner.is_broken.store(false, Ordering::Relaxed);
+        match recover::open_door(&self.inner.state) {
+            Ok(opened) => {
+                *door = Some(opened);
+                self.inner.is_broken.store(false, Ordering::Relaxed);
+            }
+            // To set it aside under the feet of everybody who holds it is more than can be done well: the next agent does.
+            Err(error) if recover::is_damage(&error) || matches!(error, StoreError::Hangs { .. }) => {
+                eprintln!("edged[agent]: the store cannot be opened again: {}", inline_chain(&error));
+                std::process::abort();
+            }
+            // A disk that does not answer now: it is tried again with the next write.
+            Err(_) => {}
         }
     }
 

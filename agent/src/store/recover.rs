@@ -11,6 +11,7 @@ use edged_model::reason::{Code, Reason};
 
 use super::record::{self, Blob, number_key};
 use super::trees::{self, meta};
+use super::tries::{DEATHS_MAX, Tries};
 use crate::crash_point;
 
 use super::{Door, Durability, Inner, Store, StoreError, Writer, inline_chain, keep, migrate, put, remove};
@@ -71,10 +72,26 @@ fn judge(store: u64, kept: Option<(u64, bool)>) -> Verdict {
 }
 
 pub fn open(state: &Path, keep: &Path, outbox_max: usize) -> Result<(Store, Opened), StoreError> {
+    let mut tries = Tries::begin(state);
+    let opened = open_or_rebuild(state, keep, outbox_max, tries.deaths);
+    // The thread that opens it cannot be ended. This process can: the next one does not try.
+    if matches!(opened, Err(StoreError::Hangs { .. } | StoreError::TakesMemory { .. })) {
+        tries.give_up();
+    }
+    opened
+}
+
+fn open_or_rebuild(state: &Path, keep: &Path, outbox_max: usize, deaths: u32) -> Result<(Store, Opened), StoreError> {
     keep::sweep_unfinished(keep);
     let kept = keep::load(keep)?;
     let existed = state.join("db").exists();
-    let (damage, aside) = match open_as_it_is(state, keep, outbox_max, kept.as_ref()) {
+    let as_it_is = if existed && deaths >= DEATHS_MAX {
+        Err(StoreError::Deadly { times: deaths })
+    } else {
+        crash_point::pass("store-opening");
+        open_as_it_is(state, keep, outbox_max, kept.as_ref())
+    };
+    let (damage, aside) = match as_it_is {
         Ok((store, mended)) if existed || kept.is_none() => {
             let opened = match (existed, mended) {
                 (false, _) => Opened::Fresh,
@@ -159,7 +176,7 @@ fn open_as_it_is(
 
 /// Whether an error says that the database is broken, and not that the disk or the moment is bad: only then may it be
 /// set aside.
-fn is_damage(error: &StoreError) -> bool {
+pub(super) fn is_damage(error: &StoreError) -> bool {
     use std::io::ErrorKind::{InvalidData, InvalidInput, NotFound, UnexpectedEof};
     match error {
         StoreError::Sled(sled::Error::Io(source)) => {
@@ -168,13 +185,15 @@ fn is_damage(error: &StoreError) -> bool {
         StoreError::Sled(_)
         | StoreError::Damaged { .. }
         | StoreError::Behind { .. }
-        | StoreError::Hangs { .. }
+        | StoreError::Deadly { .. }
         | StoreError::Panicked { .. }
         | StoreError::NoSuchGeneration { .. } => true,
         StoreError::File { .. }
         | StoreError::Encode { .. }
         | StoreError::OtherFormat { .. }
         | StoreError::InUse { .. }
+        | StoreError::Hangs { .. }
+        | StoreError::TakesMemory { .. }
         | StoreError::Closed
         | StoreError::TrustRollback { .. } => false,
     }

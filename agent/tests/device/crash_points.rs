@@ -35,7 +35,7 @@ enum Scene {
 use Scene::{Birth, Collect, Damage, Pull, Report, Rollback, Start, Update};
 
 /// The point, and how often it is passed before the agent dies there.
-const PLAN: [(Scene, &str, u32); 76] = [
+const PLAN: [(Scene, &str, u32); 77] = [
     (Birth, "store-written", 1),
     (Birth, "store-written", 2),
     (Birth, "store-synced", 1),
@@ -47,6 +47,7 @@ const PLAN: [(Scene, &str, u32); 76] = [
     (Birth, "world-loaded", 1),
     (Birth, "all-adopted", 1),
     (Birth, "doors-open", 1),
+    (Start, "store-opening", 1),
     (Start, "store-opened", 1),
     (Start, "root-taken", 1),
     (Start, "content-opened", 1),
