@@ -309,6 +309,13 @@ fn answer(table: &mut Table, request: Request, now: u64, acts: &mut Vec<Act>) {
             Some(child) if !child.is_living() => send(acts, id, ReplyBody::Done),
             Some(_) => acts.push(Act::Signal { id, key, signal }),
         },
+        RequestBody::Note { key, note } => match table.children.get_mut(&key) {
+            None => refuse(acts, id, format!("`{key}` is not there")),
+            Some(child) => {
+                child.note = note;
+                send(acts, id, ReplyBody::Done);
+            }
+        },
         RequestBody::List => list(table, id, acts),
         RequestBody::Forget { key } => {
             if table.children.get(&key).is_some_and(|child| !child.is_living()) {

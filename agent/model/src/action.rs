@@ -12,6 +12,8 @@ pub enum Action {
     Pull { image: String },
     /// Create what is missing (upper, cgroup, network) and start it. `first` tells a fresh start from a restart.
     Start { workload: WorkloadName, generation: Sequence, why: Reason },
+    /// Give a running workload the limits of this generation; nothing else changed.
+    Resize { workload: WorkloadName, generation: Sequence, why: Reason },
     /// Send the stop signal; SIGKILL follows after the timeout.
     Stop { workload: WorkloadName, why: Reason },
     /// The timeout is over.

@@ -29,6 +29,11 @@ pub enum RequestBody {
         key: String,
         signal: i32,
     },
+    /// Another note for a child: what it runs as was changed.
+    Note {
+        key: String,
+        note: String,
+    },
     /// All living children and all exits not yet forgotten. Answer: `Table`, then one `Child` message per entry.
     List,
     /// The agent has made this exit durable; the keeper may forget it.

@@ -73,6 +73,11 @@ pub struct Instance {
     pub state: InstanceState,
     /// The digest of the specification it was created from; `None` until it was first started.
     pub spec: Option<Digest>,
+    /// The same without its limits (`Workload::digest_without_limits`); `None`: not known, or its limits cannot be
+    /// changed while it runs.
+    pub frame: Option<Digest>,
+    /// The specification whose limits it is being given.
+    pub resizing: Option<Digest>,
     /// That specification's own word on how to stop it (the new manifest may say something else).
     pub stop_timeout_ms: u64,
     pub health: Health,

@@ -63,6 +63,7 @@ pub enum Code {
     OperatorStopped,
     OperatorRestarted,
     SpecChanged,
+    LimitsChanged,
     NotInManifest,
     PolicyNever,
     // A generation.

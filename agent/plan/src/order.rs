@@ -63,7 +63,11 @@ pub fn moved(manifest: &Manifest, plan: &Plan, name: &WorkloadName) -> Option<Re
     workload.depends_on.keys().find_map(|need| {
         let is_moved = plan.actions.iter().any(|action| match action {
             Action::Start { workload, .. } | Action::Stop { workload, .. } => workload == need,
-            Action::Pull { .. } | Action::Kill { .. } | Action::Remove { .. } | Action::Transition { .. } => false,
+            Action::Pull { .. }
+            | Action::Resize { .. }
+            | Action::Kill { .. }
+            | Action::Remove { .. }
+            | Action::Transition { .. } => false,
         });
         is_moved
             .then(|| Reason::new(Code::WaitingForDependency, format!("{name} waits for {need}, which is restarted")))

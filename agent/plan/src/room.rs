@@ -4,8 +4,8 @@
 use edged_model::action::{Action, Plan};
 use edged_model::generation::Generation;
 use edged_model::id::{Digest, WorkloadName};
-use edged_model::manifest::Resources;
-use edged_model::observed::{Desired, InstanceState, Observed};
+use edged_model::manifest::{Resources, Workload};
+use edged_model::observed::{Desired, Instance, InstanceState, Observed};
 use edged_model::quantity::{Bytes, MilliCpu};
 use edged_model::reason::{Code, Reason};
 
@@ -35,7 +35,17 @@ pub fn missing(
                 spec.and_then(|spec| resources_of(other, spec, desired))
             }
         };
-        let (more_memory, more_cpu) = resources.map_or((0, 0), needs);
+        if instance.resizing.is_some() {
+            old = Some(other);
+        }
+        let (mut more_memory, mut more_cpu) = resources.map_or((0, 0), needs);
+        // Whose limits are being changed has the old ones or the new ones, nobody knows which.
+        let next = wanted.get(other).filter(|next| differs_in_limits(instance, next)).map(|next| &next.resources);
+        let ordered = instance.resizing.and_then(|spec| resources_of(other, spec, desired));
+        for resources in next.into_iter().chain(ordered) {
+            let (next_memory, next_cpu) = needs(resources);
+            (more_memory, more_cpu) = (more_memory.max(next_memory), more_cpu.max(next_cpu));
+        }
         memory = memory.saturating_add(more_memory);
         cpu = cpu.saturating_add(more_cpu);
     }
@@ -60,6 +70,32 @@ pub fn missing(
     };
     let text = format!("{name} waits until {old} makes room: together they need {need} of {free}");
     Some(Reason::new(Code::WaitingForTurn, text))
+}
+
+/// Whether a living run and the specification differ in nothing but limits, which can be changed while it runs.
+pub fn differs_in_limits(instance: &Instance, wanted: &Workload) -> bool {
+    instance.spec != Some(wanted.digest()) && instance.frame == Some(wanted.digest_without_limits())
+}
+
+/// How a change of limits changes what is left for the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing grows.
+    Shrinks,
+    Grows,
+    /// More of the one, less of the other: two such could wait for each other for ever.
+    Mixed,
+}
+
+/// From the limits of the run that is there to those of `wanted`.
+pub fn change(name: &WorkloadName, instance: &Instance, wanted: &Workload, desired: &Desired) -> Change {
+    let Some(old) = instance.spec.and_then(|spec| resources_of(name, spec, desired)) else { return Change::Grows };
+    let ((old_memory, old_cpu), (memory, cpu)) = (needs(old), needs(&wanted.resources));
+    match (memory > old_memory || cpu > old_cpu, memory < old_memory || cpu < old_cpu) {
+        (false, _) => Change::Shrinks,
+        (true, false) => Change::Grows,
+        (true, true) => Change::Mixed,
+    }
 }
 
 fn needs(resources: &Resources) -> (u64, u64) {

@@ -57,7 +57,8 @@ fn lives(generation: &Generation, observed: &Observed) -> bool {
                 InstanceState::Starting { spec, .. } => Some(spec),
                 InstanceState::Running { .. } | InstanceState::Stopping { .. } => instance.spec,
             };
-            spec == Some(workload.digest())
+            let digest = workload.digest();
+            spec == Some(digest) || instance.resizing == Some(digest)
         })
     })
 }

@@ -12,7 +12,7 @@ use edged_model::workload::Health;
 use crate::order;
 use crate::restart::{self, Verdict};
 use crate::rollout;
-use crate::room;
+use crate::room::{self, Change};
 use crate::turns::Turns;
 
 pub fn all(desired: &Desired, observed: &Observed, now: Now, plan: &mut Plan) {
@@ -99,6 +99,7 @@ impl OneWorkload<'_> {
             Some(Hold::Restart { .. }) => {
                 Reason::new(Code::OperatorRestarted, format!("{name} is restarted by an operator"))
             }
+            None if room::differs_in_limits(instance, self.workload) && self.resize(instance, plan) => return,
             None if instance.spec != Some(wanted) => {
                 if !turns.take() {
                     return wait(plan, name, Code::WaitingForTurn, "it changes when the one before it is up", None);
@@ -115,6 +116,28 @@ impl OneWorkload<'_> {
             }
         };
         plan.actions.push(Action::Stop { workload: name.clone(), why });
+    }
+
+    /// Other limits for the run that is there: nobody is down for it, so it takes no turn; but what grows must fit.
+    /// `false`: it has to be restarted.
+    fn resize(&self, instance: &Instance, plan: &mut Plan) -> bool {
+        let name = self.name;
+        let change = room::change(name, instance, self.workload, self.desired);
+        let missing = match change {
+            Change::Shrinks => None,
+            Change::Grows | Change::Mixed => room::missing(self.active, name, self.desired, self.observed, plan),
+        };
+        match missing {
+            Some(_) if change == Change::Mixed => return false,
+            Some(why) => plan.waits.push(Wait { workload: Some(name.clone()), why, until_boot_ms: None }),
+            None => {
+                let generation = self.active.sequence;
+                let text = format!("{name} has other limits in generation {generation}");
+                let why = Reason::new(Code::LimitsChanged, text);
+                plan.actions.push(Action::Resize { workload: name.clone(), generation, why });
+            }
+        }
+        true
     }
 
     fn start_again(&self, instance: &Instance, plan: &mut Plan) {

@@ -29,6 +29,8 @@ pub struct Began {
     pub pid: i32,
     pub since_boot_ms: u64,
     pub spec: Digest,
+    /// [`Instance::frame`].
+    pub frame: Option<Digest>,
     pub stop_timeout_ms: u64,
     pub checked: bool,
 }
@@ -64,6 +66,7 @@ impl World {
         }
         instance.history.ordered = None;
         instance.spec = Some(began.spec);
+        instance.frame = began.frame;
         instance.stop_timeout_ms = began.stop_timeout_ms;
         instance.health = if began.checked { Health::Starting } else { Health::Unchecked };
         instance.state = InstanceState::Running { pid: began.pid, since_boot_ms: began.since_boot_ms };
@@ -89,9 +92,30 @@ impl World {
         instance.history.ordered =
             instance.history.ordered.take_if(|ordered| ordered.at_boot_ms >= began.since_boot_ms);
         instance.spec = Some(began.spec);
+        instance.frame = began.frame;
         instance.stop_timeout_ms = began.stop_timeout_ms;
         instance.health = if checked { Health::Starting } else { Health::Unchecked };
         instance.state = InstanceState::Running { pid: began.pid, since_boot_ms: began.since_boot_ms };
+    }
+
+    /// The order to change its limits was given.
+    pub fn resizing(&mut self, name: &WorkloadName, spec: Digest) {
+        self.instance(name).resizing = Some(spec);
+    }
+
+    /// A living run has other limits now, and is as `spec` says. What failed before it failed under other walls.
+    pub fn resized(&mut self, name: &WorkloadName, spec: Digest) {
+        let instance = self.instance(name);
+        let ordered = instance.history.ordered.take();
+        instance.history = RestartHistory { ordered, ..RestartHistory::default() };
+        instance.spec = Some(spec);
+        instance.resizing = None;
+    }
+
+    /// Its limits cannot be changed while it runs: it is restarted in its turn.
+    pub fn not_resized(&mut self, name: &WorkloadName) {
+        let instance = self.instance(name);
+        (instance.frame, instance.resizing) = (None, None);
     }
 
     /// The stop signal was sent.
@@ -220,7 +244,7 @@ mod tests {
     }
 
     fn began(spec: &[u8]) -> Began {
-        Began { pid: 7, since_boot_ms: 1000, spec: Digest::of(spec), stop_timeout_ms: 10, checked: true }
+        Began { pid: 7, since_boot_ms: 1000, spec: Digest::of(spec), frame: None, stop_timeout_ms: 10, checked: true }
     }
 
     fn exit(ran_ms: u64, cause: ExitCause) -> Exit {

@@ -181,3 +181,61 @@ fn a_generation_is_not_blamed_for_what_it_left_as_it_was() {
     observed.workloads.get_mut(&name("web")).unwrap().spec = Some(changed.digest());
     assert!(rolls_back(&desired, &observed), "this web is the new generation's");
 }
+
+fn resizes(plan: &Plan, workload: &str) -> bool {
+    plan.actions.iter().any(|action| matches!(action, Action::Resize { workload: w, .. } if *w == name(workload)))
+}
+
+/// As [`observed`], and the runs are known without their limits too.
+fn resizable(workloads: &[(&str, InstanceState, &Workload)]) -> Observed {
+    let mut observed = observed(workloads);
+    for (text, _, workload) in workloads {
+        observed.workloads.get_mut(&name(text)).unwrap().frame = Some(workload.digest_without_limits());
+    }
+    observed
+}
+
+#[test]
+fn what_changed_in_its_limits_alone_is_resized_and_not_stopped() {
+    let (small, large, other) = (workload("1", 10), workload("1", 60), workload("2", 60));
+    let desired = switching(&[("web", &small)], &[("web", &large)]);
+    let plan = edged_plan::plan(&desired, &resizable(&[("web", running(), &small)]), NOW);
+    assert!(resizes(&plan, "web") && !stops(&plan, "web"), "{plan:?}");
+    // A run of which only the whole is known, and one that differs in more.
+    let plan = edged_plan::plan(&desired, &observed(&[("web", running(), &small)]), NOW);
+    assert!(!resizes(&plan, "web") && stops(&plan, "web"), "{plan:?}");
+    let desired = switching(&[("web", &small)], &[("web", &other)]);
+    let plan = edged_plan::plan(&desired, &resizable(&[("web", running(), &small)]), NOW);
+    assert!(!resizes(&plan, "web") && stops(&plan, "web"), "{plan:?}");
+}
+
+#[test]
+fn who_grows_waits_for_who_shrinks() {
+    let (small, large) = (workload("1", 20), workload("1", 60));
+    let desired = switching(&[("a", &small), ("b", &large)], &[("a", &large), ("b", &small)]);
+    let plan = edged_plan::plan(&desired, &resizable(&[("a", running(), &small), ("b", running(), &large)]), NOW);
+    assert!(!resizes(&plan, "a") && resizes(&plan, "b"), "{plan:?}");
+    let plan = edged_plan::plan(&desired, &resizable(&[("a", running(), &small), ("b", running(), &small)]), NOW);
+    assert!(resizes(&plan, "a"), "{plan:?}");
+    // The order is given and not answered: nobody knows which of both limits it has.
+    let mut under_way = resizable(&[("a", running(), &small), ("b", running(), &small)]);
+    under_way.workloads.get_mut(&name("b")).unwrap().resizing = Some(large.digest());
+    let plan = edged_plan::plan(&desired, &under_way, NOW);
+    assert!(!resizes(&plan, "a"), "{plan:?}");
+}
+
+#[test]
+fn two_that_would_wait_for_each_other_are_restarted() {
+    let with = |memory, cpu| {
+        let mut workload = workload("1", memory);
+        workload.resources.cpu = Some(MilliCpu(cpu));
+        workload
+    };
+    let (lean, fat) = (with(20, 60), with(60, 20));
+    let desired = switching(&[("a", &lean), ("b", &fat)], &[("a", &fat), ("b", &lean)]);
+    let mut observed = resizable(&[("a", running(), &lean), ("b", running(), &fat)]);
+    observed.capacity.memory_total = Bytes(100);
+    observed.capacity.cpu_total = MilliCpu(100);
+    let plan = edged_plan::plan(&desired, &observed, NOW);
+    assert!(!resizes(&plan, "a") && !resizes(&plan, "b") && (stops(&plan, "a") || stops(&plan, "b")), "{plan:?}");
+}

@@ -37,11 +37,21 @@ pub fn root_paths(places: &Places, workload: &WorkloadName, spec: Digest) -> Wri
     WritableRoot { upper: home.join("upper"), work: home.join("work"), mount_at: home.join("root") }
 }
 
-/// Makes the upper of `workload` for the specification `spec` and takes away those of earlier specifications.
-pub fn writable_root(places: &Places, workload: &WorkloadName, spec: Digest) -> Result<WritableRoot, PlaceError> {
+/// Makes the upper of `workload` for the specification `spec` and takes away those of earlier specifications. `former`: by
+/// what it was named in earlier versions.
+pub fn writable_root(
+    places: &Places,
+    workload: &WorkloadName,
+    spec: Digest,
+    former: Digest,
+) -> Result<WritableRoot, PlaceError> {
     let home = places.workloads().join(workload.as_str());
     let mine = spec.short();
     fs::create_dir_all(&home).map_err(at(&home))?;
+    let (here, there) = (home.join(&mine), home.join(former.short()));
+    if !here.exists() && there.exists() {
+        fs::rename(&there, &here).map_err(at(&there))?;
+    }
     for entry in fs::read_dir(&home).map_err(at(&home))? {
         let entry = entry.map_err(at(&home))?;
         if entry.file_name() != mine.as_str() {
@@ -166,11 +176,11 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let places = Places::new(Some(root.path()), None);
         let web = WorkloadName::parse("web").unwrap();
-        let first = writable_root(&places, &web, Digest::of(b"1")).unwrap();
+        let first = writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-")).unwrap();
         fs::write(first.upper.join("kept"), "x").unwrap();
-        assert_eq!(writable_root(&places, &web, Digest::of(b"1")).unwrap(), first);
+        assert_eq!(writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-")).unwrap(), first);
         assert!(first.upper.join("kept").exists(), "kept over a restart");
-        let second = writable_root(&places, &web, Digest::of(b"2")).unwrap();
+        let second = writable_root(&places, &web, Digest::of(b"2"), Digest::of(b"-")).unwrap();
         assert!(!first.upper.exists() && second.upper.exists());
     }
 
@@ -180,7 +190,7 @@ mod tests {
         let places = Places::new(Some(root.path()), None);
         let (web, data) = (WorkloadName::parse("web").unwrap(), VolumeName::parse("data").unwrap());
         let volume = volume(&places, &data).unwrap();
-        let upper = writable_root(&places, &web, Digest::of(b"1")).unwrap().upper;
+        let upper = writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-")).unwrap().upper;
         run_files(&places, &web, &RunFiles::default()).unwrap();
         remove(&places, &web).unwrap();
         remove(&places, &web).unwrap();

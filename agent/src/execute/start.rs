@@ -145,11 +145,12 @@ pub(super) fn prepare(
     let layers: Vec<PathBuf> = image.layers.iter().map(|chain| ctx.content.layer(*chain)).collect();
     let root = match purpose {
         Purpose::Run => {
-            let root = place::writable_root(&ctx.places, name, workload.digest()).map_err(|error| fail(&error))?;
+            let root = place::writable_root(&ctx.places, name, workload.digest_without_limits(), workload.digest())
+                .map_err(|error| fail(&error))?;
             crash_point::pass("place-made");
             root
         }
-        Purpose::Command => place::root_paths(&ctx.places, name, workload.digest()),
+        Purpose::Command => place::root_paths(&ctx.places, name, workload.digest_without_limits()),
     };
     let cgroup = match purpose {
         Purpose::Run => {

@@ -12,7 +12,7 @@ use edged_plan::transition;
 use edged_plan::world::Began;
 
 use super::store_thread::Busy;
-use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock};
+use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, resize};
 use crate::crash_point;
 use crate::execute::{isolate, place, pull, start, stop};
 use crate::report::Taken;
@@ -37,6 +37,7 @@ impl Agent {
         match action {
             Action::Pull { image } => self.pull(image),
             Action::Start { workload, generation, why } => self.start(workload, generation, &why, now),
+            Action::Resize { workload, generation, .. } => self.resize(workload, generation),
             Action::Stop { workload, why } => self.stop(&workload, &why, now).await,
             Action::Kill { workload, why } => self.kill(&workload, &why).await,
             Action::Remove { workload } => self.remove(workload),
@@ -127,7 +128,7 @@ impl Agent {
         let started = Box::new(spec.clone());
         tokio::spawn(async move {
             let name = workload.clone();
-            let note = spec.digest().to_string();
+            let note = resize::note(&spec);
             let prepared = tokio::task::spawn_blocking(move || {
                 let launch = isolate::Launch { name: &name, workload: &spec, manifest: &manifest, image: &image };
                 isolate::run(&context, &launch, note)
@@ -164,6 +165,7 @@ impl Agent {
                     pid: launched.pid,
                     since_boot_ms: launched.boot_ms,
                     spec: spec.digest(),
+                    frame: Some(spec.digest_without_limits()),
                     stop_timeout_ms: spec.stop_timeout.ms,
                     checked: spec.health.is_some(),
                 };

@@ -21,6 +21,12 @@ impl Agent {
             start.ended_already = Some(exit);
             return;
         }
+        // What it ran as at last is told by the answer that is on its way.
+        let resizing = WorkloadName::parse(&key).ok().and_then(|name| self.under_way.resizes.get_mut(&name));
+        if let Some(ended_already) = resizing {
+            *ended_already = Some(exit);
+            return;
+        }
         if !health::finish(&self.execs, &exit) {
             if let Ok(name) = WorkloadName::parse(&key) {
                 crash_point::pass("end-seen");

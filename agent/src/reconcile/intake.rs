@@ -40,6 +40,7 @@ impl Agent {
             Message::Collected { result, reply } => self.collected(result, reply),
             Message::RootWritten { root, by, failed, reply } => self.root_written(*root, &by, failed, reply),
             Message::EndWritten { workload } => self.end_written(&workload).await,
+            Message::Resized { workload, spec, result } => self.resized(workload, &spec, result).await,
             Message::Removed { workload, failed } => self.removed(&workload, failed),
             Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
             Message::Offer { envelope, chain, by, reply } => self.offer(envelope, chain, &by, reply),

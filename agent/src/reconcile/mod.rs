@@ -31,6 +31,8 @@ mod intake;
 mod moment;
 /// The freezer.
 mod pause;
+/// Other limits for what runs.
+mod resize;
 /// What takes the disk, and when it goes.
 mod space;
 mod start_up;
@@ -97,6 +99,11 @@ enum Message {
         /// What was started: another generation may have become the active one meanwhile.
         spec: Box<Workload>,
         result: Result<Launched, StartFailure>,
+    },
+    Resized {
+        workload: WorkloadName,
+        spec: Box<Workload>,
+        result: Result<(), String>,
     },
     Changed {
         change: Box<Change>,
@@ -166,6 +173,8 @@ struct UnderWay {
     starts: BTreeMap<WorkloadName, StartUnderWay>,
     removals: BTreeSet<WorkloadName>,
     signalled: BTreeSet<WorkloadName>,
+    /// Whose limits are being changed, and whether the run ended meanwhile.
+    resizes: BTreeMap<WorkloadName, Option<ChildExit>>,
     /// Ends that are being written; the keeper has them until then.
     ends: BTreeSet<WorkloadName>,
     /// What failed and is tried again later.

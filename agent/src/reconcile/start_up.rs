@@ -241,10 +241,12 @@ impl Agent {
         };
         self.take_outputs(&name, outputs);
         let spec = self.active().and_then(|active| active.manifest.workloads.get(&name)).cloned();
+        let (noted, frame) = super::resize::noted(&child.note);
         let began = Began {
             pid: child.pid,
             since_boot_ms: child.started_boot_ms,
-            spec: Digest::parse(&child.note).unwrap_or_else(|_| Digest::of(b"")),
+            spec: noted,
+            frame,
             stop_timeout_ms: child.stop.timeout_ms,
             checked: spec.as_ref().is_some_and(|spec| spec.health.is_some()),
         };

@@ -159,6 +159,10 @@ impl KeeperLink {
         self.ask_done(RequestBody::Signal { key: key.to_owned(), signal }).await
     }
 
+    pub async fn note(&self, key: &str, note: String) -> Result<(), LinkError> {
+        self.ask_done(RequestBody::Note { key: key.to_owned(), note }).await
+    }
+
     /// All children with their output pipes, and the keeper's version.
     pub async fn list(&self) -> Result<(Vec<(ChildState, Vec<OwnedFd>)>, String), LinkError> {
         let (_asked, mut answers) = self.ask(RequestBody::List, &[]).await?;

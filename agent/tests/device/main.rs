@@ -14,6 +14,7 @@ mod generations;
 mod images;
 mod journal;
 mod life;
+mod limits;
 mod moment;
 mod refusals;
 mod rig;

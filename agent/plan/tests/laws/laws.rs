@@ -3,7 +3,7 @@
 use edged_model::action::{Action, Plan};
 use edged_model::generation::{Generation, GenerationState};
 use edged_model::id::WorkloadName;
-use edged_model::manifest::{DependsOn, RestartPolicy, Workload};
+use edged_model::manifest::{DependsOn, Resources, RestartPolicy, Workload};
 use edged_model::observed::{Hold, ImageStatus, Instance, InstanceState};
 use edged_model::quantity::{Now, Timestamp};
 use edged_model::reason::Code;
@@ -29,6 +29,7 @@ pub fn of_an_action(sim: &Sim, plan: &Plan, action: &Action) -> Law {
     match action {
         Action::Stop { workload, why } => of_a_stop(sim, workload, why.code),
         Action::Start { workload, .. } => of_a_start(sim, workload),
+        Action::Resize { workload, .. } => of_a_resize(sim, workload),
         Action::Transition { generation, to, .. } => {
             let generation = &sim.world.desired.generations[generation];
             of_a_transition(sim, plan, generation, *to)
@@ -54,6 +55,8 @@ fn of_a_stop(sim: &Sim, name: &WorkloadName, why: Code) -> Law {
     match why {
         Code::SpecChanged => {
             law(!is_as_wanted(instance, workload), || format!("{name} did not change and is stopped as if it had"))?;
+            let resizable = instance.frame == Some(workload.digest_without_limits());
+            law(!resizable, || format!("{name} is stopped where its limits could have been changed"))?;
             let max = sim.active().map_or(1, |active| active.manifest.update.max_unavailable);
             let in_between = sim.active().into_iter().flat_map(|active| active.manifest.workloads.keys()).filter(|n| {
                 *n != name
@@ -103,6 +106,25 @@ fn of_a_start(sim: &Sim, name: &WorkloadName) -> Law {
     Ok(())
 }
 
+/// Limits are changed while a workload runs only if nothing else changed.
+fn of_a_resize(sim: &Sim, name: &WorkloadName) -> Law {
+    let Some(workload) = wanted(sim, name) else { return Err(format!("{name} is resized and is in no manifest")) };
+    let Some((_, runs)) = sim.living().find(|(living, _)| *living == name) else {
+        // It has ended, and the agent has not heard of it yet.
+        return Ok(());
+    };
+    let limits = |w: &Workload| Workload { resources: Resources::default(), ..w.clone() };
+    law(limits(runs) == limits(workload), || format!("{name} changed in more than its limits and is not restarted"))
+}
+
+/// All walls together fit the device while one of them is moved, too.
+pub fn of_a_resized(sim: &Sim, name: &WorkloadName, spec: &Workload) -> Law {
+    let others = sim.living().filter(|(living, _)| *living != name).map(|(_, spec)| spec);
+    let memory: u64 = others.chain([spec]).filter_map(|s| s.resources.memory).map(|m| m.0).sum();
+    let total = sim.world.observed.capacity.memory_total.0;
+    law(memory <= total, || format!("with more for {name} the living need {memory} of {total}"))
+}
+
 /// No generation is active before it is complete, and one that failed never is again (unless an operator says so: then
 /// it is a candidate anew).
 fn of_a_transition(sim: &Sim, plan: &Plan, generation: &Generation, to: GenerationState) -> Law {
@@ -144,7 +166,11 @@ fn of_a_transition(sim: &Sim, plan: &Plan, generation: &Generation, to: Generati
     let switches = matches!(to, GenerationState::Activating | GenerationState::RolledBack);
     let alone = plan.actions.iter().all(|action| match action {
         Action::Transition { .. } | Action::Pull { .. } => true,
-        Action::Start { .. } | Action::Stop { .. } | Action::Kill { .. } | Action::Remove { .. } => false,
+        Action::Start { .. }
+        | Action::Resize { .. }
+        | Action::Stop { .. }
+        | Action::Kill { .. }
+        | Action::Remove { .. } => false,
     });
     law(!switches || alone, || format!("a switch to {sequence} and what depends on it are ordered at once: {plan:?}"))
 }

@@ -94,6 +94,17 @@ enum Mail {
     Removed {
         name: WorkloadName,
     },
+    /// From the agent to the kernel: other limits for this run, and another note for the keeper.
+    Resize {
+        name: WorkloadName,
+        pid: i32,
+        spec: Box<Workload>,
+    },
+    Resized {
+        name: WorkloadName,
+        spec: Digest,
+        done: bool,
+    },
 }
 
 /// What outlives the agent.
@@ -119,6 +130,7 @@ struct UnderWay {
     starts: BTreeSet<WorkloadName>,
     removals: BTreeSet<WorkloadName>,
     ends: BTreeSet<WorkloadName>,
+    resizes: BTreeSet<WorkloadName>,
     change: bool,
 }
 
@@ -224,6 +236,15 @@ impl Sim {
                     let now = self.now();
                     self.world.starting(&workload, spec.digest(), now);
                     self.send(Mail::Launch { name: workload, spec: Box::new(spec) });
+                }
+            }
+            Action::Resize { workload, generation, .. } => {
+                let spec = self.world.desired.generations[&generation].manifest.workloads[&workload].clone();
+                let state = &self.world.observed.workloads[&workload].state;
+                let InstanceState::Running { pid, .. } = *state else { return };
+                if self.under_way.resizes.insert(workload.clone()) {
+                    self.world.resizing(&workload, spec.digest());
+                    self.send(Mail::Resize { name: workload, pid, spec: Box::new(spec) });
                 }
             }
             Action::Stop { workload, why } => {
@@ -356,6 +377,20 @@ impl Sim {
             Mail::Pulled { image } => self.pulled(image),
             Mail::Changed { change, activated } => self.changed(*change, activated),
             Mail::Probed { name, pid } => self.probed(&name, pid),
+            Mail::Resize { name, pid, spec } => self.resize(name, pid, *spec)?,
+            Mail::Resized { name, spec, done } => {
+                self.under_way.resizes.remove(&name);
+                if done {
+                    self.world.resized(&name, spec);
+                } else {
+                    self.world.not_resized(&name);
+                }
+                self.save(&name);
+                // It ended meanwhile.
+                if let Some(pid) = self.keeper.get(&name).filter(|child| child.exit.is_some()).map(|child| child.pid) {
+                    self.exited(&name, pid);
+                }
+            }
             Mail::Removed { name } => {
                 self.under_way.removals.remove(&name);
                 let gone = |state: &InstanceState| matches!(state, InstanceState::Ended | InstanceState::Absent);
@@ -387,6 +422,23 @@ impl Sim {
         let child = Child { pid, spec: (*spec).clone(), began: self.boot_ms, ends, exit: None, told_to_stop: false };
         self.keeper.insert(name.clone(), child);
         self.send(Mail::Started { name, spec, pid: Some(pid) });
+        Ok(())
+    }
+
+    /// The run takes the limits and goes on; or too much is in use, or it is gone.
+    fn resize(&mut self, name: WorkloadName, pid: i32, spec: Workload) -> Result<(), String> {
+        let refuses = self.storm && self.dice.one_in(6);
+        let living = self.keeper.get(&name).is_some_and(|child| child.pid == pid && child.exit.is_none());
+        let done = living && !refuses;
+        let digest = spec.digest();
+        if done {
+            crate::laws::of_a_resized(self, &name, &spec)?;
+            self.tell(|| format!("{name} {pid} has other limits"));
+            if let Some(child) = self.keeper.get_mut(&name) {
+                child.spec = spec;
+            }
+        }
+        self.send(Mail::Resized { name, spec: digest, done });
         Ok(())
     }
 
@@ -442,13 +494,14 @@ impl Sim {
             pid,
             since_boot_ms: self.boot_ms,
             spec: spec.digest(),
+            frame: Some(spec.digest_without_limits()),
             stop_timeout_ms: spec.stop_timeout.ms,
             checked: spec.health.is_some(),
         }
     }
 
     fn exited(&mut self, name: &WorkloadName, pid: i32) {
-        if self.under_way.starts.contains(name) {
+        if self.under_way.starts.contains(name) || self.under_way.resizes.contains(name) {
             return;
         }
         let Some(child) = self.keeper.get(name).filter(|child| child.pid == pid) else { return };
@@ -631,11 +684,25 @@ impl Sim {
                 continue;
             }
             let name = WorkloadName::parse(name).unwrap();
-            let workload = self.workload(&before, &manifest);
+            let known = self.active().and_then(|active| active.manifest.workloads.get(&name)).cloned();
+            let is_job =
+                |need: &WorkloadName| manifest.workloads.get(need).map(|w| w.restart.policy != RestartPolicy::Always);
+            let can_stay = |w: &Workload| {
+                w.depends_on.iter().all(|(need, how)| is_job(need) == Some(*how == DependsOn::Completed))
+            };
+            let workload = match known.filter(can_stay) {
+                Some(known) if self.dice.one_in(2) => self.with_other_limits(known),
+                _ => self.workload(&before, &manifest),
+            };
             manifest.workloads.insert(name.clone(), workload);
             before.push(name);
         }
         manifest
+    }
+
+    fn with_other_limits(&mut self, mut workload: Workload) -> Workload {
+        workload.resources.memory = Some(Bytes([20, 40, 60][self.dice.below(3) as usize]));
+        workload
     }
 
     fn workload(&mut self, before: &[WorkloadName], manifest: &Manifest) -> Workload {
@@ -699,11 +766,20 @@ impl Sim {
                     let (pid, began) = (self.next_pid, self.boot_ms);
                     self.keeper.insert(name, Child { pid, spec: *spec, began, ends, exit: None, told_to_stop: false });
                 }
+                Mail::Resize { name, pid, spec } if self.dice.one_in(2) => {
+                    if let Some(child) = self.keeper.get_mut(&name).filter(|child| child.pid == pid) {
+                        child.spec = *spec;
+                    }
+                }
                 // A write that was on its way may be on the disk.
-                Mail::Changed { change, .. } if self.dice.one_in(2) => {
+                Mail::Changed { change, activated } if self.dice.one_in(2) => {
                     let desired = &mut self.disk.desired;
                     desired.pointers = change.pointers;
                     desired.generations.extend(change.generations.iter().map(|g| (g.sequence, g.clone())));
+                    let active = desired.pointers.active.and_then(|active| desired.generations.get(&active));
+                    if let Some(active) = active.filter(|_| activated) {
+                        self.done.retain(|name, _| active.manifest.workloads.contains_key(name));
+                    }
                 }
                 _ => {}
             }

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use edged_model::keeper::CgroupEntry;
+use edged_model::quantity::Bytes;
 
 mod detect;
 mod v1;
@@ -69,6 +70,8 @@ pub enum CgroupError {
         #[source]
         source: cgroups_rs::error::Error,
     },
+    #[error("{} of memory are in use, more than the new limit of {}", Bytes(*.in_use_bytes).human(), Bytes(*.limit_bytes).human())]
+    MemoryInUse { in_use_bytes: u64, limit_bytes: u64 },
     #[error("the limits of `{name}` were not taken: {file} is `{found}`, not `{wanted}`")]
     NotTaken { name: String, file: String, found: String, wanted: String },
 }
@@ -148,6 +151,15 @@ impl Cgroup {
         match self {
             Self::V2(path) => v2::usage(path),
             Self::V1(group) => group.usage(),
+        }
+    }
+
+    /// Other limits for whoever is in it. Memory that can be taken back is; where more is in use than the new limit allows,
+    /// nothing is changed, and nobody is killed for it.
+    pub fn resize(&self, limits: &Limits) -> Result<(), CgroupError> {
+        match self {
+            Self::V2(path) => v2::resize(path, limits),
+            Self::V1(group) => group.resize(limits),
         }
     }
 

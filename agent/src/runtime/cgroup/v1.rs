@@ -38,15 +38,37 @@ impl Group {
         for path in self.paths() {
             std::fs::create_dir_all(&path).map_err(|source| CgroupError::File { path, source })?;
         }
+        self.set(name, limits)
+    }
+
+    pub fn resize(&self, limits: &Limits) -> Result<(), CgroupError> {
+        let name = self.memory.file_name().unwrap_or_default().to_string_lossy();
+        let result = self.set(&name, limits);
+        // The kernel takes back what it can, and then says EBUSY.
+        let limit_bytes = limits.memory_bytes;
+        match read_number(&self.memory, "memory.usage_in_bytes") {
+            Some(in_use_bytes) if result.is_err() && in_use_bytes > limit_bytes => {
+                Err(CgroupError::MemoryInUse { in_use_bytes, limit_bytes })
+            }
+            _ => result,
+        }
+    }
+
+    fn set(&self, name: &str, limits: &Limits) -> Result<(), CgroupError> {
         let at = |what: &str| {
             let what = format!("{what} of `{name}`");
             move |source| CgroupError::V1 { what, source }
         };
         let limit = i64::try_from(limits.memory_bytes).unwrap_or(i64::MAX);
         let memory = MemController::new(self.memory.clone(), false);
+        // Memory with swap is never less than memory. Kernels without swap accounting have no such file.
+        let with_swap = read_number(&self.memory, "memory.memsw.limit_in_bytes");
+        let grows = with_swap.is_some_and(|before| before < limits.memory_bytes);
+        if grows {
+            memory.set_memswap_limit(limit).map_err(at("swap limit"))?;
+        }
         memory.set_limit(limit).map_err(at("memory limit"))?;
-        // Kernels without swap accounting have no such file.
-        if self.memory.join("memory.memsw.limit_in_bytes").exists() {
+        if with_swap.is_some() && !grows {
             memory.set_memswap_limit(limit).map_err(at("swap limit"))?;
         }
         let cpu = CpuController::new(self.cpu.clone(), false);

@@ -49,12 +49,37 @@ pub fn create(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
         }
         _ => {}
     }
+    set(dir, limits)
+}
+
+/// `memory.high` takes back what it can and kills nobody (cgroup-v2.rst); `memory.max` would kill.
+pub fn resize(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
+    let limit_bytes = limits.memory_bytes;
+    let in_use = || read_number(dir, "memory.current").unwrap_or(0);
+    if in_use() <= limit_bytes {
+        return set(dir, limits);
+    }
+    write(dir, "memory.high", &limit_bytes.to_string())?;
+    let result = match in_use() {
+        in_use_bytes if in_use_bytes > limit_bytes => Err(CgroupError::MemoryInUse { in_use_bytes, limit_bytes }),
+        _ => set(dir, limits),
+    };
+    write(dir, "memory.high", "max").and(result)
+}
+
+fn set(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
     for (file, text) in files(limits) {
         write(dir, file, &text)?;
     }
     // A kernel without swap has no such file, and then nothing to forbid.
     if dir.join("memory.swap.max").exists() {
         write(dir, "memory.swap.max", "0")?;
+    }
+    // What it was given before and is not any more has to be taken away by name.
+    let had = fs::read_to_string(dir.join("io.max")).unwrap_or_default();
+    for line in had.lines() {
+        let disk = line.split(' ').next().unwrap_or_default();
+        write(dir, "io.max", &format!("{disk} rbps=max wbps=max riops=max wiops=max"))?;
     }
     if let Some(text) = io_max(&limits.io) {
         write(dir, "io.max", &text)?;
