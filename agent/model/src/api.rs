@@ -13,6 +13,7 @@ use crate::observed::RestartHistory;
 use crate::quantity::{Bytes, Timestamp};
 use crate::reason::Reason;
 use crate::report::{BootCause, DiskReport, Pressure, Refusal, TrustReport};
+use crate::survived::Survived;
 use crate::workload::{ExitCause, Health, Phase};
 
 /// The largest frame either side accepts.
@@ -269,6 +270,8 @@ pub struct Status {
     pub refused: Option<Refusal>,
     #[serde(default)]
     pub trust: TrustReport,
+    #[serde(default)]
+    pub survived: Survived,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -310,6 +313,9 @@ pub struct FleetStatus {
     pub url: Option<String>,
     pub last_contact: Option<Timestamp>,
     pub waiting_reports: u64,
+    /// Dropped from a full outbox, of which no report that arrived has told.
+    #[serde(default)]
+    pub dropped_untold: u64,
     pub problem: Option<Reason>,
 }
 
@@ -330,6 +336,9 @@ pub struct WorkloadStatus {
     pub cpu_milli: Option<u64>,
     pub cpu_max_milli: Option<u64>,
     pub address: Option<String>,
+    /// Lines of its log that came faster than the disk takes them, since this agent runs.
+    #[serde(default)]
+    pub log_lines_dropped: u64,
     /// What it waits for, or why it ended; the words of the planner.
     pub why: Option<Reason>,
 }

@@ -55,6 +55,9 @@ pub mod workload;
 /// Device to fleet.
 pub mod report;
 
+/// What a device has survived, counted.
+pub mod survived;
+
 /// JSON bodies of the fleet protocol.
 pub mod fleet;
 

@@ -18,6 +18,8 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 /// The manifests of a device.
 mod generations;
+/// What the device has been through.
+mod survived;
 
 const WIDTH: usize = 80;
 
@@ -163,6 +165,9 @@ fn status(status: &Status, style: Style) -> String {
         wrapped(&mut out, "  trust       ", &why.text);
         wrapped(&mut out, "           -> ", &why.next);
     }
+    if let Some(text) = survived::text(&status.survived) {
+        wrapped(&mut out, "  survived    ", &text);
+    }
     if let Some(refused) = &status.refused {
         wrapped(&mut out, "  refused     ", &format!("{} at {}: {}", refused.what, refused.at, refused.why));
     }
@@ -195,9 +200,10 @@ fn state_text(state: GenerationState) -> &'static str {
 fn fleet_text(status: &Status) -> String {
     let fleet = &status.fleet;
     let Some(url) = &fleet.url else { return "none configured".to_owned() };
-    let waiting = match fleet.waiting_reports {
-        0 => String::new(),
-        n => format!("{n} reports wait; "),
+    let waiting = match (fleet.waiting_reports, fleet.dropped_untold) {
+        (0, 0) => String::new(),
+        (n, 0) => format!("{n} reports wait; "),
+        (n, dropped) => format!("{n} reports wait, {dropped} were dropped; "),
     };
     match (&fleet.problem, fleet.last_contact) {
         (Some(problem), _) => format!("{waiting}{}", problem.text),
@@ -223,6 +229,10 @@ pub fn workloads(status: &Status, style: Style) -> String {
         line_raw(&mut out, &style.paint(&text, tone));
         if let Some(why) = workload.why.as_ref().filter(|_| !is_well(workload) || workload.phase == Phase::Stopped) {
             reason(&mut out, why);
+        }
+        if workload.log_lines_dropped > 0 {
+            let lines = workload.log_lines_dropped;
+            wrapped(&mut out, "  ", &format!("{lines} lines of its log were dropped: the disk does not take them"));
         }
     }
     out

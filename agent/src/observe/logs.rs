@@ -6,14 +6,13 @@
 //! One line on disk: `<unix ms> <o|e> <text>\n`. Bytes that are not UTF-8 and control characters are replaced when
 //! read, so that a log cannot drive the reader's terminal.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use edged_model::api::{LogLine, Stream};
 use edged_model::id::WorkloadName;
@@ -30,12 +29,26 @@ const QUEUE_LINES: usize = 1024;
 /// Lines a follower may lag behind before it is told that some are missing.
 const FOLLOW_LINES: usize = 256;
 
+/// Lines lost, by who printed them. Asked for and written only when a line is lost, or somebody looks.
+#[derive(Clone, Default)]
+struct Dropped(Arc<Mutex<BTreeMap<WorkloadName, u64>>>);
+
+impl Dropped {
+    fn one_more(&self, workload: &WorkloadName) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match counts.get_mut(workload) {
+            Some(count) => *count += 1,
+            None => drop(counts.insert(workload.clone(), 1)),
+        }
+    }
+}
+
 /// The door to all logs. Cheap to clone.
 #[derive(Clone)]
 pub struct Logs {
     queue: SyncSender<(WorkloadName, LogLine)>,
     followers: broadcast::Sender<(WorkloadName, LogLine)>,
-    dropped: Arc<AtomicU64>,
+    dropped: Dropped,
     dir: PathBuf,
 }
 
@@ -45,8 +58,9 @@ impl Logs {
         std::fs::create_dir_all(&dir)?;
         let (queue, lines) = sync_channel(QUEUE_LINES);
         let (followers, _) = broadcast::channel(FOLLOW_LINES);
-        let dropped = Arc::new(AtomicU64::new(0));
-        let writer = Writer { dir: dir.clone(), max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
+        let dropped = Dropped::default();
+        let lost = dropped.clone();
+        let writer = Writer { dir: dir.clone(), lost, max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
         std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run(&lines))?;
         Ok(Self { queue, followers, dropped, dir })
     }
@@ -79,14 +93,19 @@ impl Logs {
         match self.queue.try_send((workload.clone(), line)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => {}
             Err(TrySendError::Full(_)) => {
-                self.dropped.fetch_add(1, Ordering::Relaxed);
+                self.dropped.one_more(workload);
             }
         }
     }
 
-    /// Lines lost because the disk was slower than the workloads.
+    /// Lines lost because the disk was slower than the workloads, or took none.
     pub fn dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
+        self.dropped.0.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
+    }
+
+    /// Those of one workload.
+    pub fn dropped_of(&self, workload: &WorkloadName) -> u64 {
+        self.dropped.0.lock().unwrap_or_else(PoisonError::into_inner).get(workload).copied().unwrap_or(0)
     }
 
     /// From now on, everything that any workload prints.
@@ -179,6 +198,7 @@ struct Segment {
 
 struct Writer {
     dir: PathBuf,
+    lost: Dropped,
     max_segment_bytes: u64,
     open: HashMap<WorkloadName, Segment>,
 }
@@ -189,6 +209,7 @@ impl Writer {
             // A disk that is full or broken costs lines, never the supervisor: the next line tries afresh.
             if self.append(&workload, &line).is_err() {
                 self.open.remove(&workload);
+                self.lost.one_more(&workload);
             }
         }
     }

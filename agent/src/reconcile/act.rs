@@ -96,6 +96,9 @@ impl Agent {
                 let backoff = (PULL_RETRY_MS << attempts.min(10)).min(PULL_RETRY_MAX_MS);
                 let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
                 let retry_at_boot_ms = now.boot_ms.saturating_add(pull_pause_ms(backoff, asked));
+                if !failure.permanent {
+                    self.count(|survived| &mut survived.pull_retries);
+                }
                 let permanent = failure.permanent || self.found_no_room(&image, &failure.reason);
                 // The images of one update that does not fit all say the same.
                 let says_it = |status: &ImageStatus| matches!(status, ImageStatus::Failed { reason, .. } if *reason == failure.reason);
@@ -327,6 +330,8 @@ impl Agent {
         failed_digest: Option<edged_model::id::Digest>,
         activated: bool,
     ) {
+        // What is flushed anyway takes them along.
+        self.keep_counters();
         let inbox = self.inbox.clone();
         let submitted = self.writes.submit(move |store| {
             let envelope = envelope.as_ref().map(|(sequence, bytes)| (*sequence, bytes.as_slice()));
@@ -356,6 +361,12 @@ impl Agent {
             return self.tell(None, None, &why, "agent");
         }
         self.under_way.failed.remove(CHANGE);
+        for changed in &change.generations {
+            let before = self.world.desired.generations.get(&changed.sequence).map(|before| before.state);
+            if before != Some(changed.state) {
+                self.count_end_of(changed.state);
+            }
+        }
         let now = self.now();
         let desired = &mut self.world.desired;
         desired.pointers = change.pointers;
@@ -401,6 +412,7 @@ impl Agent {
 
     pub(super) fn warn_if_busy(&self, written: Result<(), Busy>) {
         if let Err(busy) = written {
+            self.counters.a_write_was_dropped();
             tracing::error!("{busy}");
         }
     }

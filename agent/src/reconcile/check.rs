@@ -72,6 +72,9 @@ impl Agent {
 
     pub(super) fn layers_checked(&mut self, layers: &[CheckedLayer], took_ms: u64) {
         self.collected.under_way = false;
+        for _ in layers.iter().filter(|layer| !layer.damage.is_empty()) {
+            self.count(|survived| &mut survived.layers_damaged);
+        }
         for why in told(layers, took_ms) {
             self.tell(None, None, &why, "agent");
         }

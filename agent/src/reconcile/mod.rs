@@ -38,6 +38,8 @@ mod space;
 mod start_up;
 mod status;
 mod store_thread;
+/// What was survived, counted.
+mod survived;
 /// The clock, its floor, and what others say.
 mod time;
 /// The trust root in force, and the next one.
@@ -224,6 +226,7 @@ struct Agent {
     under_way: UnderWay,
     collected: space::Collected,
     leases: moment::Leases,
+    counters: survived::Counters,
     /// Failed tries of images that are being fetched again.
     pull_attempts: BTreeMap<String, u32>,
     pull_context: Arc<PullContext>,
@@ -305,6 +308,7 @@ impl Agent {
         self.collect_if_due();
         self.floor_if_due();
         self.look_at_expiry();
+        self.keep_counters();
         self.report_if_due();
     }
 
@@ -336,6 +340,7 @@ impl Agent {
             let _ = story.send(event);
         });
         if let Err(busy) = written {
+            self.counters.a_write_was_dropped();
             tracing::error!("an event is lost: {busy}");
         }
         self.fleet.changed();

@@ -86,9 +86,13 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         promises: Arc::default(),
         traffic: Arc::new(traffic(&config, &places)),
     };
+    let boot_cause = if is_device { boot::cause(&store, &places.keep(), &boot_id) } else { None };
+    let keeper_pid = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+    let counters = super::survived::Counters::begin(&store, &opened, (&boot_id, keeper_pid), boot_cause);
     let mut agent = Agent {
         device: config.device.id.clone(),
-        boot_cause: if is_device { boot::cause(&store, &places.keep(), &boot_id) } else { None },
+        boot_cause,
+        counters,
         boot_id,
         keeper_version: String::new(),
         root,

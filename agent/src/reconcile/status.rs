@@ -46,13 +46,14 @@ impl Agent {
             candidate,
             workloads: workloads.unwrap_or_default(),
             boot_cause: self.boot_cause,
-            fleet: self.fleet.status(self.config.fleet.url.clone(), self.store.waiting_reports().unwrap_or(0)),
+            fleet: self.fleet.status(self.config.fleet.url.clone(), &self.store),
             disk: disk::space(self.start_context.places.data()).unwrap_or(none),
             memory_total: memory.map_or(Bytes(0), |memory| memory.total),
             memory_available: memory.map_or(Bytes(0), |memory| memory.available),
             pressure: pressure::read(),
             refused: self.refused.clone(),
             trust: self.trust_report(),
+            survived: self.survived(),
         }
     }
 
@@ -80,6 +81,7 @@ impl Agent {
             cpu_milli: run.and_then(|run| run.cpu_milli),
             cpu_max_milli: workload.resources.cpu.map(|cpu| cpu.0),
             address: None,
+            log_lines_dropped: self.logs.dropped_of(name),
             why: self.paused(name).or(why).or_else(|| history.last_reason.filter(|_| history.in_a_row > 0)),
         }
     }

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use ureq::http::{HeaderMap, StatusCode};
 
 use super::roots::{self, Roots};
-use super::{Endpoint, FleetLine, Offer, Refused, random, refusal, retry};
+use super::{Endpoint, FleetLine, Offer, Refused, is_a_page, page, random, refusal, retry};
 use crate::config::Fleet;
 
 /// The agent answers an offer sooner than this or not at all.
@@ -127,6 +127,7 @@ fn fetch(line: &FleetLine, endpoint: &Endpoint, config: &Fleet, etag: Option<&st
         .map_err(|error| broken(error.to_string()))?;
     let (has_waited, trust_root) = (has_waited(response.headers()), roots::newest(response.headers()));
     match response.status() {
+        StatusCode::OK | StatusCode::NOT_FOUND if is_a_page(&response) => Err(page(&url)),
         StatusCode::OK => {
             let etag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(str::to_owned);
             let mut body = response.into_body();

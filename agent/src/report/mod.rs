@@ -93,6 +93,7 @@ struct Shared {
     changed: AtomicBool,
     last_boot_ms: AtomicU64,
     contact: Mutex<Contact>,
+    failures: AtomicU64,
     /// Version of the trust root in force.
     root_version: AtomicU64,
     /// Wakes the sender when there is something in the outbox.
@@ -117,6 +118,7 @@ impl FleetLine {
             changed: AtomicBool::new(true),
             last_boot_ms: AtomicU64::new(0),
             contact: Mutex::default(),
+            failures: AtomicU64::new(0),
             root_version: AtomicU64::new(0),
             waiting: Mutex::new(true),
             wake: Condvar::new(),
@@ -197,9 +199,20 @@ impl FleetLine {
         Ok(())
     }
 
-    pub fn status(&self, url: Option<String>, waiting_reports: u64) -> FleetStatus {
+    pub fn status(&self, url: Option<String>, store: &Store) -> FleetStatus {
         let contact = self.shared.contact.lock().unwrap_or_else(PoisonError::into_inner);
-        FleetStatus { url, last_contact: contact.last, waiting_reports, problem: contact.problem.clone() }
+        FleetStatus {
+            url,
+            last_contact: contact.last,
+            waiting_reports: store.waiting_reports().unwrap_or(0),
+            dropped_untold: store.untold_dropped().unwrap_or(0),
+            problem: contact.problem.clone(),
+        }
+    }
+
+    /// Requests that failed since this agent runs.
+    pub fn failures(&self) -> u64 {
+        self.shared.failures.load(Ordering::Relaxed)
     }
 
     fn reached(&self, at: Timestamp) {
@@ -208,6 +221,7 @@ impl FleetLine {
     }
 
     fn missed(&self, problem: Reason) {
+        self.shared.failures.fetch_add(1, Ordering::Relaxed);
         self.shared.contact.lock().unwrap_or_else(PoisonError::into_inner).problem = Some(problem);
     }
 
@@ -241,6 +255,20 @@ impl Refused {
     fn by_line(text: String) -> Self {
         Self { reason: Reason::new(Code::FleetUnavailable, text), retry_after_secs: None }
     }
+}
+
+/// A page for people is no fleet's answer, whatever its status: something on the way (a captive portal, a proxy) gave it,
+/// and what was sent has not arrived.
+fn is_a_page<B>(response: &Response<B>) -> bool {
+    let kind = response.headers().get("content-type").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    kind.eq_ignore_ascii_case("text/html") || kind.eq_ignore_ascii_case("application/xhtml+xml")
+}
+
+fn page(url: &str) -> Refused {
+    let text = format!("{url}: a web page answers and not the fleet");
+    let next = "a captive portal or a proxy stands between: log this network in, or go around it";
+    Refused { reason: Reason::new(Code::FleetUnavailable, text).next(next), retry_after_secs: None }
 }
 
 /// An answer that is none of those hoped for, with the fleet's own words where it has some (RFC 9457).

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use edged_model::envelope::Kind;
 use edged_model::reason::Reason;
+use edged_model::report::Report;
 
 use super::retry::{self, Verdict};
-use super::{Endpoint, FleetLine, Refused, enroll, random, refusal};
+use super::{Endpoint, FleetLine, Refused, enroll, is_a_page, page, random, refusal};
 use crate::crash_point;
 use crate::store::{Store, inline_chain};
 
@@ -42,23 +43,33 @@ pub(super) fn run(line: &FleetLine, endpoint: &Endpoint, store: &Store, token: O
         if let Sent::Dropped(why) = &sent {
             tracing::warn!(%why, "a report is given up");
         }
-        match sent {
+        match &sent {
             Sent::Taken | Sent::Dropped(_) => {
                 crash_point::pass("report-taken");
                 failures = 0;
                 line.reached((endpoint.clock)());
-                if let Err(error) = store.remove_report(number) {
+                let removed = match &sent {
+                    Sent::Taken => store.report_arrived(number, dropped_in(&report)),
+                    Sent::Dropped(_) | Sent::Kept(_) => store.remove_report(number),
+                };
+                if let Err(error) = removed {
                     tracing::error!("outbox: {}", inline_chain(&error));
                     line.wait(IDLE);
                 }
             }
             Sent::Kept(refused) => {
                 failures += 1;
-                line.missed(refused.reason);
+                line.missed(refused.reason.clone());
                 pause(retry::pause(failures, refused.retry_after_secs, random()));
             }
         }
     }
+}
+
+/// How many dropped reports this one tells of.
+fn dropped_in(report: &[u8]) -> u64 {
+    let payload = edged_model::envelope::payload1(report).unwrap_or_default();
+    edged_model::cbor::read::<Report>(&payload).map_or(0, |report| report.dropped)
 }
 
 fn pause(time: Duration) {
@@ -89,6 +100,7 @@ fn post(line: &FleetLine, endpoint: &Endpoint, report: &[u8]) -> Result<(), (Ver
     let sent = endpoint.agent.post(&url).header("content-type", Kind::Report.content_type()).send(report);
     let response = sent.map_err(|error| (Verdict::Later, Refused::by_line(format!("{url}: {error}"))))?;
     match retry::verdict(response.status().as_u16()) {
+        Verdict::Taken | Verdict::Never if is_a_page(&response) => Err((Verdict::Later, page(&url))),
         Verdict::Taken => Ok(()),
         other => Err((other, refusal(&url, response))),
     }

@@ -178,7 +178,7 @@ fn a_device_enrols_itself_and_its_reports_arrive_in_order_over_an_outage() {
     std::fs::write(&token_file, format!("{}\n", token.token)).unwrap();
     let _offers = device.start(&fleet, directory.path(), Some(token_file.display().to_string()), None);
     until("the first report arrives", || (device.waiting() == 0).then_some(()));
-    let contact = device.line.status(None, 0);
+    let contact = device.line.status(None, &device.store);
     assert!(contact.last_contact.is_some() && contact.problem.is_none(), "{contact:?}");
 
     let port = fleet.address.port();
@@ -186,7 +186,7 @@ fn a_device_enrols_itself_and_its_reports_arrive_in_order_over_an_outage() {
     for _ in 0..3 {
         device.line.put(&device.store, &status(1)).unwrap();
     }
-    let problem = until("the outage is noticed", || device.line.status(None, 0).problem);
+    let problem = until("the outage is noticed", || device.line.status(None, &device.store).problem);
     assert_eq!(problem.code, Code::FleetUnavailable);
     assert_eq!(device.waiting(), 3, "reports wait");
 
@@ -217,7 +217,7 @@ fn a_replayed_report_leaves_the_outbox_and_a_stranger_keeps_his() {
     let stranger = Device::new(8);
     stranger.line.put(&stranger.store, &status(1)).unwrap();
     let _stranger = stranger.start(&fleet, directory.path(), Some(token.token), None);
-    let problem = until("he is told", || stranger.line.status(None, 0).problem);
+    let problem = until("he is told", || stranger.line.status(None, &stranger.store).problem);
     assert!(problem.text.contains("another key"), "{problem}");
     assert_eq!(stranger.waiting(), 1);
     let known: DeviceStatus = fleet.operator(directory.path(), "GET", "/v1/devices/pump-1", b"");
@@ -246,7 +246,7 @@ fn a_new_manifest_is_offered_until_it_is_judged_and_then_no_more() {
     let accepted = next(&mut offers);
     assert_eq!(accepted.envelope, manifest(3), "a refused one is not offered again");
     accepted.reply.send(Ok(Taken::Generation(Sequence(3)))).unwrap();
-    assert!(device.line.status(None, 0).problem.is_none());
+    assert!(device.line.status(None, &device.store).problem.is_none());
 }
 
 #[test]

@@ -24,7 +24,7 @@ use edged_model::reason::Reason;
 use serde::{Deserialize, Serialize};
 
 use super::record::{Blob, seal, unseal};
-use super::{StoreError, sync_dir};
+use super::{SavedSurvived, StoreError, sync_dir};
 use crate::crash_point;
 
 /// Damaged databases kept for inspection.
@@ -47,6 +47,10 @@ pub struct Summary {
     pub held: Vec<(WorkloadName, Hold)>,
     pub failed: Vec<Digest>,
     pub report_ceiling: u64,
+    #[serde(default)]
+    pub survived: SavedSurvived,
+    #[serde(default)]
+    pub dropped_reports: u64,
 }
 
 /// A generation without its manifest, which lies in a file of its own.

@@ -40,6 +40,8 @@ mod outbox;
 mod record;
 /// What to believe when a store is opened; rebuilding it.
 mod recover;
+/// What was survived, counted.
+mod survived;
 mod trees;
 /// Openings that nobody survived.
 mod tries;
@@ -50,6 +52,7 @@ mod workloads;
 
 use door::{Change, Door};
 pub use recover::{Opened, opened_reason};
+pub use survived::SavedSurvived;
 use trees::meta;
 pub use workloads::SavedHistory;
 
@@ -253,6 +256,8 @@ impl Store {
             held: self.held()?,
             failed: self.failed()?,
             report_ceiling: self.get(trees::META, meta::REPORT_CEILING)?.unwrap_or(0),
+            survived: self.survived()?.unwrap_or_default(),
+            dropped_reports: self.dropped_reports()?,
         };
         Ok(keep::Kept { summary, generations, trust_root, lost: Vec::new() })
     }

@@ -40,7 +40,18 @@ impl Store {
         Ok(None)
     }
 
-    /// The fleet has it. A cut before this is on the disk sends it twice; its own number tells the fleet.
+    /// The fleet has it, and knows from it how many were dropped. A cut before this is on the disk sends it twice; its own
+    /// number tells the fleet.
+    pub fn report_arrived(&self, number: u64, told_dropped: u64) -> Result<(), StoreError> {
+        let one = self.lock();
+        let mut changes = vec![remove(trees::OUTBOX, &number_key(number))];
+        if told_dropped > self.told_dropped()? {
+            changes.push(put(trees::META, meta::DROPPED_TOLD, &told_dropped)?);
+        }
+        self.commit(&one, &changes, Durability::Soon)
+    }
+
+    /// The fleet will never take it.
     pub fn remove_report(&self, number: u64) -> Result<(), StoreError> {
         self.commit(&self.lock(), &[remove(trees::OUTBOX, &number_key(number))], Durability::Soon)
     }
@@ -49,15 +60,18 @@ impl Store {
         Ok(self.with_door(|door| door.keys(trees::OUTBOX))?.len() as u64)
     }
 
+    /// Over the device's whole life: what a report says is as right when one before it was lost.
     pub fn dropped_reports(&self) -> Result<u64, StoreError> {
         Ok(self.get(trees::META, meta::DROPPED)?.unwrap_or(0))
     }
 
-    /// A report that said `count` were dropped has arrived.
-    pub fn forget_dropped(&self, count: u64) -> Result<(), StoreError> {
-        let one = self.lock();
-        let left = self.dropped_reports()?.saturating_sub(count);
-        self.commit(&one, &[put(trees::META, meta::DROPPED, &left)?], Durability::Soon)
+    /// Of those, how many the fleet knows of: the highest count in a report that arrived.
+    fn told_dropped(&self) -> Result<u64, StoreError> {
+        Ok(self.get(trees::META, meta::DROPPED_TOLD)?.unwrap_or(0))
+    }
+
+    pub fn untold_dropped(&self) -> Result<u64, StoreError> {
+        Ok(self.dropped_reports()?.saturating_sub(self.told_dropped()?))
     }
 
     /// A number for the next report: higher than any before, over all boots and rebuilds. It is on the disk no later

@@ -255,6 +255,10 @@ impl Store {
             put(trees::META, meta::REPORT_CEILING, &kept.summary.report_ceiling)?,
             put(trees::META, meta::REVISION, &kept.summary.revision)?,
         ];
+        let mut survived = kept.summary.survived.clone();
+        survived.survived.store_rebuilt += 1;
+        changes.push(put(trees::META, meta::SURVIVED, &survived)?);
+        changes.push(put(trees::META, meta::DROPPED, &kept.summary.dropped_reports)?);
         for (generation, envelope) in &kept.generations {
             let key = number_key(generation.sequence.0);
             changes.push(put(trees::GENERATIONS, &key, generation)?);

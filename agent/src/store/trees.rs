@@ -30,6 +30,9 @@ pub mod meta {
     pub const TRUST: &str = "trust";
     pub const LAST_BOOT: &str = "last-boot";
     pub const DROPPED: &str = "dropped-reports";
+    /// How many of them the fleet has been told of.
+    pub const DROPPED_TOLD: &str = "dropped-reports-told";
+    pub const SURVIVED: &str = "survived";
     pub const REPORT_NUMBER: &str = "report-number";
     /// Report numbers below it may be given out before `keep/` is written again.
     pub const REPORT_CEILING: &str = "report-ceiling";

@@ -149,6 +149,7 @@ fn status() -> Status {
         cpu_milli: None,
         cpu_max_milli: Some(250),
         address: None,
+        log_lines_dropped: 0,
         why: Some(Reason::new(Code::Exited, "web ended with exit code 3").next("`edgectl logs web`")),
     };
     Status {
@@ -162,12 +163,13 @@ fn status() -> Status {
         generation: None,
         candidate: None,
         workloads: vec![web],
-        fleet: FleetStatus { url: None, last_contact: None, waiting_reports: 0, problem: None },
+        fleet: FleetStatus { url: None, last_contact: None, waiting_reports: 0, dropped_untold: 0, problem: None },
         disk: DiskReport { total: Bytes(0), free: Bytes(0) },
         memory_total: Bytes(0),
         memory_available: Bytes(0),
         pressure: None,
         refused: None,
         trust: Default::default(),
+        survived: Default::default(),
     }
 }

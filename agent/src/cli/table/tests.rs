@@ -22,6 +22,7 @@ fn workload(name: &str, phase: Phase) -> WorkloadStatus {
         cpu_milli: running.then_some(7),
         cpu_max_milli: Some(250),
         address: None,
+        log_lines_dropped: 0,
         why: None,
     }
 }
@@ -44,13 +45,14 @@ fn device(workloads: Vec<WorkloadStatus>) -> Status {
         }),
         candidate: None,
         workloads,
-        fleet: FleetStatus { url: None, last_contact: None, waiting_reports: 0, problem: None },
+        fleet: FleetStatus { url: None, last_contact: None, waiting_reports: 0, dropped_untold: 0, problem: None },
         disk: DiskReport { total: Bytes(2 << 30), free: Bytes(1 << 30) },
         memory_total: Bytes(192 << 20),
         memory_available: Bytes(128 << 20),
         pressure: None,
         refused: None,
         trust: TrustReport::default(),
+        survived: edged_model::survived::Survived::default(),
     }
 }
 
