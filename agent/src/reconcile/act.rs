@@ -348,6 +348,13 @@ impl Agent {
 
     pub(super) fn changed(&mut self, change: transition::Change, failed: Option<String>, activated: bool) {
         self.under_way.change = false;
+        self.change_written(change, failed, activated);
+        if let Some(offer) = self.under_way.offer.take() {
+            self.offer(offer);
+        }
+    }
+
+    fn change_written(&mut self, change: transition::Change, failed: Option<String>, activated: bool) {
         let offered = self.under_way.acknowledge.take();
         let why = failed.map(|error| {
             // Nothing was acted on; the planner orders it again.

@@ -10,6 +10,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::{Agent, Message, clock};
 use crate::api::Call;
 use crate::execute::pull::load::Wish;
+use crate::report::Offer;
 use crate::store::inline_chain;
 
 /// Lines shown when nobody says how many.
@@ -60,7 +61,8 @@ impl Agent {
             Request::Exec { workload, wish } => self.exec(answers, passing, workload, wish, &caller.name),
             Request::Apply { envelope } => {
                 let (reply, result) = oneshot::channel();
-                self.receive(Message::Offer { envelope, chain: Vec::new(), by: caller.name, reply: Some(reply) }).await;
+                let offer = Offer { envelope, chain: Vec::new(), by: caller.name, reply };
+                self.receive(Message::Offer(Box::new(offer))).await;
                 // The verdict comes when the loop has turned on.
                 tokio::spawn(async move {
                     match result.await {

@@ -6,14 +6,13 @@ use edged_model::manifest::Manifest;
 use edged_model::observed::ImageStatus;
 use edged_model::reason::{Code, Reason};
 use edged_model::report::Refusal;
-use tokio::sync::oneshot;
 
 use edged_plan::transition;
 
 use super::{Agent, Message};
 use crate::crash_point;
 use crate::execute::start;
-use crate::report::Taken;
+use crate::report::{Offer, Taken};
 use crate::verify::{self, DeviceFacts, Verdict};
 
 /// A manifest that was not refused.
@@ -43,7 +42,7 @@ impl Agent {
             Message::Resized { workload, spec, result } => self.resized(workload, &spec, result).await,
             Message::Removed { workload, failed } => self.removed(&workload, failed),
             Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
-            Message::Offer { envelope, chain, by, reply } => self.offer(envelope, chain, &by, reply),
+            Message::Offer(offer) => self.offer(offer),
             Message::Again(again) => self.again(*again),
             Message::TimeHeard(heard) => self.time_heard(heard).await,
             Message::Locks(files) => self.locks_seen(files),
@@ -65,29 +64,26 @@ impl Agent {
         }
     }
 
-    fn offer(
-        &mut self,
-        envelope: Vec<u8>,
-        chain: Vec<Vec<u8>>,
-        by: &str,
-        reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
-    ) {
-        if edged_model::envelope::open(&envelope, edged_model::envelope::Kind::TrustRoot).is_ok() {
-            return self.offer_roots(std::iter::once(envelope).chain(chain).collect(), by, reply);
+    pub(super) fn offer(&mut self, offer: Box<Offer>) {
+        if self.under_way.change && self.under_way.offer.is_none() {
+            self.under_way.offer = Some(offer);
+            return;
         }
-        let verdict = match self.consider(envelope, by) {
+        let Offer { envelope, chain, by, reply } = *offer;
+        if edged_model::envelope::open(&envelope, edged_model::envelope::Kind::TrustRoot).is_ok() {
+            return self.offer_roots(std::iter::once(envelope).chain(chain).collect(), &by, reply);
+        }
+        let verdict = match self.consider(envelope, &by) {
             // Taken is what is on the disk: until then nobody is told so.
             Ok(Considered::BeingWritten(sequence)) => {
-                self.under_way.acknowledge = reply.map(|reply| (sequence, reply));
+                self.under_way.acknowledge = Some((sequence, reply));
                 return;
             }
             Ok(Considered::Known(sequence)) => Ok(Taken::Generation(sequence)),
             Err(reason) => Err(reason),
         };
-        if let Some(reply) = reply {
-            // Who pushed may have gone.
-            let _ = reply.send(verdict);
-        }
+        // Who pushed may have gone.
+        let _ = reply.send(verdict);
     }
 
     /// Verifies and takes a manifest. What runs is not touched by a refusal.

@@ -70,7 +70,7 @@ use crate::network::ports::Ports;
 use crate::network::sntp::{Heard, NobodyAnswers};
 use crate::observe::ProbeOutcome;
 use crate::observe::logs::Logs;
-use crate::report::{FleetLine, Taken};
+use crate::report::{FleetLine, Offer, Taken};
 use crate::runtime::cgroup::Cgroup;
 use crate::runtime::keeper_link::{KeeperLink, LaunchError, Launched};
 use crate::store::Store;
@@ -140,20 +140,14 @@ enum Message {
         root: Box<TrustRoot>,
         by: String,
         failed: Option<String>,
-        reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
+        reply: oneshot::Sender<Result<Taken, Reason>>,
     },
     Probed {
         workload: WorkloadName,
         pid: i32,
         outcome: ProbeOutcome,
     },
-    /// A signed manifest, or trust roots in turn, from whoever.
-    Offer {
-        envelope: Vec<u8>,
-        chain: Vec<Vec<u8>>,
-        by: String,
-        reply: Option<oneshot::Sender<Result<Taken, Reason>>>,
-    },
+    Offer(Box<Offer>),
     Again(Box<generations::Again>),
     Locks(Vec<crate::observe::locks::LockFile>),
     Network(String),
@@ -169,6 +163,9 @@ enum StartFailure {
 /// What is under way, so that it is not ordered twice.
 #[derive(Default)]
 struct UnderWay {
+    /// Came while another change was being written, and is looked at when that is on the disk. One: who comes third is
+    /// told to come again.
+    offer: Option<Box<Offer>>,
     pulls: BTreeSet<String>,
     /// While a plan is carried out.
     update: Option<Ticket>,

@@ -280,8 +280,8 @@ impl Agent {
         let (offers, mut offered) = mpsc::channel::<Offer>(OFFERS_DEPTH);
         let inbox = self.inbox.clone();
         tokio::spawn(async move {
-            while let Some(Offer { envelope, chain, by, reply }) = offered.recv().await {
-                if inbox.send(Message::Offer { envelope, chain, by, reply: Some(reply) }).await.is_err() {
+            while let Some(offer) = offered.recv().await {
+                if inbox.send(Message::Offer(Box::new(offer))).await.is_err() {
                     return;
                 }
             }

@@ -15,7 +15,7 @@ use crate::report::Taken;
 use crate::store::{Store, StoreError, inline_chain};
 use crate::verify::{image_policy, trust};
 
-type Reply = Option<oneshot::Sender<Result<Taken, Reason>>>;
+type Reply = oneshot::Sender<Result<Taken, Reason>>;
 
 impl Agent {
     /// Trust roots were offered, each as the successor of the one before: the newest that may be in force is taken, and
@@ -39,9 +39,7 @@ impl Agent {
                 (None, None) => Ok(Taken::TrustRoot(self.root.version)),
             }
         };
-        if let Some(reply) = reply {
-            let _ = reply.send(answer);
-        }
+        let _ = reply.send(answer);
     }
 
     fn write_root(&mut self, root: TrustRoot, envelope: Vec<u8>, by: String, reply: Reply) {
@@ -76,9 +74,7 @@ impl Agent {
         if let Err(why) = &answer {
             self.tell(None, None, why, by);
         }
-        if let Some(reply) = reply {
-            let _ = reply.send(answer);
-        }
+        let _ = reply.send(answer);
     }
 }
 

@@ -79,3 +79,18 @@ fn an_operator_compares_goes_back_and_tries_again() {
     device.wait_for_generation(2, "good");
     assert_eq!(device.pid("stays"), stays);
 }
+
+#[test]
+fn manifests_that_come_one_upon_another_are_all_taken() {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let device = factory.device("");
+    let signed: Vec<_> = (1..=6)
+        .map(|sequence| factory.sign(&format!("n{sequence}"), &manifest(sequence, &image, "sleep 100001", "")))
+        .collect();
+    // Each is acknowledged in the middle of the changes that the one before has set off.
+    for file in &signed {
+        device.take(file);
+    }
+    device.wait_for_generation(6, "good");
+}

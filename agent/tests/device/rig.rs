@@ -286,17 +286,7 @@ impl Device {
     }
 
     pub fn push(&self, file: &Path) -> Output {
-        let mut command = self.push_command(file);
-        let mut last = command.output().unwrap();
-        // While the change before is being written down, the device asks to push again.
-        until("a verdict on the push", || {
-            if String::from_utf8_lossy(&last.stderr).contains("push it again") {
-                last = command.output().unwrap();
-                return None;
-            }
-            Some(())
-        });
-        last
+        self.push_command(file).output().unwrap()
     }
 
     pub fn take(&self, file: &Path) {
