@@ -12,6 +12,8 @@ mod restart;
 mod runtime;
 /// The static programs.
 mod sizes;
+/// From the request to exec, against the bare system calls.
+mod start;
 
 use anyhow::Result;
 
@@ -27,10 +29,12 @@ pub enum Bench {
     Restart,
     /// A container from nothing to nothing, against crun, runc and the bare system calls
     Runtime,
+    /// A workload from the request to the keeper to exec, against the bare system calls
+    Start,
 }
 
 pub fn run(what: &[Bench]) -> Result<()> {
-    let all = [Bench::Sizes, Bench::Memory, Bench::Restart, Bench::Runtime, Bench::Boot];
+    let all = [Bench::Sizes, Bench::Memory, Bench::Restart, Bench::Runtime, Bench::Start, Bench::Boot];
     let what = if what.is_empty() { &all[..] } else { what };
     for bench in what {
         match bench {
@@ -39,6 +43,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
             Bench::Memory => memory::run()?,
             Bench::Restart => restart::run()?,
             Bench::Runtime => runtime::run()?,
+            Bench::Start => start::run()?,
         }
     }
     Ok(())

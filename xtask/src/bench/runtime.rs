@@ -62,6 +62,16 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
+/// Sets up what `measure` needs for one container, and says where: bundle, compiled filter, the bare system calls.
+pub fn prepare(dir: &Path) -> Result<[PathBuf; 3]> {
+    setup::ensure(&[Need::HostTests])?;
+    let arch = Arch::host().context("this machine's architecture is none of ours")?;
+    let program = toolchain::build(arch, Profile::Release, "edged-oci", &["edged-oci"])?.join("edged-oci");
+    let bundle = make_bundle(dir, &program, true)?;
+    let filter = filter_of(dir, &program, &bundle)?;
+    Ok([bundle, filter, build_bare(dir)?])
+}
+
 /// Once more, in a mount namespace where crun takes a hybrid hierarchy for v1, and where nothing that is mounted stays.
 fn in_own_mounts() -> Result<()> {
     let script = "if [ -e /sys/fs/cgroup/unified ]; then mount -t tmpfs none /sys/fs/cgroup/unified; fi; exec \"$@\"";
