@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use edged_qemu::arch::Arch;
 use edged_qemu::artifacts::Artifacts;
+use edged_qemu::filesystem::Filesystem;
 use edged_qemu::machine::Machine;
 use edged_qemu::process;
 use edged_qemu::site::{DEVICE, PROMPT, PUSH_PORT, Site, console_shows};
@@ -45,7 +46,7 @@ pub fn run(arch: Arch, keep: bool) -> Result<()> {
     for package in ["edged", "edge-fleet"] {
         progress::run(Command::new("cargo").args(["build", "--quiet", "--package", package]))?;
     }
-    let firmware = image::build(arch, Profile::Firmware, None)?;
+    let firmware = image::build(arch, Filesystem::Ext4, Profile::Firmware, None)?;
     workloads::build_all(arch)?;
     let begin = Instant::now();
     let dir = artifacts.run_dir("demo", arch)?;

@@ -1,7 +1,7 @@
 //! What a device boots: Debian's kernel and an initramfs with `edged` as `/init`. The data disk is made by the device.
 //!
 //! Kernel command line: `console=` where kernel and keeper write, `edged.data=/dev/vda` the data disk (formatted when it
-//! is empty), `edged.watchdog=60` seconds (0: none).
+//! is empty), `edged.data-type=ext4` or `f2fs`, `edged.watchdog=60` seconds (0: none).
 
 use std::fs;
 use std::io::Write;
@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use edged_qemu::arch::Arch;
 use edged_qemu::artifacts::{Artifacts, Firmware};
 use edged_qemu::cpio::Archive as Cpio;
+use edged_qemu::filesystem::Filesystem;
 
 use crate::debian::Archive;
 use crate::elf;
@@ -23,8 +24,8 @@ use crate::toolchain::{self, Profile};
 /// The release whose e2fsprogs and sample programs are taken.
 pub const SUITE: &str = "bookworm";
 
-pub fn run(arch: Arch, quick: bool, edged: Option<&Path>) -> Result<()> {
-    let firmware = build(arch, if quick { Profile::Firmware } else { Profile::Release }, edged)?;
+pub fn run(arch: Arch, filesystem: Filesystem, quick: bool, edged: Option<&Path>) -> Result<()> {
+    let firmware = build(arch, filesystem, if quick { Profile::Firmware } else { Profile::Release }, edged)?;
     println!("{}", fs::read_to_string(firmware.contents())?);
     println!("kernel     {}\ninitramfs  {}", firmware.kernel().display(), firmware.initramfs().display());
     Ok(())
@@ -45,10 +46,10 @@ impl Root {
 }
 
 /// Builds kernel and initramfs into `target/firmware/<arch>/`. With `edged`, that program is packed instead of ours.
-pub fn build(arch: Arch, profile: Profile, edged: Option<&Path>) -> Result<Firmware> {
+pub fn build(arch: Arch, filesystem: Filesystem, profile: Profile, edged: Option<&Path>) -> Result<Firmware> {
     setup::ensure(&[Need::Build(arch)])?;
     let artifacts = Artifacts::find();
-    let firmware = artifacts.firmware(arch);
+    let firmware = artifacts.firmware_on(arch, filesystem);
     let mut root = Root::default();
     base(&mut root)?;
     match edged {
@@ -61,9 +62,9 @@ pub fn build(arch: Arch, profile: Profile, edged: Option<&Path>) -> Result<Firmw
     root.cpio.symlink("init", "usr/bin/edged");
     // One file, two names: under this one it is the technician's program.
     root.cpio.symlink("usr/bin/edgectl", "edged");
-    disk_tools(&mut root, &artifacts, arch)?;
-    let kernel = Kernel::fetch(&artifacts, arch)?;
-    modules(&mut root, &kernel)?;
+    disk_tools(&mut root, &artifacts, arch, filesystem)?;
+    let kernel = Kernel::fetch(&artifacts, arch, filesystem)?;
+    modules(&mut root, &kernel, filesystem)?;
 
     progress::step(&format!("packing the initramfs for {arch}"));
     fs::create_dir_all(firmware.dir())?;
@@ -105,25 +106,31 @@ fn base(root: &mut Root) -> Result<()> {
 }
 
 /// mkfs and fsck for the data disk, with exactly the libraries they need.
-fn disk_tools(root: &mut Root, artifacts: &Artifacts, arch: Arch) -> Result<()> {
+fn disk_tools(root: &mut Root, artifacts: &Artifacts, arch: Arch, filesystem: Filesystem) -> Result<()> {
+    let (package, paths) = match filesystem {
+        Filesystem::Ext4 => ("e2fsprogs", ["sbin/mke2fs", "sbin/e2fsck"]),
+        Filesystem::F2fs => ("f2fs-tools", ["sbin/mkfs.f2fs", "sbin/fsck.f2fs"]),
+    };
     let archive = Archive::open(&artifacts.cache(), SUITE, arch.debian())?;
-    let tree = archive.unpack_with_dependencies(&["e2fsprogs"])?;
+    let tree = archive.unpack_with_dependencies(&[package])?;
     let mut programs = Vec::new();
-    for path in ["sbin/mke2fs", "sbin/e2fsck"] {
-        let file = elf::resolve(&tree, path).with_context(|| format!("no {path} in e2fsprogs"))?;
+    for path in paths {
+        let file = elf::resolve(&tree, path).with_context(|| format!("no {path} in {package}"))?;
         root.file(path, 0o755, &fs::read(&file)?);
         programs.push(file);
     }
-    root.cpio.symlink("sbin/mkfs.ext4", "mke2fs");
-    root.file("etc/mke2fs.conf", 0o644, &fs::read(tree.join("etc/mke2fs.conf"))?);
+    if filesystem == Filesystem::Ext4 {
+        root.cpio.symlink("sbin/mkfs.ext4", "mke2fs");
+        root.file("etc/mke2fs.conf", 0o644, &fs::read(tree.join("etc/mke2fs.conf"))?);
+    }
     for library in elf::libraries(arch, &tree, &programs)? {
         root.file(&library.path, 0o755, &fs::read(&library.file)?);
     }
     Ok(())
 }
 
-fn modules(root: &mut Root, kernel: &Kernel) -> Result<()> {
-    let picked = kernel.pick();
+fn modules(root: &mut Root, kernel: &Kernel, filesystem: Filesystem) -> Result<()> {
+    let picked = kernel.pick(filesystem);
     ensure!(!picked.files.is_empty(), "no modules were found for {}", kernel.release);
     let home = format!("lib/modules/{}", kernel.release);
     for path in &picked.files {

@@ -9,6 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use edged_qemu::arch::Arch;
 use edged_qemu::artifacts::Artifacts;
+use edged_qemu::filesystem::Filesystem;
 use edged_qemu::process;
 
 use crate::debian::Archive;
@@ -51,13 +52,17 @@ pub struct Picked {
 }
 
 impl Kernel {
-    pub fn fetch(artifacts: &Artifacts, arch: Arch) -> Result<Self> {
+    pub fn fetch(artifacts: &Artifacts, arch: Arch, filesystem: Filesystem) -> Result<Self> {
         let archive = Archive::open(&artifacts.cache(), SUITE, arch.debian())?;
-        let pinned = artifacts.cache().join(format!("kernel-{arch}"));
+        let follows = arch.kernel_package(filesystem);
+        let pinned = artifacts.cache().join(match filesystem {
+            Filesystem::Ext4 => format!("kernel-{arch}"),
+            Filesystem::F2fs => format!("kernel-{arch}-f2fs"),
+        });
         let package = match fs::read_to_string(&pinned) {
             Ok(package) => package,
             Err(_) => {
-                let depends = archive.field(arch.kernel_package(), "Depends")?;
+                let depends = archive.field(follows, "Depends")?;
                 let package = depends.first().and_then(|d| d.split(' ').next()).context("no kernel in the archive")?;
                 fs::write(&pinned, package)?;
                 package.to_owned()
@@ -71,12 +76,17 @@ impl Kernel {
         Ok(Self { image: tree.join(format!("boot/vmlinuz-{release}")), release, modules, dependencies, soft })
     }
 
-    /// What a device needs, dependencies first.
-    pub fn pick(&self) -> Picked {
+    /// What a device needs, dependencies first. The keeper loads f2fs when it meets such a disk.
+    pub fn pick(&self, filesystem: Filesystem) -> Picked {
         let mut picked = Picked::default();
         let mut seen = BTreeSet::new();
         for name in WANTED {
             self.take(name, &mut seen, &mut picked);
+        }
+        if filesystem == Filesystem::F2fs {
+            let loaded_at_boot = picked.names.clone();
+            self.take("f2fs", &mut seen, &mut picked);
+            picked.names = loaded_at_boot;
         }
         picked
     }
@@ -103,12 +113,14 @@ impl Kernel {
             .map(|(path, needs)| (path.to_owned(), needs.split_whitespace().map(str::to_owned).collect()))
     }
 
-    /// `softdep nf_tables pre: crc32c post: …`. A name may be an alias of several modules; only real ones are found.
+    /// `softdep ext4 pre: crypto-crc32c post: …`. A name may be an alias of several modules; the one that runs on every
+    /// processor is taken.
     fn soft_needs(&self, name: &str) -> Vec<String> {
         let lines = self.soft.lines().filter_map(|line| line.strip_prefix("softdep ")?.split_once(" pre:"));
         let of_name = lines.filter(|(module, _)| module.replace('-', "_") == name);
         of_name
             .flat_map(|(_, rest)| rest.split(" post:").next().unwrap_or(rest).split_whitespace())
+            .map(|need| need.strip_prefix("crypto-").unwrap_or(need))
             .flat_map(|need| [need.to_owned(), format!("{need}_generic")])
             .collect()
     }
@@ -122,13 +134,18 @@ impl Kernel {
         Ok(fs::read(file)?)
     }
 
-    /// modules.dep of the picked ones alone, under the names they have in the initramfs.
+    /// modules.dep of the picked ones alone, under the names they have in the initramfs. What a module needs without
+    /// saying so in its symbols is listed like the rest: the keeper reads this one file.
     pub fn dependencies_of(&self, picked: &Picked) -> String {
-        let lines = self
-            .dependencies
-            .lines()
-            .filter(|line| line.split_once(':').is_some_and(|(path, _)| picked.files.iter().any(|file| file == path)));
-        lines.map(|line| line.replace(".ko.xz", ".ko") + "\n").collect()
+        let mut text = String::new();
+        for path in &picked.files {
+            let name = module_name(path);
+            let needs = self.find(&name).map(|(_, needs)| needs).unwrap_or_default();
+            let soft = self.soft_needs(&name).into_iter().filter_map(|need| self.find(&need)).map(|(path, _)| path);
+            let needs: Vec<String> = needs.into_iter().chain(soft).filter(|need| picked.files.contains(need)).collect();
+            text.push_str(&format!("{path}: {}\n", needs.join(" ")).replace(".ko.xz", ".ko"));
+        }
+        text
     }
 }
 

@@ -32,6 +32,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use edged_qemu::arch::Arch;
+use edged_qemu::filesystem::Filesystem;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "Builds, shows and tests edged")]
@@ -63,6 +64,9 @@ enum Command {
     Image {
         #[arg(long, default_value = "x86_64")]
         arch: Arch,
+        /// What the data disk is formatted as: ext4, or f2fs with a kernel that has it
+        #[arg(long, default_value = "ext4")]
+        data_type: Filesystem,
         /// Takes this program for `edged` instead of building it
         #[arg(long)]
         edged: Option<PathBuf>,
@@ -85,7 +89,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Demo { arch, keep } => demo::run(arch, keep),
         Command::Test { quick, soak } => test::run(&test::Options { quick, soak }),
-        Command::Image { arch, edged, quick } => image::run(arch, quick, edged.as_deref()),
+        Command::Image { arch, data_type, edged, quick } => image::run(arch, data_type, quick, edged.as_deref()),
         Command::Workloads { arch } => workloads::run(arch),
         Command::Bench { what } => bench::run(&what),
         Command::Setup => setup::everything(),

@@ -89,6 +89,7 @@ fn items(need: Need) -> Vec<Item> {
             ("ssh", "openssh-client"),
             ("setpriv", "util-linux"),
             ("/sbin/mkfs.ext4", "e2fsprogs"),
+            ("/sbin/mkfs.f2fs", "f2fs-tools"),
             ("cpio", "cpio"),
         ]),
     }

@@ -4,25 +4,21 @@
 //!
 //! | kernel command line | |
 //! |---|---|
-//! | `edged.data=/dev/vda` | the data disk: an empty one is formatted, anything else than ext4 is left alone |
+//! | `edged.data=/dev/vda` | the data disk: an empty one is formatted, what is neither ext4 nor f2fs is left alone |
+//! | `edged.data-type=f2fs` | what an empty one is formatted as: `ext4` (when nothing is said) or `f2fs` |
 //! | `edged.watchdog=60` | the watchdog's timeout in seconds; 0: off; 60 when nothing is said |
 //! | `edged.hostname=name` | the host name; else `/etc/hostname` |
 
 use std::fs;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileTypeExt;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use edged_sys::device::{Watchdog, boot_ms, load_module, raise_clock};
+use edged_sys::device::{Watchdog, boot_ms, raise_clock};
 use nix::mount::{MsFlags, mount};
 
-use crate::{KeeperConfig, log};
-
-/// The data disk's driver may need this long to find it.
-const DISK_WAIT: Duration = Duration::from_secs(10);
+use crate::{KeeperConfig, disk, log, modules};
 
 const CGROUP: &str = "/sys/fs/cgroup";
 
@@ -33,11 +29,11 @@ const FIRST: [Step; 2] =
 
 const REST: [Step; 8] = [
     ("ctrl-alt-del", |_| nix::sys::reboot::set_cad_enabled(false).map_err(Into::into)),
-    ("modules", |_| modules()),
+    ("modules", |_| modules::load_listed()),
     ("cgroups", |_| cgroups()),
     ("loopback", |_| loopback()),
     ("hostname", |_| hostname()),
-    ("data disk", data_disk),
+    ("data disk", disk::mount_data),
     ("clock", clock),
     ("run directories", |_| run_directories()),
 ];
@@ -97,50 +93,6 @@ fn kernel_filesystems() -> io::Result<()> {
         }
     }
     result
-}
-
-/// Loads what `/etc/modules-load.d/*.conf` names, in order (modules-load.d(5)), with what modules.dep says they need.
-fn modules() -> io::Result<()> {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let home = PathBuf::from("/lib/modules").join(release);
-    let dependencies = fs::read_to_string(home.join("modules.dep")).unwrap_or_default();
-    let mut files: Vec<_> = match fs::read_dir("/etc/modules-load.d") {
-        Ok(entries) => entries.filter_map(Result::ok).map(|entry| entry.path()).collect(),
-        Err(_) => return Ok(()),
-    };
-    files.sort();
-    let mut missing = Vec::new();
-    for file in files.iter().filter(|path| path.extension().is_some_and(|e| e == "conf")) {
-        for name in fs::read_to_string(file)?.lines().map(str::trim) {
-            if name.is_empty() || name.starts_with(['#', ';']) {
-                continue;
-            }
-            for path in load_order(&dependencies, name) {
-                if let Err(error) = load_module(&home.join(&path)) {
-                    missing.push(format!("{path}: {error}"));
-                }
-            }
-        }
-    }
-    if missing.is_empty() { Ok(()) } else { Err(io::Error::other(missing.join("; "))) }
-}
-
-/// The files to load for `name`, dependencies first (modules.dep lists them in reverse order; depmod(8)). Empty for
-/// what is built into the kernel.
-fn load_order(dependencies: &str, name: &str) -> Vec<String> {
-    let wanted = name.replace('-', "_");
-    let module_name = |path: &str| {
-        let file = path.rsplit('/').next().unwrap_or(path);
-        file.split('.').next().unwrap_or(file).replace('-', "_")
-    };
-    for line in dependencies.lines() {
-        let Some((path, needs)) = line.split_once(':') else { continue };
-        if module_name(path) == wanted {
-            let needs = needs.split_whitespace().rev();
-            return needs.chain([path]).map(str::to_owned).collect();
-        }
-    }
-    Vec::new()
 }
 
 /// All controllers for everybody, and the three groups of the design.
@@ -206,117 +158,9 @@ fn hostname() -> io::Result<()> {
 }
 
 /// The value of `key=` on the kernel command line.
-fn parameter(key: &str) -> Option<String> {
+pub fn parameter(key: &str) -> Option<String> {
     let line = fs::read_to_string("/proc/cmdline").ok()?;
     line.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('=').map(str::to_owned))
-}
-
-/// What is on a disk, as far as its first block tells.
-#[derive(Debug, PartialEq, Eq)]
-enum Content {
-    Empty,
-    Ext4,
-    Foreign,
-}
-
-const PROBE_BYTES: usize = 64 * 1024;
-
-fn content(head: &[u8]) -> Content {
-    // ext4's magic: little-endian 0xEF53 at 1024 + 56 (Documentation/filesystems/ext4/super.rst).
-    if head.get(1080..1082) == Some(&[0x53, 0xef]) {
-        Content::Ext4
-    } else if head.iter().all(|byte| *byte == 0) {
-        Content::Empty
-    } else {
-        Content::Foreign
-    }
-}
-
-fn data_disk(config: &KeeperConfig) -> io::Result<()> {
-    fs::create_dir_all(&config.data)?;
-    let Some(device) = parameter("edged.data") else {
-        log::line("no edged.data= on the kernel command line: state is in memory and gone at the next boot");
-        return memory_disk(config);
-    };
-    match mount_disk(Path::new(&device), &config.data) {
-        Ok(()) => Ok(()),
-        Err(error) => {
-            log::line("the data disk cannot be used: state is in memory and gone at the next boot");
-            memory_disk(config)?;
-            Err(error)
-        }
-    }
-}
-
-fn memory_disk(config: &KeeperConfig) -> io::Result<()> {
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(Some("tmpfs"), &config.data, Some("tmpfs"), flags, Some("mode=755")).map_err(Into::into)
-}
-
-/// The blocks that ext4 keeps back are for who has CAP_SYS_RESOURCE, as the agent has, and for nobody else: not for the
-/// uid 0 of a workload, which has the capability no more. So a workload that fills the disk leaves the store its room
-/// (ext4(5), `resuid`).
-const DATA_OPTIONS: &str = "errors=remount-ro,resuid=4294967293";
-
-fn mount_disk(device: &Path, data: &Path) -> io::Result<()> {
-    wait_for_block_device(device)?;
-    let mut head = vec![0; PROBE_BYTES];
-    let mut disk = fs::File::open(device)?;
-    disk.seek(SeekFrom::Start(0))?;
-    disk.read_exact(&mut head)?;
-    drop(disk);
-    match content(&head) {
-        Content::Empty => {
-            log::line(&format!("{} is empty: formatting it", device.display()));
-            tool("/sbin/mkfs.ext4", &["-q", "-L", "edged-data", "-E", "lazy_itable_init=1"], device, &[0])?;
-        }
-        Content::Ext4 => check_disk(device)?,
-        Content::Foreign => {
-            return Err(io::Error::other(format!("{} holds something that is not ours", device.display())));
-        }
-    }
-    let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV;
-    mount(Some(device), data, Some("ext4"), flags, Some(DATA_OPTIONS)).map_err(Into::into)
-}
-
-/// e2fsck(8), where the image has it: 0 clean, 1 mended, 2 mended and wants a reboot (only of a mounted root). What it
-/// will not mend by itself is mended all the same: nobody is here to be asked, and every file that matters has a digest
-/// or a signature of its own.
-fn check_disk(device: &Path) -> io::Result<()> {
-    const E2FSCK: &str = "/sbin/e2fsck";
-    if !Path::new(E2FSCK).exists() {
-        log::line(&format!("there is no {E2FSCK}: {} is mounted unchecked", device.display()));
-        return Ok(());
-    }
-    tool(E2FSCK, &["-p"], device, &[0, 1, 2]).or_else(|error| {
-        log::line(&format!("{error}: mending {} by force", device.display()));
-        tool(E2FSCK, &["-f", "-y"], device, &[0, 1, 2])
-    })
-}
-
-/// The driver announces the disk when it has found it: looked for again until then, with a deadline.
-fn wait_for_block_device(device: &Path) -> io::Result<()> {
-    let deadline = Instant::now() + DISK_WAIT;
-    loop {
-        match fs::metadata(device) {
-            Ok(meta) if meta.file_type().is_block_device() => return Ok(()),
-            Ok(_) => return Err(io::Error::other(format!("{} is no disk", device.display()))),
-            Err(error) if Instant::now() >= deadline => {
-                return Err(io::Error::new(error.kind(), format!("{}: {error}", device.display())));
-            }
-            // Nothing else is running yet, and nothing can: this is the one pause the keeper makes.
-            #[expect(clippy::disallowed_methods, reason = "the boot has nothing else to do until the disk is there")]
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
-        }
-    }
-}
-
-fn tool(program: &str, args: &[&str], device: &Path, good: &[i32]) -> io::Result<()> {
-    let status = Command::new(program).args(args).arg(device).status()?;
-    match status.code() {
-        Some(code) if good.contains(&code) => Ok(()),
-        _ => Err(io::Error::other(format!("{program}: {status}"))),
-    }
 }
 
 /// The file whose time is the floor under the clock (as timesyncd(8) keeps one).
@@ -405,17 +249,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disk_is_only_formatted_when_it_is_empty() {
-        let mut head = vec![0; PROBE_BYTES];
-        assert_eq!(content(&head), Content::Empty);
-        head[1080..1082].copy_from_slice(&[0x53, 0xef]);
-        assert_eq!(content(&head), Content::Ext4);
-        head[1080] = 0;
-        head[PROBE_BYTES - 1] = 1;
-        assert_eq!(content(&head), Content::Foreign);
-    }
-
-    #[test]
     fn the_steps_are_in_an_order_in_which_each_finds_what_it_needs() {
         let names: Vec<_> = FIRST.iter().chain(&REST).map(|(name, _)| *name).collect();
         let before = |first: &str, second: &str| {
@@ -439,16 +272,5 @@ mod tests {
         assert_eq!(petting_ms(60), 5_000);
         assert_eq!(petting_ms(3), 1_000);
         assert_eq!(petting_ms(0), 333);
-    }
-
-    #[test]
-    fn modules_come_after_what_they_need() {
-        let dep = "kernel/fs/overlayfs/overlay.ko.xz:\nkernel/net/bridge/bridge.ko.xz: kernel/net/802/stp.ko.xz kernel/net/llc/llc.ko.xz\n";
-        assert_eq!(load_order(dep, "overlay"), ["kernel/fs/overlayfs/overlay.ko.xz"]);
-        assert_eq!(
-            load_order(dep, "bridge"),
-            ["kernel/net/llc/llc.ko.xz", "kernel/net/802/stp.ko.xz", "kernel/net/bridge/bridge.ko.xz"]
-        );
-        assert!(load_order(dep, "ext4").is_empty());
     }
 }

@@ -19,8 +19,12 @@ mod agent;
 mod boot;
 /// `(table, event, now) -> acts`: pure.
 mod decide;
+/// The data disk: found, made, mended, mounted.
+mod disk;
 /// Lines to the kernel's log, or to stderr under another init.
 mod log;
+/// Kernel modules.
+mod modules;
 /// The keeper's own binary, out of every container's reach; and the table through an exec.
 mod resume;
 /// The loop.

@@ -304,8 +304,11 @@ impl Walk {
     }
 
     fn meta(&self, path: &Path, stat: &Stat, kind: FileType) -> io::Result<String> {
-        let mut text =
-            format!("{:o} {} {} {}.{:09}", stat.st_mode, stat.st_uid, stat.st_gid, stat.st_mtime, stat.st_mtime_nsec);
+        let mut text = format!("{:o} {} {}", stat.st_mode, stat.st_uid, stat.st_gid);
+        // The layer's own directory is renamed into its place, and f2fs takes that for a change of it.
+        if path != Path::new(".") {
+            text.push_str(&format!(" {}.{:09}", stat.st_mtime, stat.st_mtime_nsec));
+        }
         match kind {
             FileType::RegularFile => text.push_str(&format!(" {}", stat.st_size)),
             FileType::Symlink => {

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::filesystem::Filesystem;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Arch {
     X86_64,
@@ -57,12 +59,14 @@ impl Arch {
         }
     }
 
-    /// Debian's kernel package that follows the newest build.
-    pub fn kernel_package(self) -> &'static str {
-        match self {
-            Self::X86_64 => "linux-image-cloud-amd64",
-            Self::Aarch64 => "linux-image-cloud-arm64",
-            Self::Armv7 => "linux-image-armmp",
+    /// Debian's kernel package that follows the newest build. Those for clouds are small and have no f2fs.
+    pub fn kernel_package(self, filesystem: Filesystem) -> &'static str {
+        match (self, filesystem) {
+            (Self::X86_64, Filesystem::Ext4) => "linux-image-cloud-amd64",
+            (Self::X86_64, Filesystem::F2fs) => "linux-image-amd64",
+            (Self::Aarch64, Filesystem::Ext4) => "linux-image-cloud-arm64",
+            (Self::Aarch64, Filesystem::F2fs) => "linux-image-arm64",
+            (Self::Armv7, _) => "linux-image-armmp",
         }
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::arch::Arch;
+use crate::filesystem::Filesystem;
 
 /// The variable that names the architecture a story runs on.
 pub const ARCH_ENV: &str = "EDGED_QEMU_ARCH";
@@ -36,7 +37,16 @@ impl Artifacts {
 
     /// What a device boots.
     pub fn firmware(&self, arch: Arch) -> Firmware {
-        Firmware { arch, dir: self.root.join("target/firmware").join(arch.name()) }
+        self.firmware_on(arch, Filesystem::Ext4)
+    }
+
+    /// What a device boots whose data disk is of another kind: another kernel, and that file system's programs.
+    pub fn firmware_on(&self, arch: Arch, filesystem: Filesystem) -> Firmware {
+        let name = match filesystem {
+            Filesystem::Ext4 => arch.name().to_owned(),
+            Filesystem::F2fs => format!("{arch}-f2fs"),
+        };
+        Firmware { arch, filesystem, dir: self.root.join("target/firmware").join(name) }
     }
 
     /// The OCI layout of a workload image.
@@ -88,6 +98,7 @@ impl Artifacts {
 #[derive(Debug, Clone)]
 pub struct Firmware {
     pub arch: Arch,
+    pub filesystem: Filesystem,
     dir: PathBuf,
 }
 

@@ -21,6 +21,8 @@ pub mod artifacts;
 pub mod certs;
 /// The archive format of an initramfs.
 pub mod cpio;
+/// What the data disk is formatted as.
+pub mod filesystem;
 /// The real fleet server.
 pub mod fleet;
 /// Keys, trust roots and signed manifests, made by the real `edgectl`.

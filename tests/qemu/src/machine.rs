@@ -250,7 +250,7 @@ fn command(
     command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
     command.args(["-m", &setup.memory_mib.to_string(), "-smp", &setup.cores.to_string()]);
     command.arg("-kernel").arg(firmware.kernel()).arg("-initrd").arg(initramfs);
-    command.args(["-append", &kernel_command_line(arch, setup)]);
+    command.args(["-append", &kernel_command_line(firmware, setup)]);
     if setup.on_reset == OnReset::End {
         command.arg("-no-reboot");
     }
@@ -301,13 +301,14 @@ fn disk_arguments(disk: &Path, log: Option<&Path>) -> Vec<String> {
 }
 
 /// `console=`: where the kernel and the keeper write; `loglevel=5` lets the keeper's lines through and not the kernel's
-/// own news, `printk.devkmsg=on` all of them. `edged.data=`: the data disk, formatted when it is empty.
-/// `edged.watchdog=`: seconds, 0 for none. `panic=`: seconds until a panic resets the machine.
-fn kernel_command_line(arch: Arch, setup: &Setup) -> String {
-    let mut words = vec![format!("console={}", arch.console())];
+/// own news, `printk.devkmsg=on` all of them. `edged.data=`: the data disk, formatted when it is empty,
+/// as `edged.data-type=` says. `edged.watchdog=`: seconds, 0 for none. `panic=`: seconds until a panic resets the machine.
+fn kernel_command_line(firmware: &Firmware, setup: &Setup) -> String {
+    let mut words = vec![format!("console={}", firmware.arch.console())];
     words.extend(["panic=1", "loglevel=5", "printk.devkmsg=on"].map(str::to_owned));
     if setup.disk.is_some() {
         words.push("edged.data=/dev/vda".to_owned());
+        words.push(format!("edged.data-type={}", firmware.filesystem));
     }
     if !setup.kernel.iter().any(|word| word.starts_with("edged.watchdog=")) {
         words.push("edged.watchdog=60".to_owned());

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use edged_qemu::arch::Arch;
 use edged_qemu::artifacts::Artifacts;
+use edged_qemu::filesystem::Filesystem;
 use edged_qemu::machine::Machine;
 use edged_qemu::site::{Site, console_shows};
 use edged_qemu::wait::LONG;
@@ -25,7 +26,7 @@ pub fn run() -> Result<()> {
     println!("{:<34} {:>12} {:>12}", "from the kernel's hand-off, ms", "keeper up", "workload");
     for arch in [Arch::X86_64, Arch::Aarch64] {
         setup::ensure(&[Need::Boot(arch)])?;
-        let firmware = image::build(arch, Profile::Release, None)?;
+        let firmware = image::build(arch, Filesystem::Ext4, Profile::Release, None)?;
         workloads::build_all(arch)?;
         let dir = Artifacts::find().run_dir("bench-boot", arch)?;
         let site = Site::start(&dir, arch)?;
