@@ -70,11 +70,31 @@ pub fn arm() -> Table {
     &ARM
 }
 
+/// 32-bit ARM's own calls, which the table does not have (arch/arm/include/uapi/asm/unistd.h): without `set_tls` no
+/// program of a C library gets as far as `main`.
+const ARM_PRIVATE: [(&str, u32); 6] = [
+    ("breakpoint", 0x0f_0001),
+    ("cacheflush", 0x0f_0002),
+    ("usr26", 0x0f_0003),
+    ("usr32", 0x0f_0004),
+    ("set_tls", 0x0f_0005),
+    ("get_tls", 0x0f_0006),
+];
+
 pub fn number(table: Table, name: &str) -> Option<u32> {
+    if std::ptr::eq(table, arm()) {
+        if let Some((_, number)) = ARM_PRIVATE.iter().find(|(known, _)| *known == name) {
+            return Some(*number);
+        }
+    }
     let look_up = |name: &str| table.binary_search_by(|(known, _)| (*known).cmp(name)).ok();
     // The table calls the 64-bit ARM one `fstatat`, which the kernel and every profile call `newfstatat`
     // (asm-generic/unistd.h): without it no program of a C library runs there.
-    let other_name = if name == "newfstatat" { "fstatat" } else { name };
+    let other_name = match name {
+        "newfstatat" => "fstatat",
+        "sync_file_range2" => "arm_sync_file_range",
+        _ => name,
+    };
     look_up(name).or_else(|| look_up(other_name)).map(|place| table[place].1)
 }
 
@@ -90,6 +110,15 @@ mod tests {
             }
         }
         assert_eq!(number(aarch64(), "newfstatat"), Some(79));
+    }
+
+    #[test]
+    fn what_every_program_of_32_bit_arm_calls_is_known_by_name() {
+        let common = ["set_tls", "cacheflush", "rseq", "set_robust_list", "set_tid_address", "ugetrlimit", "mmap2"];
+        for name in common.into_iter().chain(["fstat64", "statx", "clock_gettime64", "futex_time64", "_llseek"]) {
+            assert!(number(arm(), name).is_some(), "{name}");
+        }
+        assert_eq!((number(arm(), "set_tls"), number(x86_64(), "set_tls")), (Some(0xf_0005), None));
     }
 
     #[test]
