@@ -1,9 +1,7 @@
 //! Two things about the keeper's own program.
 //!
-//! *Sealed*: a container that runs `/proc/self/exe` runs edged, and could then open that file for writing
-//! (CVE-2019-5736). At its start the keeper executes itself once more from a detached read-only mount of its own file:
-//! every `/proc/<pid>/exe` of it then leads through a mount on which no write is possible. It costs one exec at boot and
-//! nothing per start; a memfd copy would cost the binary's size in memory, and its pages could not be shared or dropped.
+//! *Sealed* ([`edged_sys::own_program`]): at its start the keeper executes itself once more from a detached read-only mount
+//! of its own file. It costs one exec at boot and nothing per start.
 //!
 //! *Resumed*: after a fault, or on SIGUSR2 (an upgrade), the keeper writes its table into a memfd, lets the descriptors
 //! live through the exec, and runs itself again. Children do not notice; zombies wait for the new image. Signals stay
@@ -11,16 +9,14 @@
 //! the file that now lies where the program came from.
 
 use std::collections::VecDeque;
-use std::ffi::{CString, OsString};
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use edged_sys::inherit::{leave, take};
-use edged_sys::mount::{Attributes, clone_tree, set_attributes};
-use edged_sys::pidfd;
+use edged_sys::{own_program, pidfd};
 use serde::{Deserialize, Serialize};
 
 use crate::log;
@@ -64,38 +60,9 @@ pub fn seal_binary() -> io::Result<()> {
     if is_sealed() {
         return Ok(());
     }
-    let place = std::fs::read_link("/proc/self/exe")?;
-    let tree = clone_tree(File::open("/proc/self/exe")?.as_fd(), false)?;
-    // MOUNT_ATTR_RDONLY (mount_setattr(2)).
-    set_attributes(tree.as_fd(), Attributes { set: 1, ..Attributes::default() })?;
-    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
-    Err(exec(path.into(), &[], vec![(SEALED_ENV, "1".into()), (PROGRAM_ENV, place.into_os_string())]))
-}
-
-/// execve(2) of `program` with our own arguments and the environment changed. Not `Command::exec`: that unblocks
-/// signals first, and one that waits would end us.
-fn exec(program: OsString, without: &[&str], with: Vec<(&str, OsString)>) -> io::Error {
-    let text = |text: OsString| CString::new(text.into_vec());
-    let changed =
-        |name: &OsString| without.iter().any(|gone| name == *gone) || with.iter().any(|(changed, _)| name == *changed);
-    let kept = std::env::vars_os().filter(|(name, _)| !changed(name));
-    let new = with.iter().map(|(name, value)| (OsString::from(name), value.clone()));
-    let env = kept.chain(new).map(|(mut name, value)| {
-        name.push("=");
-        name.push(value);
-        text(name)
-    });
-    let prepared = text(program).and_then(|program| {
-        let args = std::env::args_os().map(text).collect::<Result<Vec<_>, _>>()?;
-        Ok((program, args, env.collect::<Result<Vec<_>, _>>()?))
-    });
-    match prepared {
-        Ok((program, args, env)) => {
-            let Err(errno) = nix::unistd::execve(&program, &args, &env);
-            errno.into()
-        }
-        Err(error) => error.into(),
-    }
+    let place = std::fs::read_link(own_program::EXE)?;
+    let file = own_program::sealed()?;
+    Err(own_program::execute(&file, &[], &[(SEALED_ENV, "1".as_ref()), (PROGRAM_ENV, place.as_os_str())]).into())
 }
 
 /// What goes through the exec. Descriptors by number.
@@ -124,10 +91,18 @@ pub fn exec_self(table: &Table, kept: &Kept, program: Program) -> io::Error {
     let place = std::env::var_os(PROGRAM_ENV).map(PathBuf::from).filter(|place| place.is_file());
     if let (Program::Newest, Some(place)) = (program, place) {
         // Unsealed, so that it seals its own file.
-        let error = exec(place.clone().into_os_string(), &[SEALED_ENV], vec![(RESUME_ENV, number.clone())]);
+        let error = execute(&place, &[SEALED_ENV], &number);
         log::line(&format!("{}: {error}; the program that runs starts itself again", place.display()));
     }
-    exec("/proc/self/exe".into(), &[], vec![(RESUME_ENV, number)])
+    execute(Path::new(own_program::EXE), &[], &number)
+}
+
+fn execute(program: &Path, without: &[&str], memfd: &OsStr) -> io::Error {
+    let errno = match own_program::open(program) {
+        Ok(file) => own_program::execute(&file, without, &[(RESUME_ENV, memfd)]),
+        Err(errno) => errno,
+    };
+    errno.into()
 }
 
 fn save(table: &Table, kept: &Kept) -> io::Result<File> {

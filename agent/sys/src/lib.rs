@@ -7,6 +7,7 @@
 //! | [`child`], `enter`, `program`, `rootfs` | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
 //! | [`mount`] | open_tree(2), fsopen(2), move_mount(2), mount_setattr(2) |
 //! | [`owned`] | user_namespaces(7), ioctl_ns(2) |
+//! | [`own_program`] | execveat(2), statx(2) |
 //! | [`resolve`] | openat2(2) |
 //! | [`privilege`] | prctl(2), capset(2), seccomp(2) |
 //! | [`fdpass`] | unix(7), SCM_RIGHTS |
@@ -27,6 +28,8 @@ mod enter;
 pub mod hook;
 /// Mounts by descriptor.
 pub mod mount;
+/// The program's own file, sealed against containers.
+pub mod own_program;
 /// Namespaces that are kept, and who has power over them.
 pub mod owned;
 /// Capabilities, ids, seccomp.
