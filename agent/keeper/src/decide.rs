@@ -144,6 +144,14 @@ pub enum Act {
 /// The same number everywhere (signal(7)).
 const KILL: i32 = 9;
 
+/// What a message on the agent's socket says: a request, or why it is none.
+pub fn heard(bytes: &[u8]) -> Event {
+    match edged_model::cbor::read(bytes) {
+        Ok(request) => Event::Request(request),
+        Err(error) => Event::Unreadable { why: format!("not a request: {error}") },
+    }
+}
+
 #[must_use]
 pub fn decide(table: &mut Table, event: Event, now: u64) -> Vec<Act> {
     let mut acts = Vec::new();

@@ -21,6 +21,8 @@ mod boot;
 mod decide;
 /// The data disk: found, made, mended, mounted.
 mod disk;
+/// What must hold whatever comes over the socket.
+pub mod fuzz;
 /// Lines to the kernel's log, or to stderr under another init.
 mod log;
 /// Kernel modules.

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
-use edged_model::keeper::{MAX_MESSAGE_BYTES, Reply, ReplyBody, Request, ShutdownHow};
+use edged_model::keeper::{MAX_MESSAGE_BYTES, Reply, ReplyBody, ShutdownHow};
 use edged_sys::device::{Watchdog, boot_ms};
 use edged_sys::spawn::{self, Heard, SingleThread};
 use edged_sys::{fdpass, pidfd};
@@ -21,7 +21,7 @@ use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::process::WaitOptions;
 
-use crate::decide::{Act, End, Event, Wish, decide};
+use crate::decide::{Act, End, Event, Wish, decide, heard};
 use crate::resume::{self, Kept, Program};
 use crate::table::{Table, Way};
 use crate::{KeeperConfig, agent, boot, log, shutdown};
@@ -285,10 +285,7 @@ impl Keeper {
                     return self.feed(Event::AgentClosed, &[]);
                 }
                 Ok((count, _)) if count > MAX_MESSAGE_BYTES => self.too_large(),
-                Ok((count, fds)) => match edged_model::cbor::read::<Request>(&self.buffer[..count]) {
-                    Ok(request) => self.feed(Event::Request(request), &fds),
-                    Err(error) => self.feed(Event::Unreadable { why: format!("not a request: {error}") }, &[]),
-                },
+                Ok((count, fds)) => self.feed(heard(&self.buffer[..count]), &fds),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => self.too_large(),
                 Err(error) => {

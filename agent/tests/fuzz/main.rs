@@ -120,6 +120,11 @@ fn no_archive_writes_outside_its_root() {
 }
 
 #[test]
+fn no_message_breaks_the_keeper() {
+    drive("keeper", &targets::requests(), 20_000, edged_keeper::fuzz::message);
+}
+
+#[test]
 fn names_are_read_as_they_are_written() {
     let seeds: Vec<Vec<u8>> = [
         "registry.example:5000/team/app:1@sha256:ce9345b6231ec0597dc8547562bfb2481ed615af0ab29aff30c35fecdf7ae3d5",

@@ -43,6 +43,43 @@ pub fn cbor(bytes: &[u8]) {
     }
 }
 
+/// One of each message that the agent sends to the keeper.
+pub fn requests() -> Vec<Vec<u8>> {
+    use edged_model::keeper::{
+        DeviceNode, IdMapping, LaunchSpec, MountStep, Request, RequestBody, Rootfs, ShutdownHow,
+    };
+    let text = str::to_owned;
+    let mount =
+        MountStep { source: text("tmpfs"), target: text("/dev"), fstype: text("tmpfs"), ..MountStep::default() };
+    let node = DeviceNode { path: text("/dev/null"), kind: 'c', major: 1, minor: 3, mode: 0o666, uid: 0, gid: 0 };
+    let launch = |key: &str| {
+        RequestBody::Launch(Box::new(LaunchSpec {
+            key: text(key),
+            argv: vec![text("/bin/true")],
+            rootfs: Some(Rootfs::Tree { tree_fd: 3, mount_at: text("/sys"), read_only: true }),
+            uid_map: vec![IdMapping { inside: 0, outside: 1_000_000, count: 65_536 }],
+            mounts: vec![mount.clone()],
+            device_nodes: vec![node.clone()],
+            seccomp: vec![6, 0, 0, 0, 0, 0, 255, 127],
+            ..LaunchSpec::default()
+        }))
+    };
+    let bodies = [
+        RequestBody::Heartbeat,
+        launch("web"),
+        launch("running"),
+        RequestBody::Signal { key: text("running"), signal: 15 },
+        RequestBody::Note { key: text("running"), note: text("another") },
+        RequestBody::List,
+        RequestBody::Forget { key: text("ended") },
+        RequestBody::Shutdown { how: ShutdownHow::Reboot },
+        RequestBody::TimeFloor { unix_seconds: 1_800_000_000 },
+        RequestBody::MoveClock { unix_ms: 1_800_000_000_000 },
+        RequestBody::Version,
+    ];
+    bodies.into_iter().map(|body| serde_cbor::to_vec(&Request { id: 7, body }).unwrap()).collect()
+}
+
 pub fn payloads(envelopes: &[Vec<u8>], kind: Kind) -> Vec<Vec<u8>> {
     let payload = |bytes: &Vec<u8>| envelope::open(bytes, kind).unwrap().signed_by(&[]).unwrap().payload;
     envelopes.iter().map(payload).collect()
