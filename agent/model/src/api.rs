@@ -178,6 +178,9 @@ pub enum Answer {
     End,
 }
 
+/// The one byte that a client sends while its command runs in a terminal: it leaves, and the command goes on.
+pub const DETACH: u8 = b'd';
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ExecWish {

@@ -8,9 +8,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use edged_model::api::{Answer, Request};
+use edged_model::api::{Answer, DETACH, Request};
 use edged_model::reason::{Code, Reason};
 use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
@@ -56,7 +57,28 @@ pub struct Call {
 }
 
 /// Descriptors on their way to a client.
-pub type Passing = Arc<Mutex<Vec<OwnedFd>>>;
+pub type Passing = Arc<Handover>;
+
+#[derive(Debug, Default)]
+pub struct Handover {
+    fds: Mutex<Vec<OwnedFd>>,
+    is_detached: AtomicBool,
+}
+
+impl Handover {
+    pub fn put(&self, fds: Vec<OwnedFd>) {
+        *self.fds.lock().unwrap_or_else(PoisonError::into_inner) = fds;
+    }
+
+    fn take(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut *self.fds.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether the client has said that the command goes on without it.
+    pub fn is_detached(&self) -> bool {
+        self.is_detached.load(Ordering::Acquire)
+    }
+}
 
 /// Listens at `path` until the runtime ends.
 pub fn listen(path: &Path, allowed: Allowed, calls: mpsc::Sender<Call>) -> io::Result<()> {
@@ -141,7 +163,11 @@ async fn serve(mut stream: UnixStream, allowed: &Allowed, calls: mpsc::Sender<Ca
                 }
             }
             // A client that leaves ends what it asked for (`logs -f`).
-            _ = from_client.read(&mut byte) => return Ok(()),
+            read = from_client.read(&mut byte) => {
+                let says_so = matches!(read, Ok(1)) && byte == [DETACH];
+                passing.is_detached.store(says_so, Ordering::Release);
+                return Ok(());
+            }
         }
     }
 }
@@ -152,7 +178,7 @@ async fn write(stream: &mut (impl tokio::io::AsyncWrite + Unpin), answer: &Answe
 
 /// An answer that goes with descriptors: a small frame, whole, in one message.
 async fn pass(stream: &UnixStream, answer: &Answer, passing: &Passing) -> io::Result<()> {
-    let fds = std::mem::take(&mut *passing.lock().unwrap_or_else(PoisonError::into_inner));
+    let fds = passing.take();
     let bytes = frame::of_answer(answer)?;
     let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     let sent =

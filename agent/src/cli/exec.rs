@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
-use edged_model::api::{Answer, ExecWish, MAX_FRAME_BYTES, Request, TerminalSize};
+use edged_model::api::{Answer, DETACH, ExecWish, MAX_FRAME_BYTES, Request, TerminalSize};
 use edged_model::id::WorkloadName;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
+use super::detach_keys::DetachKeys;
 use super::exit;
 use super::host::Host;
 use super::table;
@@ -30,6 +31,9 @@ pub struct ExecArgs {
     /// NAME=value for the command
     #[arg(short, long)]
     env: Vec<String>,
+    /// Typed in a terminal, these leave the command to itself; empty: none do
+    #[arg(long, value_name = "KEYS", default_value = "ctrl-p,ctrl-q", value_parser = DetachKeys::parse)]
+    detach_keys: DetachKeys,
     workload: WorkloadName,
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<String>,
@@ -88,12 +92,31 @@ impl ExecArgs {
         // Before the first byte is copied: a change of size, or Ctrl-C while the terminal is not raw yet, is not lost.
         let signals = if self.tty { Some(window_changes()?) } else { None };
         let raw = if self.tty { Raw::enter() } else { Raw { before: None } };
-        copy(fds, self.interactive, signals.as_ref())?;
+        let keys = if self.tty { self.detach_keys.clone() } else { DetachKeys::default() };
+        let is_left = copy(fds, self.interactive, signals.as_ref(), keys)?;
         drop(raw);
+        if is_left {
+            return self.leave(stream);
+        }
         match self::answer(stream)?.0 {
             Answer::ExecEnded { code } => Ok(ExitCode::from(u8::try_from(code).unwrap_or(255))),
             Answer::Error(reason) => Ok(super::fail(exit::REFUSED, &table::reason_text(&reason))),
             other => Err(io::Error::other(format!("an answer that was not asked for: {other:?}"))),
+        }
+    }
+}
+
+impl ExecArgs {
+    /// Says that the command goes on, and waits until the agent has heard it.
+    fn leave(&self, mut stream: &UnixStream) -> io::Result<ExitCode> {
+        stream.write_all(&[DETACH])?;
+        match self::answer(stream) {
+            // It ended at that very moment.
+            Ok((Answer::ExecEnded { code }, _)) => Ok(ExitCode::from(u8::try_from(code).unwrap_or(255))),
+            _ => {
+                eprintln!("\nedgectl: the command runs on in {}", self.workload);
+                Ok(ExitCode::SUCCESS)
+            }
         }
     }
 }
@@ -161,8 +184,9 @@ fn window_changes() -> io::Result<SignalFd> {
     Ok(SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
 }
 
-/// Copies until the command has closed its side: with one descriptor a terminal, else stdin, stdout, stderr.
-fn copy(fds: Vec<OwnedFd>, interactive: bool, signals: Option<&SignalFd>) -> io::Result<()> {
+/// Copies until the command has closed its side, or the keys to leave it were typed (then true): with one descriptor a
+/// terminal, else stdin, stdout, stderr.
+fn copy(fds: Vec<OwnedFd>, interactive: bool, signals: Option<&SignalFd>, mut keys: DetachKeys) -> io::Result<bool> {
     let mut fds = fds.into_iter();
     let (mut input, mut outputs) = match (fds.next(), fds.next(), fds.next()) {
         (Some(master), None, None) => (Some(master.try_clone()?), vec![(master, rustix::stdio::stdout())]),
@@ -201,32 +225,41 @@ fn copy(fds: Vec<OwnedFd>, interactive: bool, signals: Option<&SignalFd>) -> io:
         let mut place = 0;
         outputs.retain(|(from, to)| {
             place += 1;
-            !ready[place - 1] || pass(from.as_fd(), *to, &mut buffer)
+            !ready[place - 1] || pass(from.as_fd(), *to, &mut buffer, None).is_some()
         });
-        if stdin_is_ready && !input.as_ref().is_some_and(|to| pass(stdin, to.as_fd(), &mut buffer)) {
-            // For a pipe that is the end of its input; a terminal goes on without ours.
-            input = None;
+        if let Some(to) = input.as_ref().filter(|_| stdin_is_ready) {
+            match pass(stdin, to.as_fd(), &mut buffer, Some(&mut keys)) {
+                Some(true) => return Ok(true),
+                Some(false) => {}
+                // For a pipe that is the end of its input; a terminal goes on without ours.
+                None => input = None,
+            }
         }
     }
-    Ok(())
+    Ok(false)
 }
 
-/// Passes on what is there; false at the end (for a terminal EIO, pty(7)), or when nobody takes it.
-fn pass(from: BorrowedFd<'_>, to: BorrowedFd<'_>, buffer: &mut [u8]) -> bool {
+/// Passes on what is there, and says whether the keys to leave were in it; `None` at the end (for a terminal EIO,
+/// pty(7)), or when nobody takes it.
+fn pass(from: BorrowedFd<'_>, to: BorrowedFd<'_>, buffer: &mut [u8], keys: Option<&mut DetachKeys>) -> Option<bool> {
     match rustix::io::read(from, &mut *buffer) {
-        Ok(0) => false,
+        Ok(0) => None,
         Ok(count) => {
-            let mut rest = &buffer[..count];
+            let (through, is_left) = match keys {
+                Some(keys) => keys.pass(&buffer[..count]),
+                None => (buffer[..count].to_vec(), false),
+            };
+            let mut rest = through.as_slice();
             while !rest.is_empty() {
                 match rustix::io::write(to, rest) {
                     Ok(written) => rest = &rest[written..],
                     Err(Errno::INTR) => {}
-                    Err(_) => return false,
+                    Err(_) => return None,
                 }
             }
-            true
+            Some(is_left)
         }
-        Err(Errno::INTR | Errno::AGAIN) => true,
-        Err(_) => false,
+        Err(Errno::INTR | Errno::AGAIN) => Some(false),
+        Err(_) => None,
     }
 }

@@ -4,6 +4,8 @@
 pub mod args;
 /// The verbs on the line console.
 pub mod console;
+/// The keys that leave a command to itself.
+mod detach_keys;
 /// A command in a workload, with our terminal.
 pub mod exec;
 /// How to reach an agent.

@@ -1,5 +1,6 @@
 //! `edgectl exec`: a command in a running workload. The keeper starts it; its terminal or its pipes are handed to the
-//! client, which speaks to it without the agent in between. A client that leaves hangs up on it.
+//! client, which speaks to it without the agent in between. A client that leaves hangs up on it, unless it said that it
+//! leaves it to itself.
 
 use std::os::fd::OwnedFd;
 use std::sync::PoisonError;
@@ -11,6 +12,8 @@ use edged_model::keeper::{ChildExit, LaunchSpec, Stdio};
 use edged_model::observed::InstanceState;
 use edged_model::reason::{Code, Reason};
 use nix::sys::signal::Signal;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{Agent, health};
@@ -118,12 +121,18 @@ async fn run(
         failed(inline_chain(&error))
     })?;
     let clients = if clients.is_empty() { launched.outputs } else { clients };
-    *passing.lock().unwrap_or_else(PoisonError::into_inner) = clients;
+    // A second descriptor for the time when nobody looks at the terminal any more.
+    let terminal = wish.terminal.and_then(|_| clients.first()?.try_clone().ok());
+    passing.put(clients);
     let _ = answers.send(Answer::ExecStarted).await;
     let unseen = || failed("its end was not seen".to_owned());
     tokio::select! {
         exit = &mut ended => exit.map_err(|_| unseen()),
         () = answers.closed() => {
+            if let Some(terminal) = terminal.filter(|_| passing.is_detached()) {
+                tokio::spawn(drain(terminal));
+                return ended.await.map_err(|_| unseen());
+            }
             // The terminal's master lives on in the keeper: hanging up is ours to do.
             let _ = link.signal(&key, Signal::SIGHUP as i32).await;
             if let Ok(exit) = tokio::time::timeout(AFTER_HANGUP, &mut ended).await {
@@ -133,4 +142,15 @@ async fn run(
             ended.await.map_err(|_| unseen())
         }
     }
+}
+
+/// Reads what nobody will see, until the command is gone: a terminal that is full stops who writes to it.
+async fn drain(terminal: OwnedFd) -> std::io::Result<()> {
+    rustix::io::ioctl_fionbio(&terminal, true)?;
+    #[expect(deprecated, reason = "unsound only for types that lie about their descriptor; this one owns it")]
+    let terminal = AsyncFd::with_interest(terminal, Interest::READABLE)?;
+    let mut buffer = [0_u8; 4096];
+    // At the end of the command a terminal says EIO (pty(7)).
+    while terminal.async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut buffer)?)).await? > 0 {}
+    Ok(())
 }

@@ -95,6 +95,40 @@ fn a_terminal_has_the_size_of_ours_and_a_client_that_leaves_hangs_up() {
     assert_eq!(device.pid("idle"), pid, "the workload itself goes on");
 }
 
+#[test]
+fn a_terminal_is_left_by_its_keys_and_what_runs_in_it_goes_on() {
+    let (_factory, device) = ready();
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let mut command = device.command();
+    let end = |fd: &OwnedFd| Stdio::from(fd.try_clone().unwrap());
+    // It prints far more than a terminal holds.
+    let script = "i=0; while true; do i=$((i+1)); printf %0400d $i; echo $i > /count; sleep 0.01; done";
+    command.args(["exec", "-it", "idle", "sh", "-c", script]);
+    command.stdin(end(&pty.slave)).stdout(end(&pty.slave)).stderr(end(&pty.slave));
+    let mut client = command.spawn().unwrap();
+    drop(command);
+    drop(pty.slave);
+    let mut ours = File::from(pty.master);
+    assert!(ours.read(&mut [0; 1024]).unwrap() > 0);
+    ours.write_all(b"\x10\x11").unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut said = Vec::new();
+        // The end of a terminal is an error (pty(7)).
+        let _ = ours.read_to_end(&mut said);
+        String::from_utf8_lossy(&said).into_owned()
+    });
+    assert_eq!(client.wait().unwrap().code(), Some(0));
+    let said = reader.join().unwrap();
+    assert!(said.contains("edgectl: the command runs on in idle"), "{said}");
+    let count = || {
+        let output = device.edgectl(&["exec", "idle", "cat", "/count"]);
+        String::from_utf8_lossy(&output.stdout).trim().parse::<u64>().unwrap_or(0)
+    };
+    let before = count();
+    until("it to print more than a terminal holds", || (count() > before + 200).then_some(()));
+    assert_eq!(device.edgectl(&["exec", "--detach-keys", "nonsense", "idle", "true"]).status.code(), Some(2));
+}
+
 /// On cgroup v1, where this test mostly runs, the answer is why not; on v2 it stands still and goes on.
 #[test]
 fn a_workload_is_paused_and_goes_on_or_it_is_told_why_not() {
