@@ -191,7 +191,9 @@ impl Agent {
             }
             Err(failure) => {
                 let (stage, errno) = match failure {
-                    StartFailure::Reason(reason) => (reason.text, 0),
+                    // An end has no room for what to do about it but its words.
+                    StartFailure::Reason(reason) if reason.next.is_empty() => (reason.text, 0),
+                    StartFailure::Reason(reason) => (format!("{}: {}", reason.text, reason.next), 0),
                     StartFailure::Launch(LaunchError::Failed { stage, errno }) => (stage, errno),
                     StartFailure::Launch(LaunchError::Link(error)) => (inline_chain(&error), 0),
                 };

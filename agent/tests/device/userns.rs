@@ -199,3 +199,37 @@ fn what_was_written_before_there_were_ranges_is_still_right() {
     device.running("w");
     assert_eq!(inside(&device, "w", "busybox stat -c %u /state"), "0");
 }
+
+/// A file system that is mounted for one test.
+struct Mounted(std::path::PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+/// overlayfs cannot be idmapped itself: such a data directory stands for UBIFS and NFS.
+#[test]
+fn where_ids_cannot_be_mapped_nothing_runs_with_less_and_it_is_told_why() {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let [root, lower, upper, work] = ["device", "lower", "upper", "work"].map(|name| factory.path(name));
+    for dir in [&root, &lower, &upper, &work] {
+        fs::create_dir(dir).unwrap();
+    }
+    let data = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+    let data = std::ffi::CString::new(data).unwrap();
+    rustix::mount::mount("overlay", &root, "overlay", rustix::mount::MountFlags::empty(), Some(data.as_c_str()))
+        .unwrap();
+    let mounted = Mounted(root);
+    let device = factory.device("");
+    device.take(&factory.sign("w", &format!("{}workloads:\n{}", head(1), shell("w", &image, "true", ""))));
+    let told = device.workload_that("w", "refused", |w| w["why"].to_string().contains("ids of its own"));
+    let why = told["why"].to_string();
+    for word in ["/layers/", "Linux 5.12", "CONFIG_USER_NS", "ext4", "runtime.user-namespaces = false"] {
+        assert!(why.contains(word), "{word}: {why}");
+    }
+    device.switch_off();
+    drop(mounted);
+}

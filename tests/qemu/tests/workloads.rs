@@ -38,6 +38,13 @@ fn a_signed_workload_runs_under_its_quota_and_comes_back_after_a_power_cut() {
         console_shows(&mut device, "ps", "paused", LONG)?;
         device.console.say("resume web")?;
         console_shows(&mut device, "ps", "healthy", LONG)?;
+        // Other limits reach the run that is there: the kernel has them, and it is the same process.
+        let pid = |shown: &str| shown.lines().find(|line| line.starts_with("pid ")).map(str::to_owned);
+        let before = pid(&console_shows(&mut device, "inspect web", "33554432", LONG)?);
+        let other = manifest.replace("sequence: 1", "sequence: 2").replace("memory: 32Mi", "memory: 28Mi");
+        site.push(&device, &site.keys.sign("limits", &other)?)?;
+        let after = pid(&console_shows(&mut device, "inspect web", "29360128", 3 * LONG)?);
+        assert!(before.is_some() && before == after, "{before:?} {after:?}");
 
         // No registry, no operator, a cut at any time: what ran runs again.
         let mut device = power::cut(device, firmware, &setup)?;
