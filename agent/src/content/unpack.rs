@@ -5,6 +5,7 @@
 //! Whiteouts (image-spec layer.md) become those of overlayfs: a character device 0:0, and `trusted.overlay.opaque`. They
 //! hide what is in the layers below, never what this layer brings itself, in whatever order the two come.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -16,7 +17,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use edged_sys::resolve;
-use rustix::fs::{FileType, Mode, OFlags, mkdirat, mknodat, openat};
+use rustix::fs::{FileType, Mode, OFlags, mknodat};
 use rustix::io::Errno;
 
 use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, printable};
@@ -24,6 +25,7 @@ use super::table::{Sum, Sums};
 use nodes::{Below, MadeWay};
 
 mod nodes;
+mod over;
 
 /// How much one layer may be.
 #[derive(Debug, Clone, Copy)]
@@ -60,7 +62,7 @@ pub enum UnpackError {
     TooLarge { name: String, max: u64 },
     #[error("entry `{name}` of {size} bytes would take the disk's reserve")]
     DiskFull { name: String, size: u64 },
-    #[error("with entry `{name}` the names of the directories take more than {max} bytes")]
+    #[error("with entry `{name}` the names of the directories and whiteouts take more than {max} bytes")]
     TooManyDirectories { name: String, max: usize },
 }
 
@@ -70,7 +72,7 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Book-keeping of an old layered file system, in images made on it: nothing of the image.
 const RESERVED: &[u8] = b".wh..wh.";
 
-/// Names of directories kept until the end, for their times. Twenty thousand directories have about one MiB.
+/// Names of directories and whiteouts kept until the end, for their times. Twenty thousand directories have about one MiB.
 const DIRECTORY_NAMES_MAX_BYTES: usize = 8 << 20;
 
 /// What a file takes on a disk besides its bytes, at least: a block of metadata.
@@ -85,7 +87,9 @@ pub fn unpack(reader: impl Read, dir: &Path, below: &LayersBelow<'_>, bounds: Bo
         root,
         below,
         directories: Vec::new(),
-        directory_name_bytes: 0,
+        whiteouts: BTreeSet::new(),
+        opaques: BTreeSet::new(),
+        kept_name_bytes: 0,
         parent: None,
         hides_root: false,
         buffer: vec![0; 128 << 10],
@@ -123,7 +127,11 @@ struct Unpacker<'b, R> {
     below: &'b LayersBelow<'b>,
     /// Their times are set last: every entry in them changes them.
     directories: Vec<(PathBuf, (i64, u32))>,
-    directory_name_bytes: usize,
+    /// Made at the end, where they hide something: others would show, and so would the directories made for them.
+    whiteouts: BTreeSet<PathBuf>,
+    opaques: BTreeSet<PathBuf>,
+    /// Of both.
+    kept_name_bytes: usize,
     /// The directory of the entry before: most entries are in the same one.
     parent: Option<(PathBuf, Rc<OwnedFd>)>,
     /// An opaque whiteout in the root, which overlayfs knows no mark for.
@@ -169,9 +177,10 @@ impl<R: Read> Unpacker<'_, R> {
             Kind::HardLink => return self.hard_link(item, &path, name),
             Kind::File | Kind::Symlink | Kind::Directory | Kind::Fifo => {}
         }
-        if item.kind == Kind::Directory {
-            self.directory_name_bytes += path.as_os_str().len() + size_of::<(PathBuf, (i64, u32))>();
-            if self.directory_name_bytes > DIRECTORY_NAMES_MAX_BYTES {
+        let is_whiteout = path.file_name().is_some_and(|name| name.as_bytes().starts_with(WHITEOUT));
+        if item.kind == Kind::Directory || is_whiteout {
+            self.kept_name_bytes += path.as_os_str().len() + size_of::<(PathBuf, (i64, u32))>();
+            if self.kept_name_bytes > DIRECTORY_NAMES_MAX_BYTES {
                 return Err(UnpackError::TooManyDirectories { name, max: DIRECTORY_NAMES_MAX_BYTES });
             }
         }
@@ -186,25 +195,31 @@ impl<R: Read> Unpacker<'_, R> {
             self.directories.push((PathBuf::new(), (item.mtime_secs, item.mtime_nanos)));
             return Ok(nodes::directory_metadata(&nodes::reopen(&self.root)?, item)?);
         };
-        let parent = self.parent(path)?;
-        if file_name.as_bytes() == OPAQUE {
-            // Files beside it in this layer stay: the mark hides what is below only.
-            if path.parent() == Some(Path::new("")) {
-                self.hides_root = true;
-                return Ok(());
+        if let Some(hidden) = file_name.as_bytes().strip_prefix(WHITEOUT).filter(|_| !is_reserved(file_name)) {
+            if matches!(hidden, b"" | b"." | b"..") {
+                return Err(Errno::INVAL.into());
             }
-            return Ok(nodes::mark_opaque(&parent)?);
-        }
-        if file_name.as_bytes().starts_with(RESERVED) {
+            self.whiteouts.insert(path.with_file_name(OsStr::from_bytes(hidden)));
             return Ok(());
         }
-        if let Some(hidden) = file_name.as_bytes().strip_prefix(WHITEOUT) {
-            return Ok(nodes::whiteout(&parent, OsStr::from_bytes(hidden))?);
+        if file_name.as_bytes() == OPAQUE {
+            // Files beside it in this layer stay: the mark hides what is below only.
+            match path.parent() {
+                Some(directory) if directory != Path::new("") => {
+                    self.opaques.insert(directory.to_owned());
+                }
+                _ => self.hides_root = true,
+            }
+            return Ok(());
         }
-        let made_way = self.make_way(&parent, file_name, item.kind == Kind::Directory)?;
+        if is_reserved(file_name) {
+            return Ok(());
+        }
+        let parent = self.parent(path)?;
+        self.make_way(&parent, file_name, item.kind == Kind::Directory)?;
         match item.kind {
             Kind::Directory => {
-                nodes::directory(&parent, file_name, item, made_way == MadeWay::Whiteout)?;
+                nodes::directory(&parent, file_name, item)?;
                 self.directories.push((path.to_owned(), (item.mtime_secs, item.mtime_nanos)));
             }
             Kind::Symlink => nodes::symlink(&parent, file_name, item)?,
@@ -218,13 +233,13 @@ impl<R: Read> Unpacker<'_, R> {
     }
 
     /// What was removed may have been on the way to the remembered directory.
-    fn make_way(&mut self, parent: &OwnedFd, name: &OsStr, is_directory: bool) -> io::Result<MadeWay> {
+    fn make_way(&mut self, parent: &OwnedFd, name: &OsStr, is_directory: bool) -> io::Result<()> {
         let made_way = nodes::make_way(parent.as_fd(), name, is_directory)?;
         if made_way == MadeWay::Removed {
             self.parent = None;
             self.sums.forget();
         }
-        Ok(made_way)
+        Ok(())
     }
 
     fn file(&mut self, item: &Item, parent: &OwnedFd, name: &OsStr) -> Result<(), Stop> {
@@ -291,61 +306,8 @@ impl<R: Read> Unpacker<'_, R> {
         made.map_err(|source| UnpackError::Write { name, source })
     }
 
-    /// The directory that an entry goes to. One that the archive does not have looks as it does in the layers below:
-    /// overlayfs shows the metadata of the topmost.
-    fn parent(&mut self, path: &Path) -> io::Result<Rc<OwnedFd>> {
-        let wanted = path.parent().unwrap_or(Path::new(""));
-        if let Some((known, fd)) = &self.parent {
-            if known == wanted {
-                return Ok(Rc::clone(fd));
-            }
-        }
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let inside = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
-        let open = |path: &Path| {
-            let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-            rustix::fs::openat2(&self.root, path, flags, Mode::empty(), inside)
-        };
-        let fd = match open(wanted) {
-            Err(Errno::NOENT | Errno::NOTDIR) => {
-                let mut walked = PathBuf::new();
-                let mut directory = open(&walked)?;
-                for part in wanted.components() {
-                    walked.push(part);
-                    directory = match open(&walked) {
-                        Err(Errno::NOENT | Errno::NOTDIR) => {
-                            self.missing_directory(&directory, part.as_os_str(), &walked)?;
-                            open(&walked)?
-                        }
-                        opened => opened?,
-                    };
-                }
-                directory
-            }
-            opened => opened?,
-        };
-        let fd = Rc::new(fd);
-        self.parent = Some((wanted.to_owned(), Rc::clone(&fd)));
-        Ok(fd)
-    }
-
-    fn missing_directory(&self, parent: &OwnedFd, name: &OsStr, path: &Path) -> io::Result<()> {
-        let hides = nodes::is_whiteout(parent.as_fd(), name)?;
-        if hides {
-            rustix::fs::unlinkat(parent, name, rustix::fs::AtFlags::empty())?;
-        }
-        mkdirat(parent, name, Mode::from_raw_mode(0o755))?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let made = openat(parent, name, flags, Mode::empty())?;
-        if hides {
-            nodes::mark_opaque(&made)?;
-        } else if let Some(original) = Below((self.below)()).directory(path) {
-            nodes::copy_metadata(&original, &made)?;
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Result<Sums, UnpackError> {
+    fn finish(mut self) -> Result<Sums, UnpackError> {
+        self.hide()?;
         let wrote =
             |name: &Path, errno: Errno| UnpackError::Write { name: name.display().to_string(), source: errno.into() };
         if self.hides_root {
@@ -354,7 +316,10 @@ impl<R: Read> Unpacker<'_, R> {
                 nodes::whiteout(&root, &name).map_err(|errno| wrote(Path::new(&name), errno))?;
             }
         }
-        for (path, mtime) in self.directories.iter().rev() {
+        // Of a directory that comes twice the later word counts.
+        let mut times: BTreeMap<&Path, (i64, u32)> = BTreeMap::new();
+        times.extend(self.directories.iter().map(|(path, mtime)| (path.as_path(), *mtime)));
+        for (path, mtime) in &times {
             // A later entry may have taken the directory's place: then there is nothing to set.
             if let Ok(directory) = resolve::open_path_no_follow(self.root.as_fd(), &Path::new("/").join(path)) {
                 if let Ok(directory) = nodes::reopen(&directory) {
@@ -364,6 +329,10 @@ impl<R: Read> Unpacker<'_, R> {
         }
         Ok(self.sums)
     }
+}
+
+fn is_reserved(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(RESERVED)
 }
 
 /// The name as a clean relative path; `None` if it has `..` or a zero byte.

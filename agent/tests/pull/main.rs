@@ -9,6 +9,7 @@ mod load;
 mod many_layers;
 mod real_registry;
 mod resume;
+mod same_tree;
 mod small_disk;
 mod ways;
 

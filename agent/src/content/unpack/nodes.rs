@@ -1,6 +1,6 @@
 //! The nodes of a layer, each made relative to the descriptor of its directory and never looked up by path again.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
-    fchmod, fchown, fgetxattr, fsetxattr, futimens, linkat, mkdirat, mknodat, openat, openat2, statat, symlinkat,
-    unlinkat, utimensat,
+    fchmod, fchown, fgetxattr, flistxattr, fremovexattr, fsetxattr, futimens, linkat, mkdirat, mknodat, openat,
+    openat2, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 
@@ -53,6 +53,12 @@ pub fn file_metadata(file: &File, item: &Item) -> Result<(), Errno> {
     set_times(file, (item.mtime_secs, item.mtime_nanos))
 }
 
+/// A directory that no entry speaks of, and that is in no layer below. (In a setgid directory, a new one is so too.)
+pub fn plain_metadata(directory: &OwnedFd) -> Result<(), Errno> {
+    fchown(directory, Some(Uid::ROOT), Some(Gid::ROOT))?;
+    fchmod(directory, Mode::from_raw_mode(0o755))
+}
+
 fn set_xattrs(fd: impl AsFd, item: &Item) -> Result<(), Errno> {
     for (name, value) in &item.xattrs {
         match fsetxattr(&fd, name.as_str(), value, XattrFlags::empty()) {
@@ -72,16 +78,19 @@ pub fn directory_metadata(directory: &OwnedFd, item: &Item) -> Result<(), Errno>
     set_xattrs(directory, item)
 }
 
-/// `hides`: this layer has a whiteout of the same name, so nothing of the directory below shows through.
-pub fn directory(parent: &OwnedFd, name: &OsStr, item: &Item, hides: bool) -> Result<(), Errno> {
-    match mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
-        Ok(()) | Err(Errno::EXIST) => {}
+pub fn directory(parent: &OwnedFd, name: &OsStr, item: &Item) -> Result<(), Errno> {
+    let is_new = match mkdirat(parent, name, Mode::from_raw_mode(0o700)) {
+        Ok(()) => true,
+        Err(Errno::EXIST) => false,
         Err(errno) => return Err(errno),
-    }
+    };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let directory = openat(parent, name, flags, Mode::empty())?;
-    if hides {
-        mark_opaque(&directory)?;
+    if !is_new {
+        // What an earlier entry said of it counts no more.
+        for name in attributes(&directory)? {
+            fremovexattr(&directory, name.as_c_str())?;
+        }
     }
     directory_metadata(&directory, item)
 }
@@ -106,8 +115,6 @@ pub enum MadeWay {
     Free,
     /// A directory meets a directory: it stays.
     Kept,
-    /// A whiteout of this layer.
-    Whiteout,
     Removed,
 }
 
@@ -126,23 +133,15 @@ pub fn make_way(parent: BorrowedFd<'_>, name: &OsStr, is_directory: bool) -> io:
         return Ok(MadeWay::Removed);
     }
     unlinkat(parent, name, AtFlags::empty())?;
-    // Other devices are never made here.
-    Ok(if found == FileType::CharacterDevice { MadeWay::Whiteout } else { MadeWay::Removed })
+    Ok(MadeWay::Removed)
 }
 
-pub fn is_whiteout(parent: BorrowedFd<'_>, name: &OsStr) -> Result<bool, Errno> {
-    match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0),
-        Err(Errno::NOENT) => Ok(false),
-        Err(errno) => Err(errno),
-    }
+fn is_whiteout(stat: &rustix::fs::Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
 }
 
 /// Hides `name` of the layers below. What this layer has under that name stays, a directory without what is below it.
 pub fn whiteout(parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
-    if name.is_empty() || name == "." || name == ".." {
-        return Err(Errno::INVAL);
-    }
     match mknodat(parent, name, FileType::CharacterDevice, Mode::empty(), 0) {
         Err(Errno::EXIST) => {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -154,6 +153,26 @@ pub fn whiteout(parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
         }
         made => made,
     }
+}
+
+/// Whether this layer has a directory there, and nothing but directories on the way.
+pub fn is_directory(root: &OwnedFd, path: &Path) -> bool {
+    let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+    openat2(root, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), inside).is_ok()
+}
+
+/// Whether what is below shows through `directory`: on the way there this layer has directories without a mark, or nothing.
+pub fn shows_below(root: &OwnedFd, directory: &Path) -> bool {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(mut walked) = reopen(root) else { return true };
+    for part in directory {
+        match openat(&walked, part, flags, Mode::empty()) {
+            Ok(next) if fgetxattr(&next, OPAQUE_MARK, &mut [0_u8; 8][..]).is_ok() => return false,
+            Ok(next) => walked = next,
+            Err(errno) => return errno == Errno::NOENT,
+        }
+    }
+    true
 }
 
 pub fn mark_opaque(directory: &OwnedFd) -> Result<(), Errno> {
@@ -182,18 +201,32 @@ pub fn link(source: &LinkSource<'_>, parent: &OwnedFd, name: &OsStr) -> io::Resu
     }
 }
 
-/// Owner, mode and capabilities.
+/// Owner, mode and attributes.
 pub fn copy_metadata(from: impl AsFd, to: impl AsFd) -> io::Result<()> {
     let stat = rustix::fs::fstat(&from)?;
     fchown(&to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
     fchmod(&to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
-    // VFS_CAP_DATA is at most 24 bytes.
-    let mut value = [0; 64];
-    match fgetxattr(&from, "security.capability", &mut value[..]) {
-        Ok(length) => Ok(fsetxattr(&to, "security.capability", &value[..length], XattrFlags::empty())?),
-        Err(Errno::NODATA | Errno::OPNOTSUPP) => Ok(()),
-        Err(errno) => Err(errno.into()),
+    // XATTR_SIZE_MAX of xattr(7).
+    let mut value = vec![0; 64 << 10];
+    for name in attributes(&from)? {
+        let length = fgetxattr(&from, name.as_c_str(), &mut value[..])?;
+        fsetxattr(&to, name.as_c_str(), &value[..length], XattrFlags::empty())?;
     }
+    Ok(())
+}
+
+/// Those of an image; what overlayfs or the system notes is not.
+fn attributes(fd: impl AsFd) -> Result<Vec<CString>, Errno> {
+    // XATTR_LIST_MAX.
+    let mut names = vec![0; 64 << 10];
+    let length = match flistxattr(&fd, &mut names[..]) {
+        Err(Errno::OPNOTSUPP) => 0,
+        length => length?,
+    };
+    let names = names[..length]
+        .split(|byte| *byte == 0)
+        .filter(|name| name.starts_with(b"user.") || *name == b"security.capability");
+    Ok(names.filter_map(|name| CString::new(name).ok()).collect())
 }
 
 /// The layers below, lowest first.
@@ -209,6 +242,41 @@ impl Below {
             match openat2(&root, path, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), inside) {
                 Err(Errno::NOENT) => {}
                 found => return found.ok().map(File::from),
+            }
+        }
+        None
+    }
+
+    /// Whether there is something that can be seen. What cannot be looked at may be there.
+    pub fn has(&self, path: &Path) -> bool {
+        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        for layer in self.0.iter().rev() {
+            let opened = rustix::fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                .and_then(|root| openat2(&root, path, flags, Mode::empty(), inside));
+            match opened {
+                Ok(found) => return !rustix::fs::fstat(&found).is_ok_and(|stat| is_whiteout(&stat)),
+                Err(Errno::NOENT) => {}
+                Err(errno) => return !matches!(errno, Errno::NOTDIR | Errno::LOOP),
+            }
+        }
+        false
+    }
+
+    /// Where the link leads that is to be seen there.
+    pub fn link(&self, path: &Path) -> Option<PathBuf> {
+        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        for layer in self.0.iter().rev() {
+            let root =
+                rustix::fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+            match openat2(&root, path, flags, Mode::empty(), inside) {
+                Err(Errno::NOENT) => {}
+                found => {
+                    // What is no link cannot be read as one.
+                    let target = rustix::fs::readlinkat(found.ok()?, "", Vec::new()).ok()?;
+                    return Some(PathBuf::from(OsStr::from_bytes(target.as_bytes())));
+                }
             }
         }
         None

@@ -133,8 +133,21 @@ fn devices_are_refused_by_name() {
 
 #[test]
 fn whiteouts_become_overlayfs_ones() {
-    let ground = Ground::new();
-    ground.unpack(&entries(&[(Regular, "dir/.wh.gone", "", b""), (Regular, "other/.wh..wh..opq", "", b"")])).unwrap();
+    let (ground, below) = (Ground::new(), Ground::new());
+    let lower = [(Regular, "dir/gone", "", &b""[..]), (Symlink, "link", "dir", b""), (Regular, "other/x", "", b"")];
+    below.unpack(&entries(&lower)).unwrap();
+    let archive = entries(&[
+        (Regular, "dir/.wh.gone", "", b""),
+        (Regular, "other/.wh..wh..opq", "", b""),
+        // These hide nothing.
+        (Regular, "dir/.wh.never", "", b""),
+        (Regular, "nowhere/.wh.gone", "", b""),
+        (Regular, "link/.wh.gone", "", b""),
+        (Regular, "dir/gone/.wh.deeper", "", b""),
+    ]);
+    ground.unpack_over(&archive, std::slice::from_ref(&below.layer)).unwrap();
+    let listed = |dir: &Path| std::fs::read_dir(dir).unwrap().count();
+    assert_eq!((listed(&ground.layer), listed(&ground.layer.join("dir"))), (2, 1));
     let gone = std::fs::metadata(ground.layer.join("dir/gone")).unwrap();
     assert!(gone.file_type().is_char_device() && gone.rdev() == 0);
     let mut value = [0; 8];
@@ -223,7 +236,9 @@ fn the_same_tree_as_tar_gives() {
 
 #[test]
 fn whiteouts_never_hide_what_the_same_layer_brings() {
-    let ground = Ground::new();
+    let (ground, below) = (Ground::new(), Ground::new());
+    let under = ["a", "b", "d/under", "e/under", "f/under", "o/under"].map(|name| (Regular, name, "", &b"below"[..]));
+    below.unpack(&entries(&under)).unwrap();
     let archive = entries(&[
         (Regular, "a", "", b"mine"),
         (Regular, ".wh.a", "", b""),
@@ -240,7 +255,7 @@ fn whiteouts_never_hide_what_the_same_layer_brings() {
         (Regular, "o/.wh..wh..opq", "", b""),
         (Regular, ".wh..wh.plnk", "", b""),
     ]);
-    ground.unpack(&archive).unwrap();
+    ground.unpack_over(&archive, std::slice::from_ref(&below.layer)).unwrap();
     for name in ["a", "b", "d/x", "e/x", "f/x", "o/x"] {
         assert_eq!(std::fs::read_to_string(ground.layer.join(name)).unwrap(), "mine", "{name}");
     }
@@ -433,4 +448,30 @@ proptest! {
         let files_only = |dir: &Path| listing(dir).lines().filter(|line| !line.contains("|d|")).map(str::to_owned).collect::<Vec<_>>();
         prop_assert_eq!(files_only(&ground.layer), files_only(theirs.path()));
     }
+}
+
+#[test]
+fn an_entry_behind_a_link_of_a_layer_below_goes_where_the_link_leads() {
+    let (below, ground) = (Ground::new(), Ground::new());
+    let lower = [
+        (Directory, "usr/bin/", "", &b""[..]),
+        (Symlink, "bin", "usr/bin", b""),
+        (Symlink, "sbin", "/usr/../bin", b""),
+        (Symlink, "out", "../../../outside", b""),
+        (Symlink, "loop", "loop", b""),
+        (Symlink, "old", "usr", b""),
+    ];
+    below.unpack(&entries(&lower)).unwrap();
+    let upper = [
+        (Regular, "bin/one", "", &b"1"[..]),
+        (Regular, "sbin/two", "", b"2"),
+        (Regular, "out/three", "", b"3"),
+        (Regular, ".wh.old", "", b""),
+        (Regular, "old/four", "", b"4"),
+    ];
+    ground.unpack_over(&entries(&upper), std::slice::from_ref(&below.layer)).unwrap();
+    let found = |path: &str| std::fs::read_to_string(ground.layer.join(path)).unwrap();
+    assert_eq!(["usr/bin/one", "usr/bin/two", "outside/three", "old/four"].map(found), ["1", "2", "3", "4"]);
+    let bad = Ground::new().unpack_over(&entries(&[(Regular, "loop/x", "", b"")]), std::slice::from_ref(&below.layer));
+    assert!(matches!(bad, Err(UnpackError::Write { name, .. }) if name == "loop/x"));
 }
