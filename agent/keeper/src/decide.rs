@@ -73,8 +73,10 @@ pub enum Wish {
     Stop,
     PowerOff,
     Reboot,
-    /// Execute the program again (an upgrade).
+    /// Execute the program again, and leave the agent.
     Again,
+    /// Execute the program again, and replace the agent.
+    Upgrade,
 }
 
 /// wait(2)'s status, taken apart. Neither code nor signal: it was lost.
@@ -135,7 +137,10 @@ pub enum Act {
         unix_ms: i64,
     },
     PetWatchdog,
-    ExecAgain,
+    /// `agent_too`: the next image replaces the agent by one of its own.
+    ExecAgain {
+        agent_too: bool,
+    },
     Leave {
         way: Way,
     },
@@ -224,7 +229,10 @@ fn exec_reached(table: &mut Table, key: String, acts: &mut Vec<Act>) {
 
 fn asked(table: &mut Table, wish: Wish, now: u64, acts: &mut Vec<Act>) {
     match wish {
-        Wish::Again => acts.push(Act::ExecAgain),
+        Wish::Again => acts.push(Act::ExecAgain { agent_too: false }),
+        // On the way down nothing new is begun.
+        Wish::Upgrade if table.down.is_none() => acts.push(Act::ExecAgain { agent_too: true }),
+        Wish::Upgrade => {}
         Wish::Stop if table.device => go_down(table, Way::Machine(ShutdownHow::Reboot), now, acts),
         Wish::Reboot if table.device => go_down(table, Way::Machine(ShutdownHow::Reboot), now, acts),
         Wish::PowerOff if table.device => go_down(table, Way::Machine(ShutdownHow::PowerOff), now, acts),
@@ -361,7 +369,14 @@ fn answer(table: &mut Table, request: Request, now: u64, acts: &mut Vec<Act>) {
             }
             send(acts, id, ReplyBody::Done);
         }
-        RequestBody::Version => send(acts, id, ReplyBody::Version { version: version() }),
+        RequestBody::Version => {
+            send(acts, id, ReplyBody::Version { version: version(), program: table.program.clone() });
+        }
+        RequestBody::Upgrade if table.down.is_some() => refuse(acts, id, "the machine is going down".to_owned()),
+        RequestBody::Upgrade => {
+            send(acts, id, ReplyBody::Done);
+            acts.push(Act::ExecAgain { agent_too: true });
+        }
     }
 }
 

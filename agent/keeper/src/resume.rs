@@ -3,7 +3,7 @@
 //! *Sealed* ([`edged_sys::own_program`]): at its start the keeper executes itself once more from a detached read-only mount
 //! of its own file. It costs one exec at boot and nothing per start.
 //!
-//! *Resumed*: after a fault, or on SIGUSR2 (an upgrade), the keeper writes its table into a memfd, lets the descriptors
+//! *Resumed*: after a fault, on SIGUSR2, or on SIGHUP or the agent's word (an upgrade: the agent is replaced too), the keeper writes its table into a memfd, lets the descriptors
 //! live through the exec, and runs itself again. Children do not notice; zombies wait for the new image. Signals stay
 //! blocked through it (execve(2)), so that none is lost and none kills. After a fault the same image runs; on SIGUSR2
 //! the file that now lies where the program came from.
@@ -55,6 +55,11 @@ pub fn is_resuming() -> bool {
     std::env::var_os(RESUME_ENV).is_some()
 }
 
+/// Where the program came from, and a newer one is looked for.
+pub fn program() -> Option<PathBuf> {
+    std::env::var_os(PROGRAM_ENV).map(PathBuf::from)
+}
+
 /// Executes this program again from a read-only mount of its file; comes back only if that was done already or failed.
 pub fn seal_binary() -> io::Result<()> {
     if is_sealed() {
@@ -69,6 +74,9 @@ pub fn seal_binary() -> io::Result<()> {
 #[derive(Debug, Serialize, Deserialize)]
 struct Saved {
     table: Table,
+    /// An upgrade: the agent is to be replaced too.
+    #[serde(default)]
+    agent_too: bool,
     doors: Vec<SavedDoors>,
     agent: Option<i32>,
     outgoing: VecDeque<Outgoing>,
@@ -82,13 +90,13 @@ struct SavedDoors {
 }
 
 /// Runs the program anew with the table. Comes back only when that failed.
-pub fn exec_self(table: &Table, kept: &Kept, program: Program) -> io::Error {
-    let memfd = match save(table, kept) {
+pub fn exec_self(table: &Table, kept: &Kept, program: Program, agent_too: bool) -> io::Error {
+    let memfd = match save(table, kept, agent_too) {
         Ok(memfd) => memfd,
         Err(error) => return error,
     };
     let number = OsString::from(memfd.as_raw_fd().to_string());
-    let place = std::env::var_os(PROGRAM_ENV).map(PathBuf::from).filter(|place| place.is_file());
+    let place = self::program().filter(|place| place.is_file());
     if let (Program::Newest, Some(place)) = (program, place) {
         // Unsealed, so that it seals its own file.
         let error = execute(&place, &[SEALED_ENV], &number);
@@ -105,7 +113,7 @@ fn execute(program: &Path, without: &[&str], memfd: &OsStr) -> io::Error {
     errno.into()
 }
 
-fn save(table: &Table, kept: &Kept) -> io::Result<File> {
+fn save(table: &Table, kept: &Kept, agent_too: bool) -> io::Result<File> {
     let mut doors = Vec::new();
     for (key, child) in &kept.doors {
         for fd in child.outputs.iter().chain(&child.talk) {
@@ -118,7 +126,7 @@ fn save(table: &Table, kept: &Kept) -> io::Result<File> {
         leave(socket)?;
     }
     let agent = kept.agent.as_ref().map(AsRawFd::as_raw_fd);
-    let saved = Saved { table: table.clone(), doors, agent, outgoing: kept.outgoing.clone() };
+    let saved = Saved { table: table.clone(), agent_too, doors, agent, outgoing: kept.outgoing.clone() };
     let bytes = serde_cbor::to_vec(&saved).map_err(io::Error::other)?;
     let mut memfd = File::from(rustix::fs::memfd_create("edged-table", rustix::fs::MemfdFlags::empty())?);
     memfd.write_all(&bytes)?;
@@ -127,7 +135,7 @@ fn save(table: &Table, kept: &Kept) -> io::Result<File> {
 }
 
 /// The table that an earlier image of this process left, if one did.
-pub fn restore() -> io::Result<Option<(Table, Kept)>> {
+pub fn restore() -> io::Result<Option<(Table, Kept, bool)>> {
     let Some(number) = std::env::var(RESUME_ENV).ok().and_then(|text| text.parse().ok()) else { return Ok(None) };
     let mut bytes = Vec::new();
     File::from(take(number)?).read_to_end(&mut bytes)?;
@@ -143,5 +151,5 @@ pub fn restore() -> io::Result<Option<(Table, Kept)>> {
         kept.doors.insert(doors.key, entry);
     }
     kept.agent = saved.agent.map(take).transpose()?;
-    Ok(Some((saved.table, kept)))
+    Ok(Some((saved.table, kept, saved.agent_too)))
 }

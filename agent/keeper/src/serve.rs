@@ -91,17 +91,16 @@ impl Keeper {
         }
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&poll, &signals, epoll::EventData::new_u64(SIGNALS), epoll::EventFlags::IN)?;
-        let (table, kept) = match resume::restore() {
-            Ok(Some((table, kept))) => {
-                log::line(&format!("runs again with {} children", table.children.len()));
-                (table, kept)
-            }
-            Ok(None) => (Table::new(config.device, config.stop_timeout_ms), Kept::default()),
-            Err(error) => {
-                log::line(&format!("the table of the former image is lost: {error}"));
-                (Table::new(config.device, config.stop_timeout_ms), Kept::default())
-            }
-        };
+        let restored = resume::restore().unwrap_or_else(|error| {
+            log::line(&format!("the table of the former image is lost: {error}"));
+            None
+        });
+        let (mut table, kept, agent_too) =
+            restored.unwrap_or_else(|| (Table::new(config.device, config.stop_timeout_ms), Kept::default(), false));
+        table.program = resume::program().map(|path| path.to_string_lossy().into_owned());
+        if resume::is_resuming() {
+            log::line(&format!("runs again with {} children", table.children.len()));
+        }
         let mut keeper = Self {
             config,
             proof: SingleThread::prove()?,
@@ -116,6 +115,9 @@ impl Keeper {
         };
         keeper.open_watchdog();
         keeper.take_up()?;
+        if agent_too {
+            keeper.feed(Event::AgentDeaf { why: "is of the version before" }, &[]);
+        }
         Ok(keeper)
     }
 
@@ -160,7 +162,7 @@ impl Keeper {
                 // Should the same fault wait for the new image too, this keeps the machine usable.
                 #[expect(clippy::disallowed_methods, reason = "nothing can be handled while the state is in doubt")]
                 std::thread::sleep(std::time::Duration::from_millis(100));
-                self.exec(Program::Same);
+                self.exec(Program::Same, false);
             }
             if let Some(way) = self.left {
                 if let Way::Machine(how) = way {
@@ -171,9 +173,9 @@ impl Keeper {
         }
     }
 
-    fn exec(&mut self, program: Program) {
+    fn exec(&mut self, program: Program, agent_too: bool) {
         self.flush();
-        let error = resume::exec_self(&self.table, &self.kept, program);
+        let error = resume::exec_self(&self.table, &self.kept, program, agent_too);
         log::line(&format!("cannot start itself again: {error}"));
     }
 
@@ -217,6 +219,8 @@ impl Keeper {
                 Some(Signal::SIGPWR) => Wish::PowerOff,
                 Some(Signal::SIGUSR1) if self.config.device => Wish::PowerOff,
                 Some(Signal::SIGUSR2) => Wish::Again,
+                // As `systemctl reload` sends it (config/edged.service).
+                Some(Signal::SIGHUP) => Wish::Upgrade,
                 _ => continue,
             };
             self.feed(Event::Asked(wish), &[]);
@@ -365,7 +369,7 @@ impl Keeper {
                     log::line(&format!("watchdog: {error}"));
                 }
             }
-            Act::ExecAgain => self.exec(Program::Newest),
+            Act::ExecAgain { agent_too } => self.exec(Program::Newest, agent_too),
             Act::Leave { way } => self.left = Some(way),
         }
         None

@@ -163,12 +163,15 @@ pub struct Table {
     pub agent: Agent,
     pub down: Option<Down>,
     pub watchdog: Option<Petting>,
+    /// Where a newer program is looked for.
+    #[serde(default)]
+    pub program: Option<String>,
 }
 
 impl Table {
     pub fn new(device: bool, stop_timeout_ms: u64) -> Self {
         let agent = Agent { life: AgentLife::Waiting { until_boot_ms: 0 }, failures_in_a_row: 0 };
-        Self { device, stop_timeout_ms, children: BTreeMap::new(), agent, down: None, watchdog: None }
+        Self { device, stop_timeout_ms, children: BTreeMap::new(), agent, down: None, watchdog: None, program: None }
     }
 
     pub fn key_of_pid(&self, pid: i32) -> Option<&str> {

@@ -108,6 +108,8 @@ pub enum Request {
     },
     PowerOff,
     Reboot,
+    /// Keeper and agent are replaced by the program that lies where theirs came from; workloads run on.
+    Upgrade,
 }
 
 impl Request {
@@ -139,7 +141,8 @@ impl Request {
             | Self::Prune { dry_run: false }
             | Self::LoadImages { .. }
             | Self::PowerOff
-            | Self::Reboot => false,
+            | Self::Reboot
+            | Self::Upgrade => false,
         }
     }
 }

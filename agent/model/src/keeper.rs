@@ -53,6 +53,8 @@ pub enum RequestBody {
         unix_ms: i64,
     },
     Version,
+    /// Run the program that lies where this one came from: the keeper with its table, then an agent of that program.
+    Upgrade,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +98,9 @@ pub enum ReplyBody {
     Exited(ChildExit),
     Version {
         version: String,
+        /// Where the program came from, and a newer one is looked for.
+        #[serde(default)]
+        program: Option<String>,
     },
     Refused {
         why: String,

@@ -79,6 +79,8 @@ pub enum Code {
     OperatorActivate,
     // The device.
     AgentRestarted,
+    Upgrade,
+    UpgradeRefused,
     Boot,
     StoreRebuilt,
     DiskFull,

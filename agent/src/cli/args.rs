@@ -149,6 +149,8 @@ pub enum Verb {
         #[arg(short, long, default_value = "table")]
         output: Output,
     },
+    /// Run the newer edged that was put in the place of the running one; workloads run on
+    Upgrade,
     /// Stop all workloads in order and start the device anew
     Reboot,
     /// Stop all workloads in order and switch the device off
@@ -228,6 +230,7 @@ impl Verb {
             }
             Self::Version { .. } => Request::Version,
             Self::Reboot => Request::Reboot,
+            Self::Upgrade => Request::Upgrade,
             Self::Poweroff => Request::PowerOff,
             Self::Key(_) | Self::Trust(_) | Self::Manifest(_) | Self::Image(ImageCommand::Build(_)) | Self::Push(_) => {
                 return Err("this verb works on a workstation, not on a device".to_owned());

@@ -69,6 +69,7 @@ fn is_elsewhere(verb: &Verb) -> bool {
         | Verb::Activate { .. }
         | Verb::Version { .. }
         | Verb::Reboot
+        | Verb::Upgrade
         | Verb::Poweroff => false,
     }
 }

@@ -73,6 +73,7 @@ impl Agent {
                 });
             }
             Request::PowerOff => self.shutdown(&answers, ShutdownHow::PowerOff, &caller.name).await,
+            Request::Upgrade => self.upgrade(answers, caller.name),
             Request::Reboot => self.shutdown(&answers, ShutdownHow::Reboot, &caller.name).await,
         }
     }

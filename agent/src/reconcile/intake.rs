@@ -46,6 +46,7 @@ impl Agent {
             Message::Again(again) => self.again(*again),
             Message::TimeHeard(heard) => self.time_heard(heard).await,
             Message::Locks(files) => self.locks_seen(files),
+            Message::Upgrade { text, by } => self.upgrade_now(text, &by),
             Message::Network(text) => self.tell(None, None, &Reason::new(Code::Network, text), "agent"),
         }
     }

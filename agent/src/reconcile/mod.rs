@@ -44,6 +44,8 @@ mod survived;
 mod time;
 /// The trust root in force, and the next one.
 mod trust_root;
+/// A newer program in the place of this one.
+mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -150,6 +152,11 @@ enum Message {
     Offer(Box<Offer>),
     Again(Box<generations::Again>),
     Locks(Vec<crate::observe::locks::LockFile>),
+    /// A newer program answered, and whoever asked was told.
+    Upgrade {
+        text: String,
+        by: String,
+    },
     Network(String),
     TimeHeard(Result<Heard, NobodyAnswers>),
 }

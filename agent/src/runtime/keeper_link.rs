@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -191,6 +192,19 @@ impl KeeperLink {
 
     pub async fn move_clock(&self, unix_ms: i64) -> Result<(), LinkError> {
         self.ask_done(RequestBody::MoveClock { unix_ms }).await
+    }
+
+    /// Where the keeper looks for a newer program; `None` with a keeper that cannot be upgraded in place.
+    pub async fn program(&self) -> Result<Option<PathBuf>, LinkError> {
+        match self.ask_one(RequestBody::Version, &[]).await?.0 {
+            ReplyBody::Version { program, .. } => Ok(program.map(PathBuf::from)),
+            _ => Err(LinkError::WrongAnswer),
+        }
+    }
+
+    /// The keeper runs the newest program, and this agent ends soon after.
+    pub async fn upgrade(&self) -> Result<(), LinkError> {
+        self.ask_done(RequestBody::Upgrade).await
     }
 
     pub async fn shutdown(&self, how: ShutdownHow) -> Result<(), LinkError> {

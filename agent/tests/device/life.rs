@@ -67,6 +67,25 @@ fn workloads_outlive_the_agent_with_their_pids_ports_and_logs() {
     eprintln!("the new agent answered after {took:?}");
 }
 
+/// Not dead, but it says nothing any more: after half a minute of that the keeper has another one.
+#[test]
+fn an_agent_that_hangs_is_replaced_and_no_workload_notices() {
+    use nix::sys::signal::{Signal, kill};
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let device = factory.device("");
+    device.take(&factory.sign("first", &manifest(&image, process::free_port().unwrap())));
+    device.workload_that("web", "healthy", |web| web["health"] == "healthy");
+    let (web, ticker, hung) = (device.pid("web"), device.pid("ticker"), device.agent_pid());
+    kill(nix::unistd::Pid::from_raw(hung), Signal::SIGSTOP).unwrap();
+    let begin = Instant::now();
+    until("another agent", || device.agent().filter(|agent| *agent != hung));
+    assert!(begin.elapsed().as_secs() >= 20, "a pause is no hang: replaced after {:?}", begin.elapsed());
+    until("its answer", || device.edgectl(&["status"]).status.success().then_some(()));
+    assert_eq!((device.pid("web"), device.pid("ticker")), (web, ticker), "adopted, not restarted");
+    assert!(device.said().contains("gives no sign of life"));
+}
+
 #[test]
 fn an_operator_restarts_stops_and_starts_and_reads_why() {
     let factory = Factory::start();

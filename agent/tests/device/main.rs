@@ -21,4 +21,5 @@ mod refusals;
 mod rig;
 mod rotation;
 mod survived;
+mod upgrade;
 mod userns;

@@ -123,6 +123,11 @@ impl Factory {
 
     /// One of several, with an environment.
     pub fn device_called(&self, name: &str, more: &str, env: &[(&str, &Path)]) -> Device {
+        self.device_of(Path::new(env!("CARGO_BIN_EXE_edged")), name, more, env)
+    }
+
+    /// One that runs this program.
+    pub fn device_of(&self, program: &Path, name: &str, more: &str, env: &[(&str, &Path)]) -> Device {
         let root = self.path(name);
         fs::create_dir_all(&root).unwrap();
         let push_port = process::free_port().unwrap();
@@ -141,7 +146,7 @@ impl Factory {
         fs::write(&file, config).unwrap();
         let log = self.path(&format!("{name}.log"));
         let out = File::create(&log).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_edged"))
+        let child = Command::new(program)
             .arg("--root")
             .arg(&root)
             .arg("--config")

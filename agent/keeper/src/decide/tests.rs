@@ -237,6 +237,7 @@ fn any_body() -> impl Strategy<Value = RequestBody> {
         Just(RequestBody::Heartbeat),
         Just(RequestBody::List),
         Just(RequestBody::Version),
+        Just(RequestBody::Upgrade),
         any_key().prop_map(|key| RequestBody::Launch(spec(&key))),
         (any_key(), any::<i32>()).prop_map(|(key, signal)| RequestBody::Signal { key, signal }),
         any_key().prop_map(|key| RequestBody::Forget { key }),
@@ -305,4 +306,31 @@ proptest! {
         let acts = decide(&mut table, Event::Tick, 1 + 10_000 + FORCED_MS);
         prop_assert!(acts.iter().any(|act| matches!(act, Act::Leave { .. })), "{:?}", acts);
     }
+}
+
+/// Agents that start and then hang, one after the other: each is killed for its silence and followed by the next, and the
+/// watchdog is petted meanwhile; but not for ever, because then the machine itself may be what is wrong.
+#[test]
+fn agents_that_only_hang_have_the_machine_reset_in_the_end() {
+    let mut table = Table::new(true, 10_000);
+    table.watchdog = Some(Petting { every_ms: 1_000, next_boot_ms: 0 });
+    let (mut now, mut hung, mut last_petted) = (0, 0, 0);
+    while now < 7_200_000 {
+        let mut acts = decide(&mut table, Event::Tick, now);
+        while let Some(act) = acts.pop() {
+            match act {
+                Act::StartAgent => acts.extend(decide(&mut table, Event::AgentStarted { pid: 10 }, now)),
+                Act::KillAgent { pid } => {
+                    hung += 1;
+                    acts.extend(decide(&mut table, Event::Reaped { pid, end: code(1) }, now));
+                }
+                Act::PetWatchdog => last_petted = now,
+                _ => {}
+            }
+        }
+        now += 500;
+    }
+    assert!(hung >= HOPELESS, "the keeper never gives up starting them: {hung}");
+    // Long enough for a disk that is checked, short enough for a device that nobody can reach.
+    assert!((1_200_000..2_700_000).contains(&last_petted), "petted until {last_petted} ms");
 }

@@ -1,0 +1,109 @@
+//! A newer edged takes over in place: it is asked who it is, and if it answers, the keeper executes it with the table of its
+//! children and starts its agent. No workload notices; what ends meanwhile is in the table.
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use edged_model::api::Answer;
+use edged_model::reason::{Code, Reason};
+use tokio::sync::mpsc;
+
+use super::answer::{error, one};
+use super::{Agent, Message, clock};
+use crate::store::inline_chain;
+
+/// A program that is asked for its version and does not answer is none.
+const ANSWER_MS: u64 = 5_000;
+/// The operator hears of it before this agent ends.
+const TELL: Duration = Duration::from_secs(1);
+
+/// What `program --version` says, if it is an edged that runs on this machine. Blocking.
+fn version_of(program: &Path) -> Result<String, Reason> {
+    let bad = |why: String| {
+        let text = format!("{} is no edged that runs here: {why}", program.display());
+        Reason::new(Code::UpgradeRefused, text).next("put the right file there, under that name in one step (mv)")
+    };
+    let mut command = Command::new(program);
+    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().map_err(|error| bad(error.to_string()))?;
+    let deadline = clock::boot_ms() + ANSWER_MS;
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if clock::boot_ms() < deadline => std::thread::park_timeout(Duration::from_millis(20)),
+            _ => {
+                // It is gone, or goes now.
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(bad("it does not tell its version".to_owned()));
+            }
+        }
+    };
+    let mut said = String::new();
+    let read = child.stdout.take().map(|stdout| stdout.take(200).read_to_string(&mut said));
+    match said.trim().strip_prefix("edged ").filter(|_| status.success() && read.is_some_and(|read| read.is_ok())) {
+        Some(version) => Ok(version.to_owned()),
+        None => Err(bad(format!("asked for its version it says `{}` ({status})", said.trim()))),
+    }
+}
+
+impl Agent {
+    pub(super) fn upgrade(&self, answers: mpsc::Sender<Answer>, by: String) {
+        let (link, inbox) = (self.link.clone(), self.inbox.clone());
+        tokio::spawn(async move {
+            let program = match link.program().await {
+                Ok(Some(program)) => program,
+                Ok(None) => {
+                    let text = "the keeper that runs cannot be upgraded in place".to_owned();
+                    return error(&answers, Reason::new(Code::UpgradeRefused, text).next("restart edged"));
+                }
+                Err(why) => return error(&answers, Reason::new(Code::UpgradeRefused, inline_chain(&why))),
+            };
+            let asked = program.clone();
+            let version = tokio::task::spawn_blocking(move || version_of(&asked)).await;
+            let version = match version {
+                Ok(Ok(version)) => version,
+                Ok(Err(why)) => return error(&answers, why),
+                Err(why) => return error(&answers, Reason::new(Code::UpgradeRefused, why.to_string())),
+            };
+            let text = format!("edged {version} ({}) takes over from {}", program.display(), crate::VERSION);
+            one(&answers, Answer::Accepted { what: text.clone() });
+            // Until the connection has taken it; one that hangs is not waited for.
+            let _ = tokio::time::timeout(TELL, answers.closed()).await;
+            // The loop has ended only when the agent ends.
+            let _ = inbox.send(Message::Upgrade { text, by }).await;
+        });
+    }
+
+    /// The story is on the disk before this agent ends.
+    pub(super) fn upgrade_now(&self, text: String, by: &str) {
+        self.tell(None, None, &Reason::new(Code::Upgrade, text), by);
+        let (link, runtime) = (self.link.clone(), tokio::runtime::Handle::current());
+        let written = self.writes.submit(move |store| {
+            if let Err(error) = store.sync() {
+                tracing::error!("sync: {}", inline_chain(&error));
+            }
+            runtime.spawn(async move {
+                if let Err(error) = link.upgrade().await {
+                    tracing::error!("upgrade: {}", inline_chain(&error));
+                }
+            });
+        });
+        self.warn_if_busy(written);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_edged_is_taken_for_one() {
+        let why = |program: &str| version_of(Path::new(program)).unwrap_err().text;
+        assert!(why("/nonexistent").contains("No such file"), "{}", why("/nonexistent"));
+        assert!(why("/bin/true").contains("it says"), "{}", why("/bin/true"));
+        assert!(why("/etc/passwd").contains("Permission denied"), "{}", why("/etc/passwd"));
+    }
+}
