@@ -14,6 +14,8 @@ mod runtime;
 mod sizes;
 /// From the request to exec, against the bare system calls.
 mod start;
+/// The state store after a whole life.
+mod store;
 
 use anyhow::Result;
 
@@ -31,10 +33,12 @@ pub enum Bench {
     Runtime,
     /// A workload from the request to the keeper to exec, against the bare system calls
     Start,
+    /// Size of the state store and what it writes, over 10,000 generations and 1,000,000 restarts
+    Store,
 }
 
 pub fn run(what: &[Bench]) -> Result<()> {
-    let all = [Bench::Sizes, Bench::Memory, Bench::Restart, Bench::Runtime, Bench::Start, Bench::Boot];
+    let all = [Bench::Sizes, Bench::Memory, Bench::Restart, Bench::Runtime, Bench::Start, Bench::Store, Bench::Boot];
     let what = if what.is_empty() { &all[..] } else { what };
     for bench in what {
         match bench {
@@ -44,6 +48,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
             Bench::Restart => restart::run()?,
             Bench::Runtime => runtime::run()?,
             Bench::Start => start::run()?,
+            Bench::Store => store::run()?,
         }
     }
     Ok(())

@@ -1,0 +1,121 @@
+//! The state store over a device's life: generations and restarts by the thousand, as the agent writes them, with a clock
+//! that is only counted. Says how large the store is then and what a generation and a restart cost in bytes handed to the
+//! kernel; `cargo xtask bench store` lives a whole life of ten thousand generations and a million restarts.
+
+use std::path::Path;
+
+use edged::config::Places;
+use edged::store::{Durability, SavedHistory, Store};
+use edged_model::api::Event;
+use edged_model::generation::{Generation, GenerationState, Pointers};
+use edged_model::id::{Digest, Sequence, WorkloadName};
+use edged_model::manifest::Manifest;
+use edged_model::quantity::Timestamp;
+use edged_model::reason::{Code, Reason};
+
+/// An ordinary manifest of a few workloads, signed.
+const ENVELOPE_BYTES: usize = 2_000;
+const WORKLOADS: u64 = 20;
+
+fn count(variable: &str, otherwise: u64) -> u64 {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
+}
+
+/// All bytes that this process has handed to write calls (proc(5), `io`, `wchar`).
+fn written_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").unwrap();
+    text.lines().find_map(|line| line.strip_prefix("wchar: ")?.parse().ok()).unwrap()
+}
+
+fn size_bytes(dir: &Path) -> u64 {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(meta) if meta.is_dir() => size_bytes(&entry.path()),
+            Ok(meta) => meta.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
+
+fn tell(store: &Store, at: u64, workload: Option<WorkloadName>, generation: u64, text: String) {
+    let why = Reason::new(Code::Started, text);
+    let boot_id = "5f0a9c1e-8d1b-4a38-9f3e-0a1b2c3d4e5f".to_owned();
+    let (at, generation, by) =
+        (Timestamp(i64::try_from(at).unwrap()), Some(Sequence(generation)), "planner".to_owned());
+    let event = Event { number: 0, at, boot_id, workload, generation, why, by };
+    store.append_event(event, Durability::Now).unwrap();
+}
+
+/// From the offer to good: each step is a transition that is flushed, and a line of the story.
+fn one_generation(store: &Store, n: u64) {
+    let envelope: Vec<u8> = n.to_be_bytes().into_iter().cycle().take(ENVELOPE_BYTES).collect();
+    let before = (n > 1).then(|| Sequence(n - 1));
+    let mut generation = Generation {
+        sequence: Sequence(n),
+        digest: Digest::of(&envelope),
+        manifest: Manifest { sequence: Sequence(n), ..Manifest::empty() },
+        state: GenerationState::Received,
+        since: Timestamp(0),
+        reason: None,
+        ailing: std::collections::BTreeSet::new(),
+        wanted_now: false,
+        received_boot: String::new(),
+    };
+    let own = Some(Sequence(n));
+    for (state, active, last_good, candidate) in [
+        (GenerationState::Received, before, before, own),
+        (GenerationState::Verified, before, before, own),
+        (GenerationState::Staged, before, before, own),
+        (GenerationState::Activating, own, before, None),
+        (GenerationState::Probation, own, before, None),
+        (GenerationState::Good, own, own, None),
+    ] {
+        generation.state = state;
+        let pointers =
+            Pointers { active, last_good, candidate, highest_sequence: Sequence(n), ..store.pointers().unwrap() };
+        let with = (state == GenerationState::Received).then_some((Sequence(n), &envelope[..]));
+        store.transition(std::slice::from_ref(&generation), with, &pointers).unwrap();
+        tell(store, n * 60, None, n, format!("generation {n} is {state:?}"));
+    }
+}
+
+/// The end and the new start of one workload.
+fn one_restart(store: &Store, n: u64) {
+    let name = WorkloadName::parse(&format!("workload-{}", n % WORKLOADS)).unwrap();
+    let mut saved = SavedHistory { spec: Some(Digest::of(b"spec")), ..SavedHistory::default() };
+    saved.history.total = u32::try_from(n).unwrap_or(u32::MAX);
+    for word in ["ended with exit code 1", "runs (pid 4711)"] {
+        store.save_history(&name, &saved, Durability::Soon).unwrap();
+        tell(store, n, Some(name.clone()), 1, format!("{name} {word}"));
+    }
+}
+
+#[test]
+fn a_long_life_keeps_the_store_small() {
+    let (generations, restarts) = (count("EDGED_STORE_GENERATIONS", 150), count("EDGED_STORE_RESTARTS", 1_500));
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = Store::open(&Places::new(Some(dir.path()), None), 500).unwrap();
+    let begin = written_bytes();
+    (1..=generations).for_each(|n| one_generation(&store, n));
+    let after_generations = written_bytes();
+    (1..=restarts).for_each(|n| one_restart(&store, n));
+    let after_restarts = written_bytes();
+    let (each_generation, each_restart) =
+        ((after_generations - begin) / generations, (after_restarts - after_generations) / restarts);
+    let (state, keep) = (size_bytes(&dir.path().join("state")), size_bytes(&dir.path().join("keep")));
+    println!("store after {generations} generations and {restarts} restarts");
+    println!("  database {state} bytes, second copy {keep} bytes");
+    println!(
+        "  written for a generation {each_generation} bytes ({:.1} times its manifest)",
+        each_generation as f64 / ENVELOPE_BYTES as f64
+    );
+    println!("  written for a restart {each_restart} bytes");
+    drop(store);
+    let begin = std::time::Instant::now();
+    let (store, _) = Store::open(&Places::new(Some(dir.path()), None), 500).unwrap();
+    println!("  opened again in {} ms", begin.elapsed().as_millis());
+    assert_eq!(store.pointers().unwrap().active, Some(Sequence(generations)));
+    assert!(store.generations().unwrap().len() <= 10, "old generations go");
+    assert!(state < 64 << 20 && keep < 1 << 20, "the store grew to {state} and {keep} bytes");
+}
