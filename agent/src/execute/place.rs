@@ -78,9 +78,12 @@ pub fn volume(places: &Places, name: &VolumeName) -> Result<PathBuf, PlaceError>
         // Whoever mounts the locks may hold one, under whatever user it runs.
         let mode = if name.as_str() == LOCKS_VOLUME { 0o1777 } else { 0o755 };
         fs::set_permissions(&dir, Permissions::from_mode(mode)).map_err(at(&dir))?;
-        // A setuid program that root inside left there is for nobody outside.
-        fs::set_permissions(&parent, Permissions::from_mode(0o700)).map_err(at(&parent))?;
         File::open(&parent).and_then(|dir| dir.sync_all()).map_err(at(&parent))?;
+    }
+    // A setuid program that root inside left there is for nobody outside. Earlier versions made the directory open.
+    let open = fs::metadata(&parent).map_err(at(&parent))?.permissions().mode() & 0o077 != 0;
+    if open {
+        fs::set_permissions(&parent, Permissions::from_mode(0o700)).map_err(at(&parent))?;
     }
     Ok(dir)
 }
