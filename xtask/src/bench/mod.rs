@@ -4,6 +4,8 @@
 mod boot;
 /// A device on this machine, with a registry of its own.
 mod device;
+/// Pull and unpack, against what does the same.
+mod images;
 /// What keeper and agent cost with no workload and with twenty.
 mod memory;
 /// From a crash to running again, against podman.
@@ -29,6 +31,8 @@ pub enum Bench {
     Memory,
     /// Crash to running again, against podman
     Restart,
+    /// Pull and unpack of an image of 20,000 files, against podman, skopeo with umoci, and tar
+    Images,
     /// A container from nothing to nothing, against crun, runc and the bare system calls
     Runtime,
     /// A workload from the request to the keeper to exec, against the bare system calls
@@ -38,7 +42,16 @@ pub enum Bench {
 }
 
 pub fn run(what: &[Bench]) -> Result<()> {
-    let all = [Bench::Sizes, Bench::Memory, Bench::Restart, Bench::Runtime, Bench::Start, Bench::Store, Bench::Boot];
+    let all = [
+        Bench::Sizes,
+        Bench::Memory,
+        Bench::Restart,
+        Bench::Runtime,
+        Bench::Start,
+        Bench::Store,
+        Bench::Images,
+        Bench::Boot,
+    ];
     let what = if what.is_empty() { &all[..] } else { what };
     for bench in what {
         match bench {
@@ -48,6 +61,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
             Bench::Restart => restart::run()?,
             Bench::Runtime => runtime::run()?,
             Bench::Start => start::run()?,
+            Bench::Images => images::run()?,
             Bench::Store => store::run()?,
         }
     }
