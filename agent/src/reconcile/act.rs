@@ -95,16 +95,23 @@ impl Agent {
                 let attempts = self.pull_attempts.get(&image).copied().unwrap_or(0) + 1;
                 let backoff = (PULL_RETRY_MS << attempts.min(10)).min(PULL_RETRY_MAX_MS);
                 let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
-                let retry_at_boot_ms = now.boot_ms.saturating_add(pull_pause_ms(backoff, asked));
                 if !failure.permanent {
                     self.count(|survived| &mut survived.pull_retries);
                 }
                 let permanent = failure.permanent || self.found_no_room(&image, &failure.reason);
-                // The images of one update that does not fit all say the same.
-                let says_it = |status: &ImageStatus| matches!(status, ImageStatus::Failed { reason, .. } if *reason == failure.reason);
-                if !self.world.observed.images.values().any(says_it) {
+                // The images of one update that does not fit all say the same, and are weighed together again: each alone
+                // might fit.
+                let with_others = self.world.observed.images.values().find_map(|status| match status {
+                    ImageStatus::Failed { reason, retry_at_boot_ms, .. } if *reason == failure.reason => {
+                        Some(*retry_at_boot_ms)
+                    }
+                    _ => None,
+                });
+                if with_others.is_none() {
                     self.tell(None, None, &failure.reason, "agent");
                 }
+                let alone = || now.boot_ms.saturating_add(pull_pause_ms(backoff, asked));
+                let retry_at_boot_ms = with_others.filter(|at| *at > now.boot_ms).unwrap_or_else(alone);
                 self.refuse(&image, &failure.reason);
                 let status = ImageStatus::Failed { reason: failure.reason, attempts, retry_at_boot_ms, permanent };
                 self.world.observed.images.insert(image, status);
