@@ -181,7 +181,7 @@ fn a_web_server_with_files_is_enough() {
     std::fs::write(
         &conf,
         format!(
-            "daemon off; pid {0}/nginx.pid; error_log stderr; user root; events {{}}\n\
+            "daemon off; master_process off; pid {0}/nginx.pid; error_log stderr; user root; events {{}}\n\
              http {{ access_log off; client_body_temp_path {0}; proxy_temp_path {0}; fastcgi_temp_path {0};\n\
              uwsgi_temp_path {0}; scgi_temp_path {0};\n\
              server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {1}; ssl_certificate_key {2};\n\

@@ -50,13 +50,22 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
+/// So many workloads that wait for ever.
+pub fn idle_manifest(image: &str, count: usize, memory: &str, cpu: &str) -> String {
+    let mut yaml = "apiVersion: edge/v1\ndevice: edge-1\nsequence: 1\nissued: 2026-01-01T00:00:00Z\n\
+                    expires: 2036-01-01T00:00:00Z\nupdate: { probation: 1s }\nworkloads:\n"
+        .to_owned();
+    for number in 0..count {
+        yaml.push_str(&format!(
+            "  w{number}:\n    image: {image}\n    args: [hang]\n    resources: {{ memory: {memory}, cpu: {cpu} }}\n"
+        ));
+    }
+    yaml
+}
+
 /// Makes the disk as it is in the field: formatted, with a good generation and its image on it.
 fn prepare(site: &Site, mut device: Machine, image: &str) -> Result<()> {
-    let manifest = format!(
-        "apiVersion: edge/v1\ndevice: edge-1\nsequence: 1\nissued: 2026-01-01T00:00:00Z\nexpires: 2036-01-01T00:00:00Z\n\
-         update: {{ probation: 1s }}\nworkloads:\n  w:\n    image: {image}\n    args: [hang]\n    \
-         resources: {{ memory: 8Mi, cpu: 100m }}\n"
-    );
+    let manifest = idle_manifest(image, 1, "8Mi", "100m");
     site.push(&device, &site.keys.sign("boot", &manifest)?)?;
     console_shows(&mut device, "generations", "good", LONG)?;
     device.console.say("poweroff")?;
@@ -70,7 +79,7 @@ fn boot_once(device: &mut Machine) -> Result<(f64, f64)> {
     let log = device.kernel.wait_for("is up after", LONG)?;
     ensure!(!log.contains("formatting"), "the disk was empty:\n{log}");
     let up = begin.elapsed().as_secs_f64() * 1000.0;
-    device.kernel.wait_for("w runs (pid", LONG)?;
+    device.kernel.wait_for("w0 runs (pid", LONG)?;
     let runs = begin.elapsed().as_secs_f64() * 1000.0;
     console_shows(device, "ps", "running", LONG)?;
     Ok((up, runs))

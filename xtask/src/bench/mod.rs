@@ -8,6 +8,8 @@ mod device;
 mod images;
 /// What keeper and agent cost with no workload and with twenty.
 mod memory;
+/// After an agent that was killed, and after a power cut.
+mod recovery;
 /// From a crash to running again, against podman.
 mod restart;
 /// One container after another, against other runtimes and the bare system calls.
@@ -31,6 +33,8 @@ pub enum Bench {
     Memory,
     /// Crash to running again, against podman
     Restart,
+    /// Twenty workloads after an agent that was killed, and after a power cut
+    Recovery,
     /// Pull and unpack of an image of 20,000 files, against podman, skopeo with umoci, and tar
     Images,
     /// A container from nothing to nothing, against crun, runc and the bare system calls
@@ -46,6 +50,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
         Bench::Sizes,
         Bench::Memory,
         Bench::Restart,
+        Bench::Recovery,
         Bench::Runtime,
         Bench::Start,
         Bench::Store,
@@ -59,6 +64,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
             Bench::Boot => boot::run()?,
             Bench::Memory => memory::run()?,
             Bench::Restart => restart::run()?,
+            Bench::Recovery => recovery::run()?,
             Bench::Runtime => runtime::run()?,
             Bench::Start => start::run()?,
             Bench::Images => images::run()?,
