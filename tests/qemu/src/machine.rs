@@ -83,6 +83,17 @@ impl Setup {
         self.files.push((path.to_owned(), 0o644, content.into()));
         self
     }
+
+    /// More of the device's `agent.toml`.
+    #[must_use]
+    pub fn configure(mut self, toml: &str) -> Self {
+        for (path, _, content) in &mut self.files {
+            if path == "etc/edged/agent.toml" {
+                content.extend_from_slice(toml.as_bytes());
+            }
+        }
+        self
+    }
 }
 
 /// An empty disk of `mib` MiB that takes no space until it is written to.

@@ -66,9 +66,8 @@ fn a_technician_asks_for_the_status_over_ssh() {
         let mut setup = site.device(&dir.join("device"))?;
         setup.forward.push(PORT);
         setup = setup.file("etc/edged/technicians/authorized_keys", std::fs::read(key.with_extension("pub"))?);
-        let config = setup.files.iter_mut().find(|(path, ..)| path == "etc/edged/agent.toml");
-        let (_, _, toml) = config.ok_or_else(|| anyhow::anyhow!("a device has an agent.toml"))?;
-        toml.extend_from_slice(b"\n[allow]\nbind = [\"/run/edged\", \"/etc/edged/technicians\"]\nhost-users = true\n");
+        let allow = "\n[allow]\nbind = [\"/run/edged\", \"/etc/edged/technicians\"]\nhost-users = true\n";
+        let setup = setup.configure(allow);
         let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
         let manifest = format!(
             "{HEAD}sequence: 1\nvolumes: {{ ssh-host-key: {{}} }}\nworkloads:\n  ssh:\n    image: {image}\n    user: host\n    \
