@@ -134,9 +134,10 @@ impl Device {
         process::run(Command::new("kill").args(["-TERM", &keeper]))?;
         wait::until("end of edged", PATIENCE, || Ok((!is_running(self.keeper)).then_some(())))?;
         self.edged = None;
-        let pins = fs::read_dir(self.socket.with_file_name("netns")).into_iter().flatten().flatten();
-        for pin in pins {
-            let _ = Command::new("umount").arg(pin.path()).output();
+        for pins in ["netns", "userns"] {
+            for pin in fs::read_dir(self.socket.with_file_name(pins)).into_iter().flatten().flatten() {
+                let _ = Command::new("umount").arg(pin.path()).output();
+            }
         }
         self.dir.remove();
         Ok(())
