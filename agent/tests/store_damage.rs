@@ -47,15 +47,12 @@ fn fill(root: &Path) {
     store.set_trust_root(4, b"root").unwrap();
     for n in 1..=9 {
         let generation = Generation {
-            sequence: Sequence(n),
-            digest: Digest::of(&n.to_be_bytes()),
-            manifest: Manifest { sequence: Sequence(n), ..Manifest::empty() },
             state: GenerationState::Good,
-            since: Timestamp(1),
-            reason: None,
-            ailing: std::collections::BTreeSet::new(),
-            wanted_now: false,
-            received_boot: String::new(),
+            ..Generation::received(
+                Manifest { sequence: Sequence(n), ..Manifest::empty() },
+                Digest::of(&n.to_be_bytes()),
+                Timestamp(1),
+            )
         };
         let envelope = vec![u8::try_from(n).unwrap(); 9_000];
         let own = Pointers { active: Some(Sequence(n)), last_good: Some(Sequence(n)), ..pointers() };

@@ -44,14 +44,8 @@ fn child_writer() {
         let sequence = Sequence(n);
         let generation = Generation {
             sequence,
-            digest: Digest::of(&envelope(n)),
-            manifest: Manifest::empty(),
             state: GenerationState::Good,
-            since: Timestamp(0),
-            reason: None,
-            ailing: std::collections::BTreeSet::new(),
-            wanted_now: false,
-            received_boot: String::new(),
+            ..Generation::received(Manifest::empty(), Digest::of(&envelope(n)), Timestamp(0))
         };
         let pointers = Pointers {
             active: Some(sequence),

@@ -51,17 +51,11 @@ fn tell(store: &Store, at: u64, workload: Option<WorkloadName>, generation: u64,
 fn one_generation(store: &Store, n: u64) {
     let envelope: Vec<u8> = n.to_be_bytes().into_iter().cycle().take(ENVELOPE_BYTES).collect();
     let before = (n > 1).then(|| Sequence(n - 1));
-    let mut generation = Generation {
-        sequence: Sequence(n),
-        digest: Digest::of(&envelope),
-        manifest: Manifest { sequence: Sequence(n), ..Manifest::empty() },
-        state: GenerationState::Received,
-        since: Timestamp(0),
-        reason: None,
-        ailing: std::collections::BTreeSet::new(),
-        wanted_now: false,
-        received_boot: String::new(),
-    };
+    let mut generation = Generation::received(
+        Manifest { sequence: Sequence(n), ..Manifest::empty() },
+        Digest::of(&envelope),
+        Timestamp(0),
+    );
     let own = Some(Sequence(n));
     for (state, active, last_good, candidate) in [
         (GenerationState::Received, before, before, own),

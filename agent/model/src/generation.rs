@@ -57,6 +57,23 @@ pub struct Generation {
     pub received_boot: String,
 }
 
+impl Generation {
+    /// One that has just come.
+    pub fn received(manifest: Manifest, digest: Digest, since: Timestamp) -> Self {
+        Self {
+            sequence: manifest.sequence,
+            digest,
+            manifest,
+            state: GenerationState::Received,
+            since,
+            reason: None,
+            ailing: BTreeSet::new(),
+            wanted_now: false,
+            received_boot: String::new(),
+        }
+    }
+}
+
 /// Which generation is which. Moved in one store transaction that is flushed before the first container is touched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -71,4 +88,11 @@ pub struct Pointers {
     pub highest_sequence: Sequence,
     /// Never lowered (anti-rollback).
     pub highest_trust_version: u64,
+}
+
+impl Pointers {
+    /// The generations that are still to be come back to: whatever they need stays.
+    pub fn needed(&self) -> impl Iterator<Item = Sequence> + use<> {
+        [self.active, self.last_good, self.candidate].into_iter().flatten()
+    }
 }

@@ -6,10 +6,8 @@ use edged_model::observed::Desired;
 
 /// The images that some generation needs, as its manifest spells them.
 pub fn needed_images(desired: &Desired) -> BTreeSet<&str> {
-    let pointers = &desired.pointers;
-    [pointers.active, pointers.last_good, pointers.candidate]
-        .into_iter()
-        .flatten()
+    let needed = desired.pointers.needed();
+    needed
         .filter_map(|sequence| desired.generations.get(&sequence))
         .flat_map(|generation| generation.manifest.workloads.values().map(|workload| workload.image.as_str()))
         .collect()
@@ -49,14 +47,8 @@ mod tests {
         manifest.workloads.insert(WorkloadName::parse("w").unwrap(), Workload::of_image(image));
         let generation = Generation {
             sequence: Sequence(number),
-            digest: Digest::of(image.as_bytes()),
-            manifest,
             state: GenerationState::Good,
-            since: Timestamp(0),
-            reason: None,
-            ailing: std::collections::BTreeSet::new(),
-            wanted_now: false,
-            received_boot: String::new(),
+            ..Generation::received(manifest, Digest::of(image.as_bytes()), Timestamp(0))
         };
         (Sequence(number), generation)
     }

@@ -75,14 +75,9 @@ mod tests {
         manifest.update.window = (apply == Apply::Window).then_some(window);
         Generation {
             sequence: Sequence(2),
-            digest: Digest::of(b"2"),
-            manifest,
             state: GenerationState::Staged,
-            since: Timestamp(0),
-            reason: None,
-            ailing: Default::default(),
-            wanted_now: false,
             received_boot: "this".to_owned(),
+            ..Generation::received(manifest, Digest::of(b"2"), Timestamp(0))
         }
     }
 

@@ -150,14 +150,7 @@ mod tests {
     fn generation(n: u64) -> Generation {
         Generation {
             sequence: Sequence(n),
-            digest: Digest::of(&[n as u8]),
-            manifest: Manifest::empty(),
-            state: GenerationState::Received,
-            since: Timestamp(0),
-            reason: None,
-            ailing: BTreeSet::new(),
-            wanted_now: false,
-            received_boot: String::new(),
+            ..Generation::received(Manifest::empty(), Digest::of(&[n as u8]), Timestamp(0))
         }
     }
 

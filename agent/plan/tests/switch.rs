@@ -1,6 +1,6 @@
 //! Single moments of a switch that a simulated history found to go wrong.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use edged_model::action::{Action, Plan};
 use edged_model::generation::{Generation, GenerationState, Pointers};
@@ -30,15 +30,12 @@ fn workload(version: &str, memory: u64) -> Workload {
 fn generation(n: u64, state: GenerationState, workloads: &[(&str, &Workload)]) -> Generation {
     let workloads = workloads.iter().map(|(text, workload)| (name(text), (*workload).clone())).collect();
     Generation {
-        sequence: Sequence(n),
-        digest: Digest::of(&n.to_le_bytes()),
-        manifest: Manifest { sequence: Sequence(n), workloads, ..Manifest::empty() },
         state,
-        since: Timestamp(0),
-        reason: None,
-        ailing: BTreeSet::new(),
-        wanted_now: false,
-        received_boot: String::new(),
+        ..Generation::received(
+            Manifest { sequence: Sequence(n), workloads, ..Manifest::empty() },
+            Digest::of(&n.to_le_bytes()),
+            Timestamp(0),
+        )
     }
 }
 

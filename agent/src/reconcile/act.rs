@@ -77,19 +77,11 @@ impl Agent {
         match result {
             Ok(ready) => {
                 crash_point::pass("image-told");
-                let (record, key) = (ready.clone(), image.clone());
-                let written = self.writes.submit(move |store| {
-                    if let Err(error) = store.put_image(&key, &record) {
-                        tracing::error!("image record: {}", inline_chain(&error));
-                    }
-                    crash_point::pass("image-stored");
-                });
-                self.warn_if_busy(written);
+                self.remember_image(image.clone(), ready.clone());
                 self.world.observed.images.insert(image.clone(), ImageStatus::Ready { digest: ready.digest });
                 let text = format!("image {image} ({}) is on disk and verified", ready.digest.short());
                 self.tell(None, None, &Reason::new(Code::ImageReady, text), "agent");
                 self.collected.no_room.remove(&image);
-                self.images.insert(image, ready);
             }
             Err(failure) => {
                 let attempts = self.pull_attempts.get(&image).copied().unwrap_or(0) + 1;

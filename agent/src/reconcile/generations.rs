@@ -225,17 +225,7 @@ mod tests {
     fn generation(n: u64, state: GenerationState) -> Generation {
         let digest = Digest::of(&n.to_le_bytes());
         let (sequence, manifest) = (Sequence(n), Manifest::empty());
-        Generation {
-            sequence,
-            digest,
-            manifest,
-            state,
-            since: Timestamp(0),
-            reason: None,
-            ailing: std::collections::BTreeSet::new(),
-            wanted_now: false,
-            received_boot: String::new(),
-        }
+        Generation { sequence, state, ..Generation::received(manifest, digest, Timestamp(0)) }
     }
 
     #[test]

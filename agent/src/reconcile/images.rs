@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use super::{Agent, Message, answer};
 use crate::content::Content;
 use crate::content::usage::tree_bytes;
+use crate::crash_point;
 use crate::execute::check;
 use crate::execute::pull::load::{self, Loaded, Wish};
 use crate::execute::pull::{PullFailure, ReadyImage};
@@ -36,10 +37,8 @@ struct Users {
 }
 
 fn users<K: Ord>(desired: &Desired, of: impl Fn(&edged_model::manifest::Workload) -> Vec<K>) -> BTreeMap<K, Users> {
-    let pointers = &desired.pointers;
-    let sequences = [pointers.active, pointers.last_good, pointers.candidate];
     let mut all: BTreeMap<K, Users> = BTreeMap::new();
-    for generation in sequences.into_iter().flatten().filter_map(|sequence| desired.generations.get(&sequence)) {
+    for generation in desired.pointers.needed().filter_map(|sequence| desired.generations.get(&sequence)) {
         for (name, workload) in &generation.manifest.workloads {
             for key in of(workload) {
                 let users = all.entry(key).or_default();
@@ -98,17 +97,23 @@ impl Agent {
         answer_last(reply, Answer::Loaded(shown));
     }
 
+    /// What a name has become, for this agent and the next.
+    pub(super) fn remember_image(&mut self, name: String, image: ReadyImage) {
+        let (key, record) = (name.clone(), image.clone());
+        let written = self.writes.submit(move |store| {
+            if let Err(error) = store.put_image(&key, &record) {
+                tracing::error!("image record: {}", inline_chain(&error));
+            }
+            crash_point::pass("image-stored");
+        });
+        self.warn_if_busy(written);
+        self.images.insert(name, image);
+    }
+
     /// Images that wait for a later try can be had now.
     fn image_came(&mut self, names: Vec<String>, image: ReadyImage) {
         for name in names {
-            let (key, record) = (name.clone(), image.clone());
-            let written = self.writes.submit(move |store| {
-                if let Err(error) = store.put_image(&key, &record) {
-                    tracing::error!("image record: {}", inline_chain(&error));
-                }
-            });
-            self.warn_if_busy(written);
-            self.images.insert(name, image.clone());
+            self.remember_image(name, image.clone());
         }
         let failed = |status: &ImageStatus| matches!(status, ImageStatus::Failed { .. });
         self.world.observed.images.retain(|_, status| !failed(status));

@@ -121,15 +121,8 @@ impl Agent {
         let (sequence, issued) = (verified.manifest.sequence, verified.manifest.issued);
         let now = self.now().wall;
         let generation = Generation {
-            sequence,
-            digest: verified.digest,
-            manifest: verified.manifest,
-            state: GenerationState::Received,
-            since: now,
-            reason: None,
-            ailing: std::collections::BTreeSet::new(),
-            wanted_now: false,
             received_boot: self.boot_id.clone(),
+            ..Generation::received(verified.manifest, verified.digest, now)
         };
         let signers = verified.signers.iter().map(edged_model::id::Digest::short).collect::<Vec<_>>().join(", ");
         let why = Reason::new(

@@ -355,6 +355,11 @@ impl Agent {
         desired.generations.get(&desired.pointers.active?)
     }
 
+    fn candidate(&self) -> Option<&Generation> {
+        let desired = &self.world.desired;
+        desired.generations.get(&desired.pointers.candidate?)
+    }
+
     fn newest_digest(&self) -> Option<Digest> {
         let desired = &self.world.desired;
         desired.generations.get(&desired.pointers.highest_sequence).map(|generation| generation.digest)

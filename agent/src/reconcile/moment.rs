@@ -53,9 +53,7 @@ const LOOK_EVERY_MS: u64 = 4_000;
 impl Agent {
     /// While a generation waits to take over, somebody looks at the locks; until the first look it waits for that.
     pub(super) fn look_at_locks(&mut self, now: Now) {
-        let desired = &self.world.desired;
-        let candidate = desired.pointers.candidate.and_then(|sequence| desired.generations.get(&sequence));
-        if candidate.is_none_or(|candidate| candidate.state != GenerationState::Staged) {
+        if self.candidate().is_none_or(|candidate| candidate.state != GenerationState::Staged) {
             self.world.observed.moment.locks_unseen = true;
             self.leases.seen_at_boot_ms = None;
             return;
@@ -88,9 +86,7 @@ impl Agent {
 
     /// `edgectl activate`: the generation on its way waits for nothing but its images.
     pub(super) fn activate(&mut self, answers: mpsc::Sender<Answer>, sequence: Option<Sequence>, by: &str) {
-        let desired = &self.world.desired;
-        let candidate = desired.pointers.candidate.and_then(|candidate| desired.generations.get(&candidate));
-        let generation = match candidate {
+        let generation = match self.candidate() {
             _ if self.under_way.change => {
                 return error(
                     &answers,

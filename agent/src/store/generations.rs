@@ -54,8 +54,7 @@ impl Store {
         if let Some((sequence, bytes)) = envelope {
             changes.push(put(trees::ENVELOPES, &number_key(sequence.0), &Blob(bytes.to_vec()))?);
         }
-        let pointed = [pointers.active, pointers.last_good, pointers.candidate];
-        for sequence in pointed.into_iter().flatten() {
+        for sequence in pointers.needed() {
             let comes = changed.iter().any(|generation| generation.sequence == sequence);
             if !comes && self.generation(sequence)?.is_none() {
                 return Err(StoreError::NoSuchGeneration { sequence });
@@ -66,7 +65,7 @@ impl Store {
             }
         }
         let mut others = self.with_door(|door| door.keys(trees::GENERATIONS))?;
-        let needed = pointed.iter().flatten().copied().chain(changed.iter().map(|generation| generation.sequence));
+        let needed = pointers.needed().chain(changed.iter().map(|generation| generation.sequence));
         let needed: Vec<String> = needed.map(|sequence| number_key(sequence.0)).collect();
         others.retain(|key| !needed.contains(key));
         for key in &others[..others.len().saturating_sub(HISTORY_MAX)] {

@@ -24,15 +24,12 @@ fn open(dir: &tempfile::TempDir) -> (Store, Opened) {
 
 fn generation(sequence: u64, state: GenerationState) -> Generation {
     Generation {
-        sequence: Sequence(sequence),
-        digest: Digest::of(&sequence.to_be_bytes()),
-        manifest: Manifest { sequence: Sequence(sequence), ..Manifest::empty() },
         state,
-        since: Timestamp(1),
-        reason: None,
-        ailing: std::collections::BTreeSet::new(),
-        wanted_now: false,
-        received_boot: String::new(),
+        ..Generation::received(
+            Manifest { sequence: Sequence(sequence), ..Manifest::empty() },
+            Digest::of(&sequence.to_be_bytes()),
+            Timestamp(1),
+        )
     }
 }
 

@@ -72,14 +72,8 @@ mod tests {
         let manifest = Manifest { issued: Timestamp(issued), expires: Timestamp(expires), ..Manifest::empty() };
         Generation {
             sequence: Sequence(7),
-            digest: Digest::of(b"m"),
-            manifest,
             state: GenerationState::Good,
-            since: Timestamp(issued),
-            reason: None,
-            ailing: Default::default(),
-            wanted_now: false,
-            received_boot: String::new(),
+            ..Generation::received(manifest, Digest::of(b"m"), Timestamp(issued))
         }
     }
 

@@ -634,17 +634,8 @@ impl Sim {
                 self.world.observed.images.remove(&workload.image);
             }
         }
-        let generation = Generation {
-            sequence: manifest.sequence,
-            digest: Digest::of(&manifest.sequence.0.to_le_bytes()),
-            manifest,
-            state: GenerationState::Received,
-            since: Timestamp(0),
-            reason: None,
-            ailing: std::collections::BTreeSet::new(),
-            wanted_now: false,
-            received_boot: String::new(),
-        };
+        let digest = Digest::of(&manifest.sequence.0.to_le_bytes());
+        let generation = Generation::received(manifest, digest, Timestamp(0));
         let change = transition::received(&self.world.desired, generation, self.now().wall);
         self.under_way.change = true;
         self.send(Mail::Changed { change: Box::new(change), activated: false });
