@@ -1,6 +1,5 @@
 //! From a described launch to one in namespaces of its own: the network namespace, and the user namespace with its ids.
 
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use edged_model::id::WorkloadName;
@@ -10,12 +9,11 @@ use edged_model::reason::{Code, Reason};
 
 use super::place;
 use super::pull::ReadyImage;
-use super::start::{self, Prepared, Purpose, StartContext, netns_path};
+use super::start::{self, Prepared, Purpose, StartContext, failed, netns_path};
 use super::user_ids::IDS_PER_WORKLOAD;
 use crate::crash_point;
 use crate::network::netns;
-use crate::runtime::mapped::{self, Around, MappedError};
-use crate::store::inline_chain;
+use crate::runtime::mapped::{self, Around, MappedError, index};
 
 /// Where the workload's user namespace is pinned. The range is in the name: one made for another is not taken.
 fn userns_path(ctx: &StartContext, name: &WorkloadName, first: u32) -> PathBuf {
@@ -121,14 +119,6 @@ fn with_own_ids(
 
 fn give_run_files(ctx: &StartContext, name: &WorkloadName, root: u32) -> Result<(), Reason> {
     place::give_run_files(&place::run_home(&ctx.places, name), root).map_err(|error| failed(name, &error))
-}
-
-fn index(fds: &[OwnedFd]) -> u32 {
-    u32::try_from(fds.len()).unwrap_or(u32::MAX)
-}
-
-fn failed(name: &WorkloadName, error: &dyn std::error::Error) -> Reason {
-    Reason::new(Code::StartFailed, format!("{name} could not be started: {}", inline_chain(error)))
 }
 
 fn explain(name: &WorkloadName, error: &MappedError) -> Reason {

@@ -120,7 +120,7 @@ pub fn netns_path(places: &Places, name: &WorkloadName, mode: NetworkMode) -> Op
     }
 }
 
-fn failed(name: &WorkloadName, error: &dyn std::error::Error) -> Reason {
+pub(super) fn failed(name: &WorkloadName, error: &dyn std::error::Error) -> Reason {
     Reason::new(Code::StartFailed, format!("{name} could not be started: {}", inline_chain(error)))
 }
 

@@ -4,8 +4,7 @@
 //! `user-ids` in the data directory: one line for each workload, its name and the number of its range.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,6 +12,7 @@ use edged_model::id::WorkloadName;
 use edged_model::keeper::IdMapping;
 
 use crate::config::UserIds;
+use crate::store::{StoreError, keep};
 
 /// As many as there are in a range: what Debian's and Fedora's useradd(8) give a user too.
 pub const IDS_PER_WORKLOAD: u32 = 65_536;
@@ -21,12 +21,8 @@ pub const IDS_PER_WORKLOAD: u32 = 65_536;
 pub enum UserIdsError {
     #[error("no user ids are left for {workload}: {ranges} ranges of {IDS_PER_WORKLOAD} are in use")]
     NoneLeft { workload: WorkloadName, ranges: u32 },
-    #[error("cannot write {path}")]
-    Write {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Write(#[from] StoreError),
 }
 
 /// The only writer of its file.
@@ -41,6 +37,7 @@ impl Ranges {
     /// What is not there or cannot be read counts as nothing given yet; but whoever runs keeps what its pinned user
     /// namespace says (`pins`, see [`super::isolate`]).
     pub fn open(file: PathBuf, pins: &Path, ids: UserIds) -> Self {
+        keep::sweep_unfinished(file.parent().unwrap_or(Path::new("/")));
         let mut text = fs::read_to_string(&file).unwrap_or_default();
         for pin in fs::read_dir(pins).into_iter().flatten().flatten() {
             let pin = pin.file_name();
@@ -68,9 +65,9 @@ impl Ranges {
         let free = (0..ranges).find(|number| !taken.values().any(|other| other == number));
         let number = free.ok_or_else(|| UserIdsError::NoneLeft { workload: workload.clone(), ranges })?;
         taken.insert(workload.clone(), number);
-        if let Err(source) = write(&self.file, &taken) {
+        if let Err(error) = write(&self.file, &taken) {
             taken.remove(workload);
-            return Err(UserIdsError::Write { path: self.file.clone(), source });
+            return Err(error);
         }
         Ok(self.mapping(number))
     }
@@ -80,9 +77,7 @@ impl Ranges {
         let mut taken = self.taken();
         match taken.remove(workload) {
             None => Ok(()),
-            Some(_) => {
-                write(&self.file, &taken).map_err(|source| UserIdsError::Write { path: self.file.clone(), source })
-            }
+            Some(_) => write(&self.file, &taken),
         }
     }
 
@@ -109,14 +104,9 @@ fn parse(text: &str, ranges: u32) -> BTreeMap<WorkloadName, u32> {
     taken
 }
 
-fn write(path: &Path, taken: &BTreeMap<WorkloadName, u32>) -> io::Result<()> {
+fn write(path: &Path, taken: &BTreeMap<WorkloadName, u32>) -> Result<(), UserIdsError> {
     let text: String = taken.iter().map(|(name, number)| format!("{name} {number}\n")).collect();
-    let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    Ok(keep::durable(path, text.as_bytes(), 0o644)?)
 }
 
 #[cfg(test)]

@@ -276,7 +276,8 @@ impl Mapping {
 #[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
 const MS_PRIVATE: u64 = nix::mount::MsFlags::MS_PRIVATE.bits() as u64;
 
-fn index(fds: &[OwnedFd]) -> u32 {
+/// The next descriptor's index in a launch.
+pub fn index(fds: &[OwnedFd]) -> u32 {
     u32::try_from(fds.len()).unwrap_or(u32::MAX)
 }
 
