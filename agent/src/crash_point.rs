@@ -3,8 +3,8 @@
 //!
 //! Only in builds for tests and debugging, and only where the environment names a file with `<point> <n>` in it: the agent
 //! that passes that point for the n-th time takes the file away and is gone, with no destructor and no handler run. In any
-//! other build [`pass`] is nothing. (The crate `fail` does this and much more; it would bring three crates and a registry of callbacks, and cannot
-//! die once over several processes, which is what a supervisor needs.)
+//! other build [`pass`] is nothing. (The crate `fail` does this and much more; it would bring three
+//! crates and a registry of callbacks, and cannot die once over several processes, which is what a supervisor needs.)
 
 /// Names the file that holds the name of a point.
 pub const FILE_ENV: &str = "EDGED_CRASH_POINT_FILE";

@@ -495,6 +495,19 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_that_was_renamed_into_its_place_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
+        layer(&root);
+        write(&root, &Sums::default(), &table).unwrap();
+        // As f2fs does when a directory comes under another one.
+        File::open(&root).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        assert_eq!(checked(&root, &table).damage, [""; 0]);
+        File::open(root.join("bin")).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        assert!(checked(&root, &table).damage[0].starts_with("./bin is"), "any other directory's time is the image's");
+    }
+
+    #[test]
     fn sums_taken_while_writing_are_believed_until_something_was_taken_away() {
         let dir = tempfile::tempdir().unwrap();
         let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
