@@ -273,12 +273,11 @@ impl Stick {
             layers: vec![root],
             architecture: architecture().to_owned(),
             entrypoint: vec!["/bin/app".to_owned()],
-            cmd: Vec::new(),
             env: vec!["A=b".to_owned()],
             workdir: Some("/data".to_owned()),
             user: Some("1:2".to_owned()),
-            stop_signal: None,
             reference: "v1".to_owned(),
+            ..BuildSpec::default()
         };
         let digest = build_layout(&spec, &layout).unwrap();
         let blob = |digest: Digest| std::fs::read(layout.join("blobs/sha256").join(digest.hex())).unwrap();

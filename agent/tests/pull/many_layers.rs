@@ -15,12 +15,8 @@ fn an_image_of_a_hundred_layers_is_pulled_and_can_be_mounted() {
         layers,
         architecture: architecture().to_owned(),
         entrypoint: vec!["/bin/app".to_owned()],
-        cmd: Vec::new(),
-        env: Vec::new(),
-        workdir: None,
-        user: None,
-        stop_signal: None,
         reference: "v1".to_owned(),
+        ..BuildSpec::default()
     };
     let digest = build_layout(&spec, &layout).unwrap();
     let device = Device::new([]).trusting_digests();

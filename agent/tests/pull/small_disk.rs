@@ -42,12 +42,8 @@ fn build(dir: &Path, text: &str) -> String {
         layers: vec![lower, upper],
         architecture: architecture().to_owned(),
         entrypoint: vec!["/bin/app".to_owned()],
-        cmd: Vec::new(),
-        env: Vec::new(),
-        workdir: None,
-        user: None,
-        stop_signal: None,
         reference: "v1".to_owned(),
+        ..BuildSpec::default()
     };
     let digest = build_layout(&spec, &layout).unwrap();
     format!("oci:{}@{digest}", layout.display())

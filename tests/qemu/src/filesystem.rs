@@ -23,17 +23,18 @@ impl Filesystem {
         }
     }
 
+    /// The checker and its words for looking only.
+    fn checker(self) -> (&'static str, &'static [&'static str]) {
+        match self {
+            Self::Ext4 => ("e2fsck", &["-fn"]),
+            Self::F2fs => ("fsck.f2fs", &["-f", "--dry-run"]),
+        }
+    }
+
     /// Looks through a disk without changing it; an error has all that the checker said.
     pub fn check(self, disk: &Path) -> Result<()> {
-        let mut command = match self {
-            Self::Ext4 => Command::new("e2fsck"),
-            Self::F2fs => Command::new("fsck.f2fs"),
-        };
-        match self {
-            Self::Ext4 => command.arg("-fn"),
-            Self::F2fs => command.args(["-f", "--dry-run"]),
-        };
-        let output = command.arg(disk).output()?;
+        let (program, look_only) = self.checker();
+        let output = Command::new(program).args(look_only).arg(disk).output()?;
         let said = String::from_utf8_lossy(&output.stdout);
         // fsck.f2fs ends with 0 when it only looks, and tells in words.
         let is_clean = output.status.success() && !said.contains("[Fail]");
@@ -43,11 +44,8 @@ impl Filesystem {
 
     /// Mends a disk as a boot would; whether it can be used now.
     pub fn mend(self, disk: &Path) -> Result<bool> {
-        let mut command = match self {
-            Self::Ext4 => Command::new("e2fsck"),
-            Self::F2fs => Command::new("fsck.f2fs"),
-        };
-        Ok(command.args(["-f", "-y"]).arg(disk).output()?.status.success())
+        let (program, _) = self.checker();
+        Ok(Command::new(program).args(["-f", "-y"]).arg(disk).output()?.status.success())
     }
 }
 

@@ -24,15 +24,16 @@ const KILLS: usize = 5;
 const CUTS: usize = 3;
 
 pub fn run() -> Result<()> {
+    let rows = [
+        ("agent killed, until its successor answers", after_kills()?),
+        ("power cut, from hand-off until all run", after_cuts()?),
+    ];
     println!("{:<46} {:>10} {:>10}", format!("{WORKLOADS} workloads, ms"), "median", "p95");
-    print("agent killed, until its successor answers", after_kills()?);
-    print("power cut, from hand-off until all run", after_cuts()?);
+    for (what, times) in rows {
+        let (median, p95) = median_and_p95(times);
+        println!("{what:<46} {median:>10.0} {p95:>10.0}");
+    }
     Ok(())
-}
-
-fn print(what: &str, times: Vec<f64>) {
-    let (median, p95) = median_and_p95(times);
-    println!("{what:<46} {median:>10.0} {p95:>10.0}");
 }
 
 fn after_kills() -> Result<Vec<f64>> {
