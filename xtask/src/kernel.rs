@@ -19,14 +19,13 @@ use crate::progress;
 const SUITE: &str = "trixie";
 
 /// What a device loads, in this order. What the kernel has built in, or does not have at all, is left out.
-const WANTED: [&str; 10] = [
+const WANTED: [&str; 9] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_blk",
     "virtio_net",
     "virtio_console",
     "virtio_rng",
-    "ext4",
     "overlay",
     "i6300esb",
     "softdog",
@@ -76,18 +75,17 @@ impl Kernel {
         Ok(Self { image: tree.join(format!("boot/vmlinuz-{release}")), release, modules, dependencies, soft })
     }
 
-    /// What a device needs, dependencies first. The keeper loads f2fs when it meets such a disk.
+    /// What a device needs, dependencies first. The data disk's file system is there to be loaded when the keeper has seen
+    /// the disk; it is not among the names.
     pub fn pick(&self, filesystem: Filesystem) -> Picked {
         let mut picked = Picked::default();
         let mut seen = BTreeSet::new();
         for name in WANTED {
             self.take(name, &mut seen, &mut picked);
         }
-        if filesystem == Filesystem::F2fs {
-            let loaded_at_boot = picked.names.clone();
-            self.take("f2fs", &mut seen, &mut picked);
-            picked.names = loaded_at_boot;
-        }
+        let at_boot = picked.names.len();
+        self.take(filesystem.name(), &mut seen, &mut picked);
+        picked.names.truncate(at_boot);
         picked
     }
 

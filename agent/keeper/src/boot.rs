@@ -260,7 +260,7 @@ mod tests {
         // /proc/sys/kernel, uname's directory, /sys/fs/cgroup, /dev.
         before("kernel file systems", "modules");
         before("kernel file systems", "cgroups");
-        // The disk's driver and ext4 may be modules; the floor lies on the disk.
+        // The disk's driver may be a module; the floor lies on the disk.
         before("modules", "data disk");
         before("data disk", "clock");
         // mkfs and e2fsck run in the keeper's group, not in the root's.
