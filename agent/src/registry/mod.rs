@@ -25,6 +25,8 @@ pub mod layout;
 pub mod platform;
 /// Image names.
 pub mod reference;
+/// What an answer says of the next try.
+pub mod retry_after;
 /// Where an image comes from: a registry or a layout.
 pub mod source;
 /// What may come a second and a day.
@@ -317,7 +319,7 @@ impl Client {
     }
 
     fn refused(&self, what: &str, response: &Response<Body>) -> RegistryError {
-        let mut error = refused(what, response);
+        let mut error = refused(what, response, self.traffic.unix_secs());
         if error.reason.code == Code::ImageUnauthorized {
             if self.basic.is_some() {
                 error.reason.text.push_str(": the user name or password is wrong, or may not read this");
@@ -362,7 +364,7 @@ fn broken(what: &str, error: &io::Error) -> RegistryError {
     RegistryError::new(Code::RegistryUnavailable, format!("{what}: {error}"), false)
 }
 
-fn refused(what: &str, response: &Response<Body>) -> RegistryError {
+fn refused(what: &str, response: &Response<Body>, now_unix_secs: i64) -> RegistryError {
     let status = response.status().as_u16();
     let (code, permanent) = match status {
         401 | 403 => (Code::ImageUnauthorized, true),
@@ -370,11 +372,12 @@ fn refused(what: &str, response: &Response<Body>) -> RegistryError {
         408 | 429 | 500..=599 => (Code::RegistryUnavailable, false),
         _ => (Code::RegistryRefused, true),
     };
-    let retry_after = response.headers().get(header::RETRY_AFTER);
-    let seconds = retry_after.and_then(|value| value.to_str().ok()?.parse().ok());
-    let asked = seconds.map(|seconds: u64| format!(", asks to come back in {seconds} s")).unwrap_or_default();
+    let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+    let retry_after =
+        text(header::RETRY_AFTER).and_then(|value| retry_after::pause(value, text(header::DATE), Some(now_unix_secs)));
+    let asked = retry_after.map(|pause| format!(", asks to come back in {} s", pause.as_secs())).unwrap_or_default();
     let mut error = RegistryError::new(code, format!("{what}: the registry answers {status}{asked}"), permanent);
-    error.retry_after = seconds.map(Duration::from_secs);
+    error.retry_after = retry_after;
     error
 }
 

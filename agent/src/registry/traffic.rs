@@ -108,6 +108,10 @@ impl Traffic {
         (self.clock.boot_ms)()
     }
 
+    pub(super) fn unix_secs(&self) -> i64 {
+        (self.clock.unix_secs)()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Count> {
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -37,7 +37,7 @@ use ureq::http::Response;
 
 use crate::config::Fleet;
 use crate::crash_point;
-use crate::registry;
+use crate::registry::{self, retry_after};
 use crate::store::{Durability, Store, inline_chain};
 
 /// An error document is read no further than this.
@@ -274,8 +274,10 @@ fn page(url: &str) -> Refused {
 /// An answer that is none of those hoped for, with the fleet's own words where it has some (RFC 9457).
 fn refusal(url: &str, response: Response<ureq::Body>) -> Refused {
     let status = response.status();
-    let after = response.headers().get("retry-after").and_then(|value| value.to_str().ok());
-    let retry_after_secs = retry::retry_after_secs(after);
+    let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+    // Without a `Date` beside it a date is not obeyed: this room has no clock to hold it against.
+    let retry_after = header("retry-after").and_then(|value| retry_after::pause(value, header("date"), None));
+    let retry_after_secs = retry_after.map(|pause| pause.as_secs());
     let mut body = response.into_body();
     // The words are for people: when they do not come, the status says enough.
     let bytes = body.with_config().limit(PROBLEM_MAX_BYTES).read_to_vec().unwrap_or_default();

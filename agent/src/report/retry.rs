@@ -46,12 +46,6 @@ pub fn pause(failures: u32, retry_after_secs: Option<u64>, random: u16) -> Durat
     Duration::from_millis(own_ms.max(asked_ms))
 }
 
-/// `Retry-After` in seconds (RFC 9110, section 10.2.3). Its other form, a date, needs a clock that is right: it is not
-/// obeyed, and the own pause stands.
-pub fn retry_after_secs(value: Option<&str>) -> Option<u64> {
-    value?.trim().parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -72,14 +66,6 @@ mod tests {
             (503, Verdict::Later),
         ] {
             assert_eq!(verdict(status), expected, "{status}");
-        }
-    }
-
-    #[test]
-    fn a_pause_that_is_no_number_of_seconds_is_not_obeyed() {
-        assert_eq!(retry_after_secs(Some(" 7 ")), Some(7));
-        for other in [None, Some("Fri, 31 Dec 1999 23:59:59 GMT"), Some("-1"), Some("")] {
-            assert_eq!(retry_after_secs(other), None, "{other:?}");
         }
     }
 

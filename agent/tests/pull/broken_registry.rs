@@ -108,6 +108,12 @@ fn a_registry_that_asks_for_patience_gets_it() {
     );
     assert!(!failure.permanent && failure.reason.text.contains("3600"), "{}", failure.reason);
     assert_eq!(server.requests().len(), 1, "it was asked to wait, and is not asked again");
+    let date = |answer: Answer| answer.header("Date", "Wed, 21 Oct 2015 07:27:00 GMT");
+    let in_an_hour = "Wed, 21 Oct 2015 08:27:00 GMT";
+    let (_, server, result) = pull_from(move |_, _| date(Answer::new(503, "").header("Retry-After", in_an_hour)));
+    let failure = result.unwrap_err();
+    assert_eq!(failure.retry_after, Some(Duration::from_secs(3600)), "by the registry's own clock");
+    assert!(failure.reason.text.contains("in 3600 s") && server.requests().len() == 1, "{}", failure.reason);
     let (_, _, result) = pull_from(|good, request| match request.before {
         0 => Answer::new(429, "").header("Retry-After", "0"),
         1 => Answer::new(500, ""),
