@@ -12,6 +12,93 @@ const SKIPPABLE: u32 = 0x184d_2a50;
 /// Decoded at a time.
 const CHUNK_BYTES: usize = 128 << 10;
 
+/// The longest beginning of a frame that is needed to read its header, the magic number with it.
+pub const HEADER_MAX_BYTES: usize = 18;
+
+/// What a frame says of itself (RFC 8878, 3.1.1.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    pub window: u64,
+    /// Of what it unpacks to, where its writer knew.
+    pub content_size: Option<u64>,
+}
+
+impl Header {
+    /// `None`: this is no frame, or not enough of one.
+    pub fn parse(begin: &[u8]) -> Option<Self> {
+        let header = begin.strip_prefix(&MAGIC.to_le_bytes())?;
+        header.get(..header_bytes(*header.first()?)).map(read_header)
+    }
+}
+
+/// By its first byte, how long a header is.
+fn header_bytes(descriptor: u8) -> usize {
+    let single_segment = descriptor & 0x20 != 0;
+    1 + usize::from(!single_segment) + dictionary_bytes(descriptor) + size_bytes(descriptor)
+}
+
+fn dictionary_bytes(descriptor: u8) -> usize {
+    [0, 1, 2, 4][usize::from(descriptor & 3)]
+}
+
+fn size_bytes(descriptor: u8) -> usize {
+    match descriptor >> 6 {
+        0 => usize::from(descriptor & 0x20 != 0),
+        1 => 2,
+        2 => 4,
+        _ => 8,
+    }
+}
+
+/// A whole header.
+fn read_header(header: &[u8]) -> Header {
+    let descriptor = header[0];
+    let size_bytes = size_bytes(descriptor);
+    let content_size = (size_bytes > 0).then(|| {
+        let mut size = [0; 8];
+        size[..size_bytes].copy_from_slice(&header[header.len() - size_bytes..]);
+        // A size of two bytes counts from 256.
+        u64::from_le_bytes(size) + if size_bytes == 2 { 256 } else { 0 }
+    });
+    let window = match content_size {
+        Some(size) if descriptor & 0x20 != 0 => size,
+        _ => {
+            let base = 1_u64 << (10 + (header[1] >> 3));
+            base + base / 8 * u64::from(header[1] & 7)
+        }
+    };
+    Header { window, content_size }
+}
+
+/// At the end of a seek table (zstd's contrib/seekable_format).
+pub const SEEK_FOOTER_BYTES: usize = 9;
+const SEEK_MAGIC: u32 = 0x8f92_eab1;
+/// A layer of frames of 4 MiB has fewer.
+const SEEK_FRAMES_MAX: usize = 1 << 16;
+
+/// How long the seek table is that ends with this footer, as a skippable frame; `None`: there is none.
+pub fn seek_table_bytes(footer: &[u8]) -> Option<usize> {
+    let (frames, entry) = seek_footer(footer)?;
+    (frames <= SEEK_FRAMES_MAX).then(|| 8 + frames * entry + SEEK_FOOTER_BYTES)
+}
+
+fn seek_footer(footer: &[u8]) -> Option<(usize, usize)> {
+    let footer: &[u8; SEEK_FOOTER_BYTES] = footer.try_into().ok()?;
+    let [a, b, c, d, descriptor, magic @ ..] = *footer;
+    let has_checksums = descriptor & 0x80 != 0;
+    let frames = usize::try_from(u32::from_le_bytes([a, b, c, d])).ok()?;
+    (u32::from_le_bytes(magic) == SEEK_MAGIC).then_some((frames, if has_checksums { 12 } else { 8 }))
+}
+
+/// What all frames of a stream of `size` bytes unpack to, by its seek table; `None` if that speaks of another stream.
+pub fn seek_table_content(table: &[u8], size: u64) -> Option<u64> {
+    let (_, entry) = seek_footer(table.get(table.len().checked_sub(SEEK_FOOTER_BYTES)?..)?)?;
+    let entries = table.get(8..table.len() - SEEK_FOOTER_BYTES)?.chunks_exact(entry);
+    let number = |bytes: &[u8]| bytes.try_into().map_or(0, |bytes| u64::from(u32::from_le_bytes(bytes)));
+    let sum = |at: usize| entries.clone().map(|entry| number(&entry[at..at + 4])).sum::<u64>();
+    (sum(0) + table.len() as u64 == size).then(|| sum(4))
+}
+
 pub struct ZstdReader<R> {
     input: R,
     decoder: FrameDecoder,
@@ -50,31 +137,13 @@ impl<R: Read> ZstdReader<R> {
         }
     }
 
-    /// The header behind the magic number (RFC 8878, 3.1.1.1), its window checked.
+    /// The header behind the magic number, its window checked.
     fn frame_header(&mut self) -> io::Result<Vec<u8>> {
         let mut header = vec![0; 1];
         self.input.read_exact(&mut header)?;
-        let descriptor = header[0];
-        let single_segment = descriptor & 0x20 != 0;
-        let dictionary_bytes = [0, 1, 2, 4][usize::from(descriptor & 3)];
-        let size_bytes = match descriptor >> 6 {
-            0 => usize::from(single_segment),
-            1 => 2,
-            2 => 4,
-            _ => 8,
-        };
-        let window_bytes = usize::from(!single_segment);
-        header.resize(1 + window_bytes + dictionary_bytes + size_bytes, 0);
+        header.resize(header_bytes(header[0]), 0);
         self.input.read_exact(&mut header[1..])?;
-        let window = if single_segment {
-            let mut size = [0; 8];
-            size[..size_bytes].copy_from_slice(&header[1 + dictionary_bytes..]);
-            // A size of two bytes counts from 256.
-            u64::from_le_bytes(size) + if size_bytes == 2 { 256 } else { 0 }
-        } else {
-            let base = 1_u64 << (10 + (header[1] >> 3));
-            base + base / 8 * u64::from(header[1] & 7)
-        };
+        let window = read_header(&header).window;
         if window > WINDOW_MAX_BYTES {
             return Err(bad(&format!(
                 "its zstd window of {window} bytes is more than the {WINDOW_MAX_BYTES} this device has for it"
@@ -126,12 +195,27 @@ fn read_whole_or_none(reader: &mut impl Read, buffer: &mut [u8]) -> io::Result<b
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use std::io::Write;
     use std::process::{Command, Stdio};
 
-    fn zstd(args: &[&str], input: &[u8]) -> Vec<u8> {
+    /// The frames with a seek table behind them.
+    pub fn seekable(frames: &[Vec<u8>], contents: &[usize], with_checksums: bool) -> Vec<u8> {
+        let mut table = Vec::new();
+        for (frame, content) in frames.iter().zip(contents) {
+            table.extend((frame.len() as u32).to_le_bytes());
+            table.extend((*content as u32).to_le_bytes());
+            table.extend(if with_checksums { vec![7; 4] } else { Vec::new() });
+        }
+        table.extend((frames.len() as u32).to_le_bytes());
+        table.push(if with_checksums { 0x80 } else { 0 });
+        table.extend(SEEK_MAGIC.to_le_bytes());
+        let head = [0x184d_2a5e_u32.to_le_bytes(), (table.len() as u32).to_le_bytes()].concat();
+        [frames.concat(), head, table].concat()
+    }
+
+    pub fn zstd(args: &[&str], input: &[u8]) -> Vec<u8> {
         let mut child = Command::new("zstd")
             .args(args)
             .stdin(Stdio::piped())

@@ -33,7 +33,7 @@ impl<'c> BlobReader<'c> {
 
     fn open(&mut self) -> Result<(), RegistryError> {
         let what = self.name();
-        let from = (self.at > 0).then_some(self.at);
+        let from = (self.at > 0).then_some((self.at, None));
         let patience = DOCUMENT_TIMEOUT + Duration::from_secs((self.size - self.at) / SLOWEST_BYTES_PER_SEC);
         let response = self.client.get(&self.path, "*/*", from, patience, &what)?;
         let skip = if response.status() == StatusCode::PARTIAL_CONTENT {

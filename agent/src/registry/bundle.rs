@@ -135,9 +135,9 @@ pub struct Part {
 }
 
 impl Part {
-    /// Only so many bytes of its end.
-    pub fn last(self, bytes: u64) -> Self {
-        let over = self.left.saturating_sub(bytes);
+    /// Only what comes after so many bytes.
+    pub fn from(self, bytes: u64) -> Self {
+        let over = self.left.min(bytes);
         Self { at: self.at + over, left: self.left - over, ..self }
     }
 }

@@ -185,20 +185,18 @@ impl Layout {
         Ok(LayoutBlob(stream))
     }
 
-    /// The last bytes of a blob.
-    pub fn ending(&self, digest: Digest) -> Option<[u8; 4]> {
-        let mut ending = [0; 4];
+    /// `bytes` of a blob from `from` on.
+    pub fn part(&self, digest: Digest, from: u64, bytes: usize) -> Option<Vec<u8>> {
+        let mut part = vec![0; bytes];
         match &self.files {
             Files::Directory => {
-                let file = File::open(self.path.join(blob_name(digest))).ok()?;
-                let from = file.metadata().ok()?.len().checked_sub(4)?;
-                file.read_exact_at(&mut ending, from).ok()?;
+                File::open(self.path.join(blob_name(digest))).ok()?.read_exact_at(&mut part, from).ok()?;
             }
-            Files::Archive(bundle) => bundle.file(&blob_name(digest))?.last(4).read_exact(&mut ending).ok()?,
+            Files::Archive(bundle) => bundle.file(&blob_name(digest))?.from(from).read_exact(&mut part).ok()?,
             // Its layers are not compressed.
             Files::DockerArchive { .. } => return None,
         }
-        Some(ending)
+        Some(part)
     }
 
     fn has_no(&self, name: &str) -> RegistryError {

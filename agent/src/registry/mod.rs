@@ -200,27 +200,27 @@ impl Client {
         BlobReader::new(self, format!("/{repository}/blobs/{digest}"), size, from)
     }
 
-    /// The last bytes of a blob, from a registry that has ranges.
-    pub fn ending(&self, repository: &str, digest: Digest, size: u64) -> Option<[u8; 4]> {
+    /// `bytes` of a blob from `from` on, from a registry that has ranges.
+    pub fn part(&self, repository: &str, digest: Digest, from: u64, bytes: usize) -> Option<Vec<u8>> {
         let path = format!("/{repository}/blobs/{digest}");
-        let from = size.checked_sub(4).filter(|from| *from > 0)?;
+        let last = from.checked_add(bytes as u64)?.checked_sub(1)?;
         let what = format!("{}{path}", self.name);
-        let response = self.get(&path, "*/*", Some(from), DOCUMENT_TIMEOUT, &what).ok()?;
+        let response = self.get(&path, "*/*", Some((from, Some(last))), DOCUMENT_TIMEOUT, &what).ok()?;
         if response.status() != StatusCode::PARTIAL_CONTENT || blob::range_start(&response) != Some(from) {
             return None;
         }
-        let mut ending = [0; 4];
-        response.into_body().into_reader().read_exact(&mut ending).ok()?;
-        Some(ending)
+        let mut part = vec![0; bytes];
+        Metered::new(response.into_body().into_reader(), &self.traffic).read_exact(&mut part).ok()?;
+        Some(part)
     }
 
-    /// GET with authorization and redirects. The credentials never go to another host, and what began encrypted does
+    /// GET with authorization and redirects; `range`: the first and the last byte that are wanted. The credentials never go to another host, and what began encrypted does
     /// not go on in the clear.
     fn get(
         &self,
         path: &str,
         accept: &str,
-        from: Option<u64>,
+        range: Option<(u64, Option<u64>)>,
         body_timeout: Duration,
         what: &str,
     ) -> Result<Response<Body>, RegistryError> {
@@ -232,8 +232,9 @@ impl Client {
         let mut authorized = false;
         loop {
             let mut request = self.agent.get(&url).header(header::ACCEPT, accept);
-            if let Some(from) = from {
-                request = request.header(header::RANGE, format!("bytes={from}-"));
+            if let Some((first, last)) = range {
+                let last = last.map(|last| last.to_string()).unwrap_or_default();
+                request = request.header(header::RANGE, format!("bytes={first}-{last}"));
             }
             let authorization = self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
             if let (true, Some(authorization)) = (is_registry, &authorization) {

@@ -46,11 +46,11 @@ impl Source {
         })
     }
 
-    /// The last bytes of a blob, where they can be had without the rest.
-    pub fn ending(&self, digest: Digest, size: u64) -> Option<[u8; 4]> {
+    /// `bytes` of a blob from `from` on, where they can be had without the rest.
+    pub fn part(&self, digest: Digest, from: u64, bytes: usize) -> Option<Vec<u8>> {
         match self {
-            Self::Registry { client, repository } => client.ending(repository, digest, size),
-            Self::Layout(layout) => layout.ending(digest),
+            Self::Registry { client, repository } => client.part(repository, digest, from, bytes),
+            Self::Layout(layout) => layout.part(digest, from, bytes),
         }
     }
 

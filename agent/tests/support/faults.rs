@@ -16,7 +16,7 @@ pub struct Request {
 impl Request {
     /// Where a range request wants to begin.
     pub fn from(&self) -> Option<usize> {
-        self.headers.get("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
+        self.headers.get("range")?.strip_prefix("bytes=")?.split('-').next()?.parse().ok()
     }
 }
 

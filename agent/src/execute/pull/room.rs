@@ -43,6 +43,24 @@ impl Disk {
     }
 }
 
+/// What one layer takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Need {
+    pub bytes: u64,
+    is_guess: bool,
+}
+
+impl Need {
+    pub fn known(bytes: u64) -> Self {
+        Self { bytes, is_guess: false }
+    }
+
+    /// By a rule of thumb.
+    pub fn guessed(bytes: u64) -> Self {
+        Self { bytes, is_guess: true }
+    }
+}
+
 /// What the pulls of one update may write together.
 #[derive(Debug)]
 pub struct Promise {
@@ -94,7 +112,7 @@ struct Weighing {
     looking: usize,
     images: BTreeSet<String>,
     /// By chain id: a layer that two images share is fetched once.
-    needs: BTreeMap<Digest, u64>,
+    needs: BTreeMap<Digest, Need>,
     verdict: Option<Result<Arc<Promise>, PullFailure>>,
 }
 
@@ -123,7 +141,7 @@ impl Ticket {
     pub fn weigh(
         self,
         image: &str,
-        needs: impl IntoIterator<Item = (Digest, u64)>,
+        needs: impl IntoIterator<Item = (Digest, Need)>,
         promises: &Promises,
         disk: &dyn Fn() -> Disk,
     ) -> Result<Arc<Promise>, PullFailure> {
@@ -154,18 +172,19 @@ impl Drop for Ticket {
 }
 
 fn judge(weighing: &Weighing, promises: &Promises, disk: Disk) -> Result<Arc<Promise>, PullFailure> {
-    let needed = weighing.needs.values().copied().fold(0, u64::saturating_add);
+    let needed = weighing.needs.values().map(|need| need.bytes).fold(0, u64::saturating_add);
     let others = promises.outstanding();
     let usable = disk.free.saturating_sub(disk.reserve).saturating_sub(others);
     if needed > usable {
-        return Err(does_not_fit(&weighing.images, needed, disk, others));
+        return Err(does_not_fit(weighing, needed, disk, others));
     }
     let promise = Arc::new(Promise { disk, needed, usable, left: AtomicU64::new(usable) });
     lock(&promises.0).push(Arc::downgrade(&promise));
     Ok(promise)
 }
 
-fn does_not_fit(images: &BTreeSet<String>, needed: u64, disk: Disk, others: u64) -> PullFailure {
+fn does_not_fit(weighing: &Weighing, needed: u64, disk: Disk, others: u64) -> PullFailure {
+    let images = &weighing.images;
     let mut who: Vec<&str> = images.iter().take(NAMED_MAX).map(String::as_str).collect();
     if images.len() > NAMED_MAX {
         who.push("…");
@@ -179,7 +198,9 @@ fn does_not_fit(images: &BTreeSet<String>, needed: u64, disk: Disk, others: u64)
         0 => String::new(),
         bytes => format!(", {} are promised to other images", Bytes(bytes).human()),
     };
-    refusal(format!("{who} about {needed}, {free} are free, {reserve} are in reserve{others}"))
+    let is_guess = weighing.needs.values().any(|need| need.is_guess);
+    let guess = if is_guess { " (a guess by what is to be fetched)" } else { "" };
+    refusal(format!("{who} about {needed}{guess}, {free} are free, {reserve} are in reserve{others}"))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -196,6 +217,10 @@ mod tests {
         Digest::of(&[number])
     }
 
+    fn mib(count: u64) -> Need {
+        Need::known(count * MIB)
+    }
+
     fn disk(free: u64, reserve: u64) -> impl Fn() -> Disk {
         move || Disk { free: free * MIB, reserve: reserve * MIB }
     }
@@ -207,12 +232,12 @@ mod tests {
             let (second, third) = (first.another(), first.another());
             std::thread::scope(|scope| {
                 let promises = &promises;
-                let pull = |image: &'static str, ticket: Ticket, needs: Vec<(Digest, u64)>| {
+                let pull = |image: &'static str, ticket: Ticket, needs: Vec<(Digest, Need)>| {
                     scope.spawn(move || ticket.weigh(image, needs, promises, &disk(free, 10)))
                 };
                 let pulls = [
-                    pull("one", first, vec![(chain(0), 20 * MIB), (chain(1), 5 * MIB)]),
-                    pull("two", second, vec![(chain(0), 20 * MIB), (chain(2), 15 * MIB)]),
+                    pull("one", first, vec![(chain(0), mib(20)), (chain(1), mib(5))]),
+                    pull("two", second, vec![(chain(0), mib(20)), (chain(2), mib(15))]),
                 ];
                 // The third has failed: nobody waits for it any more.
                 drop(third);
@@ -230,16 +255,27 @@ mod tests {
     #[test]
     fn what_was_promised_and_not_written_yet_is_nobody_elses() {
         let promises = Promises::default();
-        let weigh = |needs: u64| Ticket::alone().weigh("app", [(chain(0), needs * MIB)], &promises, &disk(100, 0));
+        let weigh = |needs: u64| Ticket::alone().weigh("app", [(chain(0), mib(needs))], &promises, &disk(100, 0));
         let first = weigh(60).unwrap();
         let text = weigh(41).unwrap_err().reason.text;
         assert!(text.ends_with("60Mi are promised to other images"), "{text}");
         drop(weigh(40).unwrap());
         // Half of it is on the disk, which has that much less.
         first.left().fetch_sub(30 * MIB, Ordering::Relaxed);
-        let after = Ticket::alone().weigh("app", [(chain(0), 40 * MIB)], &promises, &disk(70, 0));
+        let after = Ticket::alone().weigh("app", [(chain(0), mib(40))], &promises, &disk(70, 0));
         drop(after.unwrap());
         drop(first);
         weigh(100).unwrap();
+    }
+    #[test]
+    fn a_guess_is_called_one() {
+        let weigh = |needs: [Need; 2]| {
+            let needs = needs.into_iter().enumerate().map(|(number, need)| (chain(number as u8), need));
+            Ticket::alone().weigh("app", needs, &Promises::default(), &disk(10, 0)).unwrap_err().reason.text
+        };
+        let text = weigh([mib(9), Need::guessed(3 * MIB)]);
+        assert!(text.contains("needs about 12Mi (a guess by what is to be fetched), 10Mi are free"), "{text}");
+        let text = weigh([mib(9), mib(3)]);
+        assert!(text.contains("needs about 12Mi, 10Mi are free"), "{text}");
     }
 }
