@@ -170,10 +170,25 @@ pub enum ImagePolicy {
     Digest,
 }
 
+/// What becomes of device nodes in layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceNodes {
+    /// The layer is refused.
+    #[default]
+    Refuse,
+    /// As if the entry were not there.
+    Ignore,
+    /// They are made. Which of them a workload may open is for its device list to say.
+    Allow,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Images {
     pub policy: ImagePolicy,
+    /// By the beginning of the image's name; the longest counts.
+    pub device_nodes: BTreeMap<String, DeviceNodes>,
     /// The most that one layer may unpack to.
     pub layer_max: Bytes,
     pub layer_entries_max: u64,
@@ -195,6 +210,7 @@ impl Default for Images {
     fn default() -> Self {
         Self {
             policy: ImagePolicy::Signature,
+            device_nodes: BTreeMap::new(),
             layer_max: Bytes::mebi(4096),
             layer_entries_max: 500_000,
             parallel: 3,

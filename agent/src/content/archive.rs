@@ -48,6 +48,8 @@ pub struct Item {
     pub gid: u32,
     pub mtime_secs: i64,
     pub mtime_nanos: u32,
+    /// Major and minor number of a device.
+    pub device: (u32, u32),
     pub xattrs: Vec<(String, Vec<u8>)>,
     /// Where the stored bytes belong; `None`: it has no holes.
     pub segments: Option<Vec<Segment>>,
@@ -166,6 +168,9 @@ impl<R: Read> ArchiveReader<R> {
         let mode = header.mode().map_err(|_| "a mode that is no number");
         let mtime =
             pax.mtime.unwrap_or_else(|| (header.mtime().ok().and_then(|n| i64::try_from(n).ok()).unwrap_or(0), 0));
+        let is_device = matches!(kind, Kind::CharDevice | Kind::BlockDevice);
+        // Nobody reads it of anything else.
+        let device = if is_device { device_numbers(header) } else { Ok((0, 0)) };
         let mut item = Item {
             name,
             link,
@@ -176,6 +181,7 @@ impl<R: Read> ArchiveReader<R> {
             gid: gid.map_err(|what| self.damaged(what))?,
             mtime_secs: mtime.0,
             mtime_nanos: mtime.1,
+            device: device.map_err(|_| self.damaged("a device number that is none"))?,
             xattrs: pax.xattrs,
             segments: None,
         };
@@ -338,6 +344,11 @@ impl<R: Read + Seek> ArchiveReader<R> {
         self.left = 0;
         Ok(())
     }
+}
+
+/// Headers older than ustar have none.
+fn device_numbers(header: &Header) -> io::Result<(u32, u32)> {
+    Ok((header.device_major()?.unwrap_or(0), header.device_minor()?.unwrap_or(0)))
 }
 
 fn is_zero(header: &Header) -> bool {

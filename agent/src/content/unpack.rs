@@ -22,6 +22,7 @@ use rustix::io::Errno;
 
 use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, printable};
 use super::table::{Sum, Sums};
+use crate::config::DeviceNodes;
 use nodes::{Below, MadeWay};
 
 mod nodes;
@@ -34,6 +35,7 @@ pub struct Bounds<'a> {
     pub entries_max: u64,
     /// What may still be written to the disk, shared by all layers that are unpacked at the same time.
     pub disk_left: &'a AtomicU64,
+    pub device_nodes: DeviceNodes,
 }
 
 /// The directories of the layers below, lowest first: asked for only when an entry needs them, since they may still be
@@ -62,7 +64,9 @@ pub enum UnpackError {
     TooLarge { name: String, max: u64 },
     #[error("entry `{name}` of {size} bytes would take the disk's reserve")]
     DiskFull { name: String, size: u64 },
-    #[error("with entry `{name}` the names of the directories and whiteouts take more than {max} bytes")]
+    #[error(
+        "with entry `{name}` the names of the directories, whiteouts and devices left out take more than {max} bytes"
+    )]
     TooManyDirectories { name: String, max: usize },
 }
 
@@ -89,6 +93,8 @@ pub fn unpack(reader: impl Read, dir: &Path, below: &LayersBelow<'_>, bounds: Bo
         directories: Vec::new(),
         whiteouts: BTreeSet::new(),
         opaques: BTreeSet::new(),
+        device_nodes: bounds.device_nodes,
+        left_out: BTreeSet::new(),
         kept_name_bytes: 0,
         parent: None,
         hides_root: false,
@@ -130,7 +136,10 @@ struct Unpacker<'b, R> {
     /// Made at the end, where they hide something: others would show, and so would the directories made for them.
     whiteouts: BTreeSet<PathBuf>,
     opaques: BTreeSet<PathBuf>,
-    /// Of both.
+    device_nodes: DeviceNodes,
+    /// Device nodes that were not made, for the links to them.
+    left_out: BTreeSet<PathBuf>,
+    /// Of all of these.
     kept_name_bytes: usize,
     /// The directory of the entry before: most entries are in the same one.
     parent: Option<(PathBuf, Rc<OwnedFd>)>,
@@ -171,23 +180,44 @@ impl<R: Read> Unpacker<'_, R> {
         }
         let path = inside(&item.name).ok_or_else(|| UnpackError::LeadsOut { name: name.clone() })?;
         match item.kind {
-            Kind::CharDevice => return Err(UnpackError::Refused { name, kind: "character device" }),
-            Kind::BlockDevice => return Err(UnpackError::Refused { name, kind: "block device" }),
+            Kind::CharDevice | Kind::BlockDevice => match self.device_nodes {
+                DeviceNodes::Refuse => {
+                    let kind = if item.kind == Kind::BlockDevice { "block device" } else { "character device" };
+                    return Err(UnpackError::Refused { name, kind });
+                }
+                DeviceNodes::Ignore => return self.leave_out(path, name),
+                DeviceNodes::Allow => {
+                    if let Some(kind) = nodes::bad_device(item) {
+                        return Err(UnpackError::Refused { name, kind });
+                    }
+                }
+            },
             Kind::Unknown => return Err(UnpackError::Refused { name, kind: "entry of an unknown kind" }),
             Kind::HardLink => return self.hard_link(item, &path, name),
             Kind::File | Kind::Symlink | Kind::Directory | Kind::Fifo => {}
         }
         let is_whiteout = path.file_name().is_some_and(|name| name.as_bytes().starts_with(WHITEOUT));
         if item.kind == Kind::Directory || is_whiteout {
-            self.kept_name_bytes += path.as_os_str().len() + size_of::<(PathBuf, (i64, u32))>();
-            if self.kept_name_bytes > DIRECTORY_NAMES_MAX_BYTES {
-                return Err(UnpackError::TooManyDirectories { name, max: DIRECTORY_NAMES_MAX_BYTES });
-            }
+            self.count_kept_name(&path, &name)?;
         }
         self.place(item, &path).map_err(|stop| match stop {
             Stop::Archive(error) => error.into(),
             Stop::Io(source) => UnpackError::Write { name, source },
         })
+    }
+
+    fn count_kept_name(&mut self, path: &Path, name: &str) -> Result<(), UnpackError> {
+        self.kept_name_bytes += path.as_os_str().len() + size_of::<(PathBuf, (i64, u32))>();
+        if self.kept_name_bytes > DIRECTORY_NAMES_MAX_BYTES {
+            return Err(UnpackError::TooManyDirectories { name: name.to_owned(), max: DIRECTORY_NAMES_MAX_BYTES });
+        }
+        Ok(())
+    }
+
+    fn leave_out(&mut self, path: PathBuf, name: String) -> Result<(), UnpackError> {
+        self.count_kept_name(&path, &name)?;
+        self.left_out.insert(path);
+        Ok(())
     }
 
     fn place(&mut self, item: &Item, path: &Path) -> Result<(), Stop> {
@@ -227,7 +257,8 @@ impl<R: Read> Unpacker<'_, R> {
                 mknodat(&parent, file_name, FileType::Fifo, Mode::from_raw_mode(item.mode), 0)?;
                 nodes::node_metadata(&parent, file_name, item)?;
             }
-            _ => self.file(item, &parent, file_name)?,
+            Kind::CharDevice | Kind::BlockDevice => nodes::device(&parent, file_name, item)?,
+            Kind::File | Kind::HardLink | Kind::Unknown => self.file(item, &parent, file_name)?,
         }
         Ok(())
     }
@@ -295,6 +326,7 @@ impl<R: Read> Unpacker<'_, R> {
                     copied = file;
                     nodes::LinkSource::Below(&copied)
                 }
+                None if self.left_out.contains(&target) => return self.leave_out(path.to_owned(), name),
                 None => return Err(UnpackError::DanglingLink { name, target: printable(&item.link) }),
             },
         };

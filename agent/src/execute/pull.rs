@@ -11,7 +11,7 @@ use edged_model::reason::{Code, Reason};
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ImagePolicy, Images, Registry};
+use crate::config::{DeviceNodes, ImagePolicy, Images, Registry};
 use crate::content::layer::Compression;
 use crate::content::{Content, chain_id};
 use crate::crash_point;
@@ -109,6 +109,28 @@ impl PullContext {
     }
 }
 
+impl PullContext {
+    /// What becomes of device nodes in the layers of `image`.
+    fn device_nodes(&self, image: &str) -> DeviceNodes {
+        let by_prefix = self.images.device_nodes.iter().map(|(prefix, nodes)| (prefix.as_str(), *nodes));
+        image_policy::longest(by_prefix, image).unwrap_or_default()
+    }
+
+    /// Whether what was unpacked `under` a policy may be had under this name. Where they were refused there are none.
+    fn takes_nodes(&self, image: &str, under: DeviceNodes) -> bool {
+        under == DeviceNodes::Refuse || under == self.device_nodes(image)
+    }
+}
+
+/// What the lowest layer of an image stands on: the same layer with device nodes and without them is two.
+fn ground(nodes: DeviceNodes) -> Option<Digest> {
+    match nodes {
+        DeviceNodes::Refuse => None,
+        DeviceNodes::Ignore => Some(Digest::of(b"device nodes: ignore")),
+        DeviceNodes::Allow => Some(Digest::of(b"device nodes: allow")),
+    }
+}
+
 /// Fetched of all there is to fetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
@@ -130,6 +152,7 @@ pub fn ready(ctx: &PullContext, image: &str) -> Option<ReadyImage> {
 fn believed(ctx: &PullContext, image: &str) -> Option<Record> {
     let record: Record = serde_json::from_slice(&ctx.content.record(image)?).ok()?;
     let believed = record.signed || ctx.demand(image) == Demand::Digest;
+    let believed = believed && ctx.takes_nodes(image, record.device_nodes);
     (record.image == image && believed && is_whole(&ctx.content, &record.ready)).then_some(record)
 }
 
@@ -142,6 +165,8 @@ struct Record {
     /// It came by hand, not by this name's registry.
     #[serde(default)]
     loaded: bool,
+    #[serde(default)]
+    device_nodes: DeviceNodes,
     ready: ReadyImage,
 }
 
@@ -185,7 +210,7 @@ fn from_sources(
             let one = OneImage { ctx, source: &source, wanted, naming, image };
             let ready = one.pull(&mut ticket, progress)?.ready;
             // Last of all: what it speaks of is on the disk.
-            remember(ctx, image, false, ready)
+            remember(ctx, image, false, ctx.device_nodes(image), ready)
         });
         match pulled {
             Ok(ready) => return Ok(ready),
@@ -200,9 +225,15 @@ fn from_sources(
 }
 
 /// Keeps on the disk what a name has become.
-fn remember(ctx: &PullContext, image: &str, loaded: bool, ready: ReadyImage) -> Result<ReadyImage, PullFailure> {
+fn remember(
+    ctx: &PullContext,
+    image: &str,
+    loaded: bool,
+    device_nodes: DeviceNodes,
+    ready: ReadyImage,
+) -> Result<ReadyImage, PullFailure> {
     let signed = ctx.demand(image) != Demand::Digest;
-    let record = Record { image: image.to_owned(), signed, loaded, ready };
+    let record = Record { image: image.to_owned(), signed, loaded, device_nodes, ready };
     let disk = |why: String| PullFailure::passing(Code::DiskFull, format!("{image}: {why}"));
     let bytes = serde_json::to_vec(&record).map_err(|error| disk(error.to_string()))?;
     ctx.content.put_record(image, &bytes).map_err(|error| disk(crate::store::inline_chain(&error)))?;
@@ -372,7 +403,7 @@ impl OneImage<'_> {
         if descriptors.is_empty() || descriptors.len() > layers_max {
             return Err(self.unusable(&format!("{} layers; 1 to {layers_max} are possible here", descriptors.len())));
         }
-        let mut below = None;
+        let mut below = ground(self.ctx.device_nodes(self.image));
         let layer = |(descriptor, diff_id): (&Descriptor, &String)| {
             let media_type = descriptor.media_type().to_string();
             let compression = Compression::of_media_type(&media_type)

@@ -4,9 +4,11 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 /// A passwd file larger than this is not one.
 const FILE_MAX_BYTES: u64 = 1 << 20;
@@ -91,27 +93,20 @@ fn groups_with(group: &str, member: &str) -> Vec<u32> {
 /// The file as the topmost layer that has it shows it; `None` when no layer has it or a layer above removed it.
 fn read_from_top(layers: &[PathBuf], name: &str) -> Option<String> {
     for layer in layers.iter().rev() {
-        if let Some(file) = open_inside(layer, name) {
-            let mut text = String::new();
-            let is_file = file.metadata().is_ok_and(|meta| meta.is_file());
+        let mut text = String::new();
+        match open_inside(layer, name) {
+            Err(Errno::NOENT) => {}
             // Anything but a plain file, a whiteout among them, hides what is below.
-            return if is_file && file.take(FILE_MAX_BYTES).read_to_string(&mut text).is_ok() {
-                Some(text)
-            } else {
-                None
-            };
+            Err(_) => return None,
+            Ok(file) => return file.take(FILE_MAX_BYTES).read_to_string(&mut text).is_ok().then_some(text),
         }
     }
     None
 }
 
-fn open_inside(root: &Path, name: &str) -> Option<File> {
-    let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(root, directory, Mode::empty()).ok()?;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    // O_NONBLOCK: a FIFO that lies there must not hold the agent.
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    rustix::fs::openat2(&root, name, flags, Mode::empty(), resolve).ok().map(File::from)
+fn open_inside(root: &Path, name: &str) -> Result<File, Errno> {
+    let root = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    edged_sys::resolve::open_file(root.as_fd(), Path::new(name), OFlags::empty()).map(File::from)
 }
 
 #[cfg(test)]
@@ -152,5 +147,11 @@ mod tests {
         }
         let layers = [low.path().to_owned(), high.path().to_owned()];
         assert_eq!(resolve("app", &layers).unwrap().uid, 2);
+        // What is no plain file hides what is below, and is not opened: a pipe would never come to an end.
+        std::fs::remove_file(high.path().join("etc/passwd")).unwrap();
+        let mode = Mode::from_raw_mode(0o600);
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, high.path().join("etc/passwd"), fifo, mode, 0).unwrap();
+        assert_eq!(resolve("app", &layers), Err(UserError::NoSuchUser { name: "app".to_owned() }));
     }
 }

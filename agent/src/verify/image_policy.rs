@@ -46,8 +46,13 @@ fn demand(root: &TrustRoot, rule: &ImageRule) -> Demand {
 
 /// The rule for `image`: that of the longest prefix.
 pub fn choose<'r>(rules: &'r [Rule], image: &str) -> Option<&'r Rule> {
+    longest(rules.iter().map(|rule| (rule.prefix.as_str(), rule)), image)
+}
+
+/// Of what is said by prefix, what counts for `image`.
+pub fn longest<'r, T>(all: impl Iterator<Item = (&'r str, T)>, image: &str) -> Option<T> {
     let name = repository(image);
-    rules.iter().filter(|rule| begins(name, &rule.prefix)).max_by_key(|rule| rule.prefix.len())
+    all.filter(|(prefix, _)| begins(name, prefix)).max_by_key(|(prefix, _)| prefix.len()).map(|(_, what)| what)
 }
 
 /// `registry.example:5000/team/app:1@sha256:…` is of the repository `registry.example:5000/team/app`; a layout on a stick

@@ -30,6 +30,16 @@ pub fn open_path_no_follow(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd,
     openat2(root, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), inside())
 }
 
+/// The plain file that `path` is inside `root`, for reading. Anything else is not even opened: to open a device, as an
+/// image may have it, is to do something to it. `EINVAL`: it is something else. For trees that nobody changes meanwhile.
+pub fn open_file(root: BorrowedFd<'_>, path: &Path, more: OFlags) -> Result<OwnedFd, Errno> {
+    let found = openat2(root, path, OFlags::PATH | OFlags::CLOEXEC | more, Mode::empty(), inside())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode) != FileType::RegularFile {
+        return Err(Errno::INVAL);
+    }
+    openat2(root, path, OFlags::RDONLY | OFlags::CLOEXEC | more, Mode::empty(), inside())
+}
+
 /// The file `path` of the procfs at `/proc` in `root`. Nothing else is opened: not what an image has there, not what a
 /// mount on top of that file redirects to (CVE-2025-52881).
 pub fn open_proc(root: BorrowedFd<'_>, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 
+use edged::config::DeviceNodes;
 use edged::config::{ImagePolicy, Images, Places};
 use edged::content::Content;
 use edged::content::build::{BuildSpec, build_layout};
@@ -374,7 +375,12 @@ impl Place {
         let root = self.dir.path().join("root");
         std::fs::create_dir(&root).unwrap();
         let disk_left = AtomicU64::new(u64::MAX);
-        let bounds = Bounds { bytes_max: UNPACKED_MAX, entries_max: 200, disk_left: &disk_left };
+        let bounds = Bounds {
+            bytes_max: UNPACKED_MAX,
+            entries_max: 200,
+            disk_left: &disk_left,
+            device_nodes: DeviceNodes::default(),
+        };
         let expected = Expected { digest: Digest::of(bytes), diff_id: Digest::of(bytes), compression };
         if let Err(error) = unpack_stream(bytes, &expected, &root, &Vec::new, bounds) {
             assert!(!error.to_string().is_empty());

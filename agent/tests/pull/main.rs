@@ -4,6 +4,7 @@
 mod support;
 
 mod broken_registry;
+mod device_nodes;
 mod image_policy;
 mod load;
 mod many_layers;

@@ -8,14 +8,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use edged_sys::resolve;
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
-    fchmod, fchown, fgetxattr, flistxattr, fremovexattr, fsetxattr, futimens, linkat, mkdirat, mknodat, openat,
-    openat2, statat, symlinkat, unlinkat, utimensat,
+    fchmod, fchown, fgetxattr, flistxattr, fremovexattr, fsetxattr, futimens, linkat, makedev, mkdirat, mknodat,
+    openat, openat2, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 
-use crate::content::archive::Item;
+use crate::content::archive::{Item, Kind};
 use crate::content::remove;
 
 const OPAQUE_MARK: &str = "trusted.overlay.opaque";
@@ -107,6 +108,26 @@ pub fn node_metadata(parent: &OwnedFd, name: &OsStr, item: &Item) -> Result<(), 
     chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
     chmodat(parent, name, Mode::from_raw_mode(item.mode), AtFlags::empty())?;
     utimensat(parent, name, &times((item.mtime_secs, item.mtime_nanos)), AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// Linux has 12 bits for a major number and 20 for a minor one (mknod(2)); what is more would be cut off.
+const MAJOR_MAX: u32 = 0xfff;
+const MINOR_MAX: u32 = 0xf_ffff;
+
+/// What keeps a device node from being made, whatever the policy.
+pub fn bad_device(item: &Item) -> Option<&'static str> {
+    let (major, minor) = item.device;
+    match item.kind {
+        Kind::CharDevice if (major, minor) == (0, 0) => Some("character device 0:0, a whiteout of overlayfs"),
+        _ if major > MAJOR_MAX || minor > MINOR_MAX => Some("device whose number Linux does not have"),
+        _ => None,
+    }
+}
+
+pub fn device(parent: &OwnedFd, name: &OsStr, item: &Item) -> Result<(), Errno> {
+    let kind = if item.kind == Kind::BlockDevice { FileType::BlockDevice } else { FileType::CharacterDevice };
+    mknodat(parent, name, kind, Mode::empty(), makedev(item.device.0, item.device.1))?;
+    node_metadata(parent, name, item)
 }
 
 /// What was in an entry's place.
@@ -234,12 +255,11 @@ pub struct Below(pub Vec<PathBuf>);
 
 impl Below {
     /// In the topmost layer that has anything of that name.
-    fn find(&self, path: &Path, flags: OFlags) -> Option<File> {
-        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    fn find(&self, open: impl Fn(BorrowedFd<'_>) -> Result<OwnedFd, Errno>) -> Option<File> {
         for layer in self.0.iter().rev() {
             let root =
                 rustix::fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-            match openat2(&root, path, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty(), inside) {
+            match open(root.as_fd()) {
                 Err(Errno::NOENT) => {}
                 found => return found.ok().map(File::from),
             }
@@ -283,13 +303,13 @@ impl Below {
     }
 
     pub fn file(&self, path: &Path) -> Option<File> {
-        // O_NONBLOCK: a fifo must not hold us up.
-        let file = self.find(path, OFlags::RDONLY | OFlags::NONBLOCK)?;
-        file.metadata().is_ok_and(|meta| meta.is_file()).then_some(file)
+        self.find(|root| resolve::open_file(root, path, OFlags::NOFOLLOW))
     }
 
     pub fn directory(&self, path: &Path) -> Option<File> {
-        self.find(path, OFlags::RDONLY | OFlags::DIRECTORY)
+        let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.find(|root| openat2(root, path, flags, Mode::empty(), inside))
     }
 
     /// What is in the roots of the layers below.

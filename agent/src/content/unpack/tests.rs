@@ -4,8 +4,17 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use tar::{Builder, EntryType, Header};
 
 fn unpack_in_bounds(archive: &[u8], dir: &Path, below: &[PathBuf]) -> Result<(), UnpackError> {
+    unpack_with_nodes(archive, dir, below, DeviceNodes::Refuse)
+}
+
+fn unpack_with_nodes(
+    archive: &[u8],
+    dir: &Path,
+    below: &[PathBuf],
+    device_nodes: DeviceNodes,
+) -> Result<(), UnpackError> {
     let disk_left = AtomicU64::new(100 << 20);
-    let bounds = Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left };
+    let bounds = Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left, device_nodes };
     unpack(archive, dir, &|| below.to_vec(), bounds).map(drop)
 }
 
@@ -373,7 +382,8 @@ impl Read for Endless {
 #[test]
 fn headers_that_claim_to_be_huge_cost_nothing() {
     let disk_left = AtomicU64::new(100 << 20);
-    let bounds = Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left };
+    let bounds =
+        Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left, device_nodes: DeviceNodes::Refuse };
     for kind in [EntryType::GNULongName, EntryType::GNULongLink, EntryType::XHeader, Regular] {
         let mut huge = header(kind, 1 << 40);
         huge.set_cksum();
@@ -388,6 +398,60 @@ fn headers_that_claim_to_be_huge_cost_nothing() {
     let archive = entries(&[(Regular, "one", "", &[1; 700]), (Regular, "two", "", b"2")]);
     let error = unpack(archive.as_slice(), &Ground::new().layer, &Vec::new, bounds).unwrap_err();
     assert!(matches!(&error, UnpackError::DiskFull { name, .. } if name == "two"), "{error}");
+}
+
+fn device_archive(list: &[(EntryType, &str, &str, (u32, u32))]) -> Vec<u8> {
+    let mut archive = Builder::new(Vec::new());
+    for (kind, name, link, (major, minor)) in list {
+        let mut header = header(*kind, 0);
+        header.set_mode(0o640);
+        header.set_gid(5);
+        header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
+        header.as_gnu_mut().unwrap().linkname[..link.len()].copy_from_slice(link.as_bytes());
+        header.set_device_major(*major).unwrap();
+        header.set_device_minor(*minor).unwrap();
+        header.set_cksum();
+        archive.append(&header, io::empty()).unwrap();
+    }
+    archive.into_inner().unwrap()
+}
+
+#[test]
+fn device_nodes_are_refused_left_out_or_made_as_the_policy_says() {
+    let list = [
+        (Regular, "dev/zero", "", (0, 0)),
+        (Char, "dev/zero", "", (1, 5)),
+        (Block, "dev/sda", "", (8, 0x12345)),
+        (Link, "dev/again", "dev/sda", (0, 0)),
+        (Link, "dev/and-again", "dev/again", (0, 0)),
+        (Regular, "file", "", (0, 0)),
+    ];
+    let archive = device_archive(&list);
+    let unpacked = |nodes| {
+        let ground = Ground::new();
+        unpack_with_nodes(&archive, &ground.layer, &[], nodes).map(|()| ground)
+    };
+    let refused = unpacked(DeviceNodes::Refuse).err().unwrap();
+    assert!(matches!(&refused, UnpackError::Refused { name, kind: "character device" } if name == "dev/zero"));
+    let without = unpacked(DeviceNodes::Ignore).unwrap();
+    let names = std::fs::read_dir(without.layer.join("dev")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(names.collect::<Vec<_>>(), ["zero"], "what came before it stays");
+    assert!(
+        std::fs::metadata(without.layer.join("dev/zero")).unwrap().is_file() && without.layer.join("file").exists()
+    );
+    let with = unpacked(DeviceNodes::Allow).unwrap();
+    let meta = |name: &str| std::fs::symlink_metadata(with.layer.join(name)).unwrap();
+    let (zero, sda) = (meta("dev/zero"), meta("dev/sda"));
+    assert!(zero.file_type().is_char_device() && sda.file_type().is_block_device());
+    assert_eq!((zero.rdev(), sda.rdev()), (rustix::fs::makedev(1, 5), rustix::fs::makedev(8, 0x12345)));
+    assert_eq!((zero.mode() & 0o7777, zero.gid(), zero.mtime()), (0o640, 5, 1_000));
+    assert_eq!((meta("dev/again").ino(), meta("dev/and-again").ino()), (sda.ino(), sda.ino()));
+    // Also where they are allowed: one that would hide what is below, and numbers that the kernel would cut to others.
+    for (kind, numbers) in [(Char, (0, 0)), (Char, (0x1000, 0)), (Block, (8, 0x10_0000))] {
+        let bad = device_archive(&[(kind, "bad", "", numbers)]);
+        let error = unpack_with_nodes(&bad, &Ground::new().layer, &[], DeviceNodes::Allow).unwrap_err();
+        assert!(matches!(&error, UnpackError::Refused { name, .. } if name == "bad"), "{error}");
+    }
 }
 
 use proptest::prelude::*;

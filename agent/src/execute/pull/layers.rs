@@ -158,7 +158,8 @@ impl Work<'_> {
         let expected = Expected { digest: layer.digest, diff_id: layer.diff_id, compression: layer.compression };
         let images = &self.ctx.images;
         let (bytes_max, entries_max) = (images.layer_max.0, images.layer_entries_max);
-        let bounds = Bounds { bytes_max, entries_max, disk_left: self.promise.left() };
+        let device_nodes = self.ctx.device_nodes(self.image);
+        let bounds = Bounds { bytes_max, entries_max, disk_left: self.promise.left(), device_nodes };
         match unpack_stream(&mut reader, &expected, staged.path(), &|| self.below(index), bounds) {
             Ok(sums) => {
                 staged.publish(&sums).map_err(disk)?;

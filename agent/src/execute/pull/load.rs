@@ -10,6 +10,7 @@ use edged_model::reason::{Code, Reason};
 use serde::{Deserialize, Serialize};
 
 use super::{Fetched, Naming, OneImage, Progress, PullContext, PullFailure, ReadyImage, claims, is_whole, remember};
+use crate::config::DeviceNodes;
 use crate::registry::layout::Layout;
 use crate::registry::{Reference, Source};
 use crate::store::inline_chain;
@@ -60,9 +61,10 @@ pub fn load(
         let (image, naming) = tag.as_deref().map_or((label.as_str(), Naming::Later), |tag| (tag, Naming::Tag));
         let one = OneImage { ctx, source: &source, wanted: &digest, naming, image };
         let fetched = one.pull(&mut None, progress).map_err(|failure| explained(failure, is_docker_archive))?;
-        let mut names = keep(ctx, &source, &fetched)?;
+        let device_nodes = ctx.device_nodes(image);
+        let mut names = keep(ctx, &source, device_nodes, &fetched)?;
         if let Some(tag) = &tag {
-            remember(ctx, tag, true, fetched.ready.clone())?;
+            remember(ctx, tag, true, device_nodes, fetched.ready.clone())?;
             names.push(tag.clone());
         }
         all.push(Loaded { names, image: fetched.ready });
@@ -74,6 +76,9 @@ pub fn load(
 #[derive(Serialize, Deserialize)]
 struct Brought {
     ready: ReadyImage,
+    /// Under which its layers were unpacked.
+    #[serde(default)]
+    device_nodes: DeviceNodes,
     /// Documents that may be named or signed: an index and the manifest, or the manifest alone.
     documents: Vec<Digest>,
     claims: Vec<KeptClaim>,
@@ -108,7 +113,12 @@ impl From<KeptClaim> for Claim {
 const BROUGHT_MAX_BYTES: usize = 4 << 20;
 
 /// Records the image under each digest it can be named by, and gives those.
-fn keep(ctx: &PullContext, source: &Source, fetched: &Fetched) -> Result<Vec<String>, PullFailure> {
+fn keep(
+    ctx: &PullContext,
+    source: &Source,
+    device_nodes: DeviceNodes,
+    fetched: &Fetched,
+) -> Result<Vec<String>, PullFailure> {
     let disk = |why: String| PullFailure::passing(Code::DiskFull, format!("{}: {why}", fetched.top.digest));
     let mut documents = vec![fetched.top.digest];
     let mut claims = claims::collect(source, fetched.top.digest)?;
@@ -119,7 +129,7 @@ fn keep(ctx: &PullContext, source: &Source, fetched: &Fetched) -> Result<Vec<Str
     }
     let claims = claims.into_iter().map(KeptClaim::from).collect();
     ctx.content.put_document(&fetched.top.bytes).map_err(|error| disk(inline_chain(&error)))?;
-    let brought = Brought { ready: fetched.ready.clone(), documents: documents.clone(), claims };
+    let brought = Brought { ready: fetched.ready.clone(), device_nodes, documents: documents.clone(), claims };
     let bytes = serde_cbor::to_vec(&brought).map_err(|error| disk(error.to_string()))?;
     if bytes.len() > BROUGHT_MAX_BYTES {
         let text = format!("{}: its signatures take {} bytes", fetched.top.digest, bytes.len());
@@ -166,6 +176,10 @@ pub fn taken(ctx: &PullContext, image: &str, digest: Digest) -> Result<Option<Re
         ctx.content.record(&digest.to_string()).and_then(|bytes| serde_cbor::from_slice::<Brought>(&bytes).ok());
     let is_it = |brought: &Brought| brought.documents.contains(&digest) && is_whole(&ctx.content, &brought.ready);
     let Some(brought) = brought.filter(is_it) else { return Ok(None) };
+    // Its registry may give it under the policy that this name has.
+    if !ctx.takes_nodes(image, brought.device_nodes) {
+        return Ok(None);
+    }
     if let Demand::Signature(wanted) = ctx.demand(image) {
         let claims: Vec<Claim> = brought.claims.into_iter().map(Claim::from).collect();
         let is_signed = |digest: &Digest| {
@@ -177,5 +191,5 @@ pub fn taken(ctx: &PullContext, image: &str, digest: Digest) -> Result<Option<Re
             return Ok(None);
         }
     }
-    remember(ctx, image, true, brought.ready).map(Some)
+    remember(ctx, image, true, brought.device_nodes, brought.ready).map(Some)
 }
