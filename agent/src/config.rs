@@ -267,11 +267,14 @@ pub struct Runtime {
     pub user_namespaces: bool,
     /// Where those ids come from.
     pub user_ids: UserIds,
+    /// Layers reach them through idmapped mounts where that can be; else, and without, by copies.
+    pub idmapped_layers: bool,
 }
 
 impl Default for Runtime {
     fn default() -> Self {
-        Self { user_namespaces: true, user_ids: UserIds { first: 0x7000_0000, count: 0x1000_0000 } }
+        let user_ids = UserIds { first: 0x7000_0000, count: 0x1000_0000 };
+        Self { user_namespaces: true, user_ids, idmapped_layers: true }
     }
 }
 

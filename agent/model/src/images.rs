@@ -66,6 +66,9 @@ pub struct LoadedImage {
 #[serde(rename_all = "camelCase")]
 pub struct CheckedLayer {
     pub chain: Digest,
+    /// Of a copy, the first of the ids that it was made for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<u32>,
     /// Images that have it.
     pub images: Vec<String>,
     pub entries: u64,

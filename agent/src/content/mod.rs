@@ -12,6 +12,7 @@
 //! content/tables/<chain id>    what a layer was when it was unpacked
 //! content/partial/<sha256>     bytes of a layer on its way, where they are dear
 //! layers/<chain id>/           unpacked; layers/ingest/ while on the way
+//! layers/copies/<first id>/    the same with other owners, where mounts cannot be idmapped (`copies`)
 //! ```
 
 use std::collections::BTreeSet;
@@ -31,6 +32,8 @@ use table::{Found, Sums};
 pub mod archive;
 /// Packing a directory or a program into an OCI layout.
 pub mod build;
+/// Layers with other owners.
+pub mod copies;
 /// A layer from its stream to its directory.
 pub mod layer;
 /// Layers that are on their way.
@@ -68,10 +71,11 @@ pub struct Content {
     in_work: Arc<InWork>,
 }
 
-/// Layers that some thread is unpacking. Two images of one generation share their lower layers: each is fetched once.
+/// Layers that some thread is unpacking or copying, by their names in `ingest`. Two images of one generation share their
+/// lower layers: each is fetched once.
 #[derive(Debug, Default)]
 struct InWork {
-    chains: Mutex<BTreeSet<Digest>>,
+    names: Mutex<BTreeSet<String>>,
     done: Condvar,
 }
 
@@ -93,6 +97,7 @@ impl Content {
         for dir in [&content.documents, &content.records] {
             crate::store::keep::sweep_unfinished(dir);
         }
+        content.sweep_copies();
         for entry in fs::read_dir(&staging).map_err(at(&staging))? {
             let path = entry.map_err(at(&staging))?.path();
             // What cannot be taken away must not keep the agent from starting: staging that layer again will say so.
@@ -174,18 +179,22 @@ impl Content {
     /// A fresh directory to unpack a layer in, or `None` if the layer is there, possibly because another thread has just
     /// unpacked it: this waits for it. Lower layers are staged first, so that nobody waits for himself.
     pub fn stage(&self, chain: Digest) -> Result<Option<Staged<'_>>, ContentError> {
-        let mut chains = self.in_work.chains.lock().unwrap_or_else(PoisonError::into_inner);
-        while chains.contains(&chain) {
-            chains = self.in_work.done.wait(chains).unwrap_or_else(PoisonError::into_inner);
+        self.stage_as(chain.hex(), self.layer(chain), self.table(chain))
+    }
+
+    fn stage_as(&self, name: String, target: PathBuf, table: PathBuf) -> Result<Option<Staged<'_>>, ContentError> {
+        let mut names = self.in_work.names.lock().unwrap_or_else(PoisonError::into_inner);
+        while names.contains(&name) {
+            names = self.in_work.done.wait(names).unwrap_or_else(PoisonError::into_inner);
         }
-        if self.has_layer(chain) {
+        if target.is_dir() {
             return Ok(None);
         }
-        chains.insert(chain);
-        drop(chains);
-        let path = self.staging().join(chain.hex());
+        names.insert(name.clone());
+        drop(names);
+        let path = self.staging().join(&name);
         // From here on, whatever happens, `Staged` cleans up.
-        let staged = Staged { content: self, chain, path };
+        let staged = Staged { content: self, name, path, target, table };
         remove::path(&staged.path).map_err(at(&staged.path))?;
         fs::create_dir(&staged.path).map_err(at(&staged.path))?;
         fs::set_permissions(&staged.path, fs::Permissions::from_mode(0o755)).map_err(at(&staged.path))?;
@@ -193,11 +202,13 @@ impl Content {
     }
 }
 
-/// A layer that is being unpacked. Dropped, it leaves nothing behind.
+/// A layer that is being unpacked or copied. Dropped, it leaves nothing behind.
 pub struct Staged<'c> {
     content: &'c Content,
-    chain: Digest,
+    name: String,
     path: PathBuf,
+    target: PathBuf,
+    table: PathBuf,
 }
 
 impl Staged<'_> {
@@ -207,17 +218,15 @@ impl Staged<'_> {
 
     /// Makes the layer visible: its data and its table first, then its name.
     pub fn publish(self, sums: &Sums) -> Result<(), ContentError> {
-        let table = self.content.table(self.chain);
-        table::write(&self.path, sums, &table).map_err(at(&table))?;
+        table::write(&self.path, sums, &self.table).map_err(at(&self.table))?;
         let dir = File::open(&self.path).map_err(at(&self.path))?;
         crash_point::pass("layer-unpacked");
         // One layer is thousands of files: one syncfs(2) is cheaper than an fsync for each.
         rustix::fs::syncfs(&dir).map_err(|errno| at(&self.path)(errno.into()))?;
         crash_point::pass("layer-synced");
-        let path = self.content.layer(self.chain);
-        fs::rename(&self.path, &path).map_err(at(&path))?;
+        fs::rename(&self.path, &self.target).map_err(at(&self.target))?;
         crash_point::pass("layer-named");
-        let layers = &self.content.layers;
+        let layers = self.target.parent().unwrap_or(&self.content.layers);
         File::open(layers).and_then(|dir| dir.sync_all()).map_err(at(layers))
     }
 }
@@ -226,10 +235,10 @@ impl Drop for Staged<'_> {
     fn drop(&mut self) {
         // Not there any more if it was published; else, what stays is taken away at the next start.
         let _ = remove::path(&self.path);
-        if !self.content.has_layer(self.chain) {
-            let _ = fs::remove_file(self.content.table(self.chain));
+        if !self.target.is_dir() {
+            let _ = fs::remove_file(&self.table);
         }
-        self.content.in_work.chains.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.chain);
+        self.content.in_work.names.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
         self.content.in_work.done.notify_all();
     }
 }

@@ -237,7 +237,7 @@ impl Table {
 }
 
 /// All entries of a tree, each directory before what is in it, names in order.
-struct Walk {
+pub(super) struct Walk {
     root: PathBuf,
     top: OwnedFd,
     /// Directories on the way, and what is left of each.
@@ -245,10 +245,10 @@ struct Walk {
     begun: bool,
 }
 
-struct Entry {
-    path: PathBuf,
-    escaped: String,
-    stat: Stat,
+pub(super) struct Entry {
+    pub(super) path: PathBuf,
+    pub(super) escaped: String,
+    pub(super) stat: Stat,
     meta: String,
     attributes: String,
 }
@@ -256,12 +256,12 @@ struct Entry {
 const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 impl Walk {
-    fn new(root: &Path) -> io::Result<Self> {
+    pub(super) fn new(root: &Path) -> io::Result<Self> {
         let top = rustix::fs::open(root, DIRECTORY, Mode::empty())?;
         Ok(Self { root: root.to_owned(), top, open: Vec::new(), begun: false })
     }
 
-    fn next(&mut self) -> io::Result<Option<Entry>> {
+    pub(super) fn next(&mut self) -> io::Result<Option<Entry>> {
         let path = if self.begun {
             loop {
                 let Some((directory, names)) = self.open.last_mut() else { return Ok(None) };

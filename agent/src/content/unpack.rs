@@ -25,7 +25,7 @@ use super::table::{Sum, Sums};
 use crate::config::DeviceNodes;
 use nodes::{Below, MadeWay};
 
-mod nodes;
+pub(super) mod nodes;
 mod over;
 
 /// How much one layer may be.

@@ -9,8 +9,7 @@ use std::path::{Path, PathBuf};
 use edged_model::id::Digest;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, statat};
 
-use super::{Content, ContentError, at, remove};
-use crate::crash_point;
+use super::{Content, ContentError, at};
 
 /// One thing on the disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,15 +46,7 @@ impl Content {
 
     /// Takes a layer away. Nobody may be pulling meanwhile: a pull takes what is there for granted.
     pub fn remove_layer(&self, chain: Digest) -> Result<(), ContentError> {
-        let (from, aside) = (self.layer(chain), self.staging().join(format!("gone-{}", chain.hex())));
-        match std::fs::rename(&from, &aside) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            renamed => renamed.map_err(at(&from))?,
-        }
-        crash_point::pass("layer-moved-aside");
-        // Without its layer it means nothing, and the next unpacking writes it anew.
-        let _ = std::fs::remove_file(self.table(chain));
-        remove::path(&aside).map_err(at(&aside))
+        self.move_aside(&self.layer(chain), &self.table(chain), &format!("gone-{}", chain.hex()))
     }
 
     pub fn remove_document(&self, digest: Digest) -> Result<(), ContentError> {
@@ -75,7 +66,7 @@ fn forget(path: &Path) -> Result<(), ContentError> {
     }
 }
 
-fn items(dir: &Path, size: impl Fn(&Path) -> u64) -> Result<Vec<Item>, ContentError> {
+pub(super) fn items(dir: &Path, size: impl Fn(&Path) -> u64) -> Result<Vec<Item>, ContentError> {
     use std::os::unix::fs::MetadataExt;
     let mut list = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(at(dir))? {

@@ -11,6 +11,7 @@ use edged_model::images::CheckedLayer;
 use edged_model::quantity::Bytes;
 
 use super::pull::ReadyImage;
+use crate::content::table::Found;
 use crate::content::{Content, ContentError};
 
 /// Which images have which layer.
@@ -32,28 +33,54 @@ pub fn layers(
 ) -> Vec<CheckedLayer> {
     let check = |(chain, images): (&Digest, &Vec<String>)| {
         let found = content.check_layer(*chain, may_read);
-        let mut checked = CheckedLayer {
-            chain: *chain,
-            images: images.clone(),
-            entries: 0,
-            read: Bytes(0),
-            damage: Vec::new(),
-            unread: false,
-        };
-        match found {
-            Ok(Some(found)) => {
-                checked.entries = found.entries;
-                checked.read = Bytes(found.read_bytes);
-                checked.unread = found.unread > 0;
-                checked.damage = found.damage;
-            }
-            Ok(None) => checked.unread = true,
-            // A disk that cannot be read is no whole layer.
-            Err(error) => checked.damage.push(crate::store::inline_chain(&error)),
-        }
-        checked
+        checked(*chain, None, images, found)
     };
     layers.iter().map(check).collect()
+}
+
+/// The same for the copies of these layers that there are for ranges of ids.
+pub fn copies(
+    content: &Content,
+    layers: &BTreeMap<Digest, Vec<String>>,
+    may_read: &mut dyn FnMut(u64) -> bool,
+) -> Vec<CheckedLayer> {
+    let mut list = Vec::new();
+    for first in content.copy_ranges() {
+        for (chain, images) in layers.iter().filter(|(chain, _)| content.has_copy(**chain, first)) {
+            let found = content.check_copy(*chain, first, may_read).map(Some);
+            list.push(checked(*chain, Some(first), images, found));
+        }
+    }
+    list
+}
+
+fn checked(
+    chain: Digest,
+    copy: Option<u32>,
+    images: &[String],
+    found: Result<Option<Found>, ContentError>,
+) -> CheckedLayer {
+    let mut checked = CheckedLayer {
+        chain,
+        copy,
+        images: images.to_vec(),
+        entries: 0,
+        read: Bytes(0),
+        damage: Vec::new(),
+        unread: false,
+    };
+    match found {
+        Ok(Some(found)) => {
+            checked.entries = found.entries;
+            checked.read = Bytes(found.read_bytes);
+            checked.unread = found.unread > 0;
+            checked.damage = found.damage;
+        }
+        Ok(None) => checked.unread = true,
+        // A disk that cannot be read is no whole layer.
+        Err(error) => checked.damage.push(crate::store::inline_chain(&error)),
+    }
+    checked
 }
 
 /// Whether the images were last in use in another boot than `boot_id` and nobody has said farewell since; from now on they

@@ -7,6 +7,7 @@ use edged_model::keeper::MAX_MESSAGE_FDS;
 use edged_model::manifest::{Manifest, NetworkMode, Workload};
 use edged_model::reason::{Code, Reason};
 
+use super::copies::{self, OwnIds, has_own_ids};
 use super::place;
 use super::pull::ReadyImage;
 use super::start::{self, Prepared, Purpose, StartContext, failed, netns_path};
@@ -32,15 +33,15 @@ pub struct Launch<'l> {
 /// Everything for a new run, in namespaces of its own. `note` comes back with it from the keeper. Blocking.
 pub fn run(ctx: &StartContext, launch: &Launch<'_>, note: String) -> Result<Prepared, Reason> {
     let Launch { name, workload, .. } = *launch;
-    let prepared = start::prepare(Purpose::Run, ctx, launch, note)?;
+    let own = if has_own_ids(ctx, workload) { Some(copies::ready(ctx, name, launch.image)?) } else { None };
+    let prepared = start::prepare(Purpose::Run, ctx, launch, own.and_then(OwnIds::copied), note)?;
     // A run that was killed while it was paused leaves the freezer on, and nothing would move in there.
     if prepared.cgroup.is_frozen() {
         prepared.cgroup.freeze(false).map_err(|error| failed(name, &error))?;
     }
-    let prepared = if has_own_ids(ctx, workload) {
-        with_own_ids(ctx, name, workload, prepared)
-    } else {
-        with_host_ids(ctx, name, workload, prepared)
+    let prepared = match own {
+        Some(own) => with_own_ids(ctx, name, workload, own, prepared),
+        None => with_host_ids(ctx, name, workload, prepared),
     }?;
     crash_point::pass("namespace-made");
     Ok(prepared)
@@ -63,7 +64,7 @@ fn with_host_ids(
 
 /// A command in a living run, whose namespaces it joins. Blocking.
 pub fn command(ctx: &StartContext, launch: &Launch<'_>) -> Result<Prepared, Reason> {
-    let mut prepared = start::prepare(Purpose::Command, ctx, launch, String::new())?;
+    let mut prepared = start::prepare(Purpose::Command, ctx, launch, None, String::new())?;
     if has_own_ids(ctx, launch.workload) {
         let ids = ctx.user_ids.of(launch.name).map_err(|error| failed(launch.name, &error))?;
         (prepared.spec.uid_map, prepared.spec.gid_map) = (vec![ids], vec![ids]);
@@ -71,14 +72,11 @@ pub fn command(ctx: &StartContext, launch: &Launch<'_>) -> Result<Prepared, Reas
     Ok(prepared)
 }
 
-fn has_own_ids(ctx: &StartContext, workload: &Workload) -> bool {
-    ctx.user_namespaces && !workload.has_host_ids()
-}
-
 fn with_own_ids(
     ctx: &StartContext,
     name: &WorkloadName,
     workload: &Workload,
+    own: OwnIds,
     prepared: Prepared,
 ) -> Result<Prepared, Reason> {
     let Prepared { spec, mut fds, cgroup } = prepared;
@@ -86,7 +84,7 @@ fn with_own_ids(
         let text = format!("{name} could not be started: its user or group {id} is beyond its {IDS_PER_WORKLOAD} ids");
         return Err(Reason::new(Code::StartFailed, text).next("choose a lower number, or `user: host`"));
     }
-    let ids = ctx.user_ids.of(name).map_err(|error| failed(name, &error))?;
+    let OwnIds { ids, layers } = own;
     let own = workload.network_mode == NetworkMode::Bridge;
     let path = netns_path(&ctx.places, name, workload.network_mode);
     let pin = userns_path(ctx, name, ids.outside);
@@ -100,6 +98,7 @@ fn with_own_ids(
     };
     give_run_files(ctx, name, ids.outside)?;
     let around = Around {
+        layers,
         user: pair.user,
         network,
         owns_network: own,
@@ -124,7 +123,7 @@ fn give_run_files(ctx: &StartContext, name: &WorkloadName, root: u32) -> Result<
 fn explain(name: &WorkloadName, error: &MappedError) -> Reason {
     let reason = failed(name, error);
     match error {
-        MappedError::Idmap { .. } | MappedError::Overlay(_) => {
+        MappedError::Idmap { .. } | MappedError::Overlay { .. } => {
             reason.next("a device that cannot do this sets runtime.user-namespaces = false in its agent.toml")
         }
         MappedError::DeviceElsewhere { .. } => reason.next("choose a target under /dev, or `user: host`"),
@@ -143,5 +142,6 @@ pub fn remove(ctx: &StartContext, name: &WorkloadName) -> Result<(), Box<dyn std
             netns::remove(&pin.path())?;
         }
     }
-    Ok(ctx.user_ids.release(name)?)
+    // What a rollback would need keeps it: copies go with the generation that needs them.
+    Ok(ctx.user_ids.release(name, |first| ctx.content.has_copies(first))?)
 }

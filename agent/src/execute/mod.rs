@@ -2,6 +2,8 @@
 
 /// What is on the disk against what was unpacked.
 pub mod check;
+/// The layers of a workload with ids of its own, where mounts cannot be idmapped.
+pub mod copies;
 /// From a launch to one with ids and namespaces of its own.
 pub mod isolate;
 /// The folders and files of a workload.

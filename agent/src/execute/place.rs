@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use edged_model::id::{Digest, SecretName, VolumeName, WorkloadName};
@@ -38,12 +38,13 @@ pub fn root_paths(places: &Places, workload: &WorkloadName, spec: Digest) -> Wri
 }
 
 /// Makes the upper of `workload` for the specification `spec` and takes away those of earlier specifications. `former`: by
-/// what it was named in earlier versions.
+/// what it was named in earlier versions. `owner`: of its top, on the disk.
 pub fn writable_root(
     places: &Places,
     workload: &WorkloadName,
     spec: Digest,
     former: Digest,
+    owner: u32,
 ) -> Result<WritableRoot, PlaceError> {
     let home = places.workloads().join(workload.as_str());
     let mine = spec.short();
@@ -63,6 +64,11 @@ pub fn writable_root(
     for dir in [&root.upper, &root.work, &root.mount_at] {
         fs::create_dir_all(dir).map_err(at(dir))?;
         fs::set_permissions(dir, Permissions::from_mode(0o755)).map_err(at(dir))?;
+    }
+    if fs::metadata(&root.work).map_err(at(&root.work))?.uid() != owner {
+        for dir in [&root.upper, &root.work] {
+            std::os::unix::fs::lchown(dir, Some(owner), Some(owner)).map_err(at(dir))?;
+        }
     }
     // Only root may enter: a setuid program left in an upper is nobody else's.
     fs::set_permissions(&home, Permissions::from_mode(0o700)).map_err(at(&home))?;
@@ -179,11 +185,11 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let places = Places::new(Some(root.path()), None);
         let web = WorkloadName::parse("web").unwrap();
-        let first = writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-")).unwrap();
+        let first = writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-"), 0).unwrap();
         fs::write(first.upper.join("kept"), "x").unwrap();
-        assert_eq!(writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-")).unwrap(), first);
+        assert_eq!(writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-"), 0).unwrap(), first);
         assert!(first.upper.join("kept").exists(), "kept over a restart");
-        let second = writable_root(&places, &web, Digest::of(b"2"), Digest::of(b"-")).unwrap();
+        let second = writable_root(&places, &web, Digest::of(b"2"), Digest::of(b"-"), 0).unwrap();
         assert!(!first.upper.exists() && second.upper.exists());
     }
 
@@ -193,7 +199,7 @@ mod tests {
         let places = Places::new(Some(root.path()), None);
         let (web, data) = (WorkloadName::parse("web").unwrap(), VolumeName::parse("data").unwrap());
         let volume = volume(&places, &data).unwrap();
-        let upper = writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-")).unwrap().upper;
+        let upper = writable_root(&places, &web, Digest::of(b"1"), Digest::of(b"-"), 0).unwrap().upper;
         run_files(&places, &web, &RunFiles::default()).unwrap();
         remove(&places, &web).unwrap();
         remove(&places, &web).unwrap();

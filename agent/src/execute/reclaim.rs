@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use edged_model::api::{Pruned, PrunedItem};
-use edged_model::id::Digest;
+use edged_model::id::{Digest, WorkloadName};
 use edged_model::quantity::{Bytes, Timestamp};
 use edged_plan::garbage::{Fate, fate};
 use oci_spec::image::ImageManifest;
@@ -21,6 +21,10 @@ pub struct Wish {
     pub images: BTreeMap<String, ReadyImage>,
     /// The names that some generation needs.
     pub needed: BTreeSet<String>,
+    /// For each range of ids, the images whose layers it needs copies of.
+    pub copies: BTreeMap<u32, BTreeSet<String>>,
+    /// Who may have a range of ids.
+    pub workloads: BTreeSet<WorkloadName>,
     pub now: Timestamp,
     pub keep_unused_secs: u64,
     /// Age saves nothing.
@@ -73,6 +77,7 @@ pub fn collect(content: &Content, wish: &Wish) -> Result<(Pruned, Vec<String>), 
         }
     }
     let gone: BTreeSet<Digest> = pruned.items.iter().map(|item| item.digest).collect();
+    copies(content, wish, &mut pruned)?;
     let is_broken = |image: &ReadyImage| image.layers.iter().any(|layer| gone.contains(layer));
     let broken: Vec<String> =
         wish.images.iter().filter(|(_, image)| is_broken(image)).map(|(name, _)| name.clone()).collect();
@@ -84,6 +89,27 @@ pub fn collect(content: &Content, wish: &Wish) -> Result<(Pruned, Vec<String>), 
     }
     Ok((pruned, broken))
 }
+
+/// Copies are made again without a network: those that nobody needs wait for nothing.
+fn copies(content: &Content, wish: &Wish, pruned: &mut Pruned) -> Result<(), ContentError> {
+    for copy in content.copies()? {
+        let needed = wish.copies.get(&copy.first);
+        let images = wish.images.iter().filter(|(_, image)| image.layers.contains(&copy.item.digest));
+        let mut names = images.map(|(name, _)| name);
+        let any = names.clone().next().cloned();
+        if names.any(|name| needed.is_some_and(|needed| needed.contains(name))) {
+            continue;
+        }
+        if !wish.dry_run {
+            content.remove_copy(copy.item.digest, copy.first)?;
+        }
+        note(pruned, LAYER_COPY, &copy.item, any);
+    }
+    Ok(())
+}
+
+/// As `df` and `prune` call it.
+pub const LAYER_COPY: &str = "layer copy";
 
 fn note(pruned: &mut Pruned, kind: &str, item: &Item, image: Option<String>) {
     pruned.size = Bytes(pruned.size.0 + item.bytes);

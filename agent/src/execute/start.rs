@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use edged_model::id::{SecretName, WorkloadName};
-use edged_model::keeper::{LaunchSpec, Rootfs};
+use edged_model::keeper::{IdMapping, LaunchSpec, Rootfs};
 use edged_model::manifest::{Manifest, MountSource, NetworkMode, Protocol, Seccomp, Secret, UsernsMode, Workload};
 use edged_model::reason::{Code, Reason};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount};
 
+use super::copies::{self, LayerWay};
 use super::isolate::Launch;
 use super::place::{self, RunFiles};
 use super::pull::ReadyImage;
@@ -35,6 +36,7 @@ pub struct StartContext {
     /// `runtime.user-namespaces`.
     pub user_namespaces: bool,
     pub user_ids: Arc<Ranges>,
+    pub layer_way: Arc<LayerWay>,
 }
 
 /// Ready to be launched.
@@ -133,11 +135,13 @@ pub enum Purpose {
     Command,
 }
 
-/// Describes the launch, but for the namespaces: those are [`super::isolate`]'s. Blocking.
+/// Describes the launch, but for the namespaces: those are [`super::isolate`]'s. `copied`: the ids that its root has on the
+/// disk, if not those inside. Blocking.
 pub(super) fn prepare(
     purpose: Purpose,
     ctx: &StartContext,
     launch: &Launch<'_>,
+    copied: Option<IdMapping>,
     note: String,
 ) -> Result<Prepared, Reason> {
     let Launch { name, workload, manifest, image } = *launch;
@@ -145,12 +149,14 @@ pub(super) fn prepare(
     let layers: Vec<PathBuf> = image.layers.iter().map(|chain| ctx.content.layer(*chain)).collect();
     let root = match purpose {
         Purpose::Run => {
-            let root = place::writable_root(&ctx.places, name, workload.digest_without_limits(), workload.digest())
+            let owner = copied.map_or(0, |ids| ids.outside);
+            let root_name = copies::root_name(workload, copied);
+            let root = place::writable_root(&ctx.places, name, root_name, workload.digest(), owner)
                 .map_err(|error| fail(&error))?;
             crash_point::pass("place-made");
             root
         }
-        Purpose::Command => place::root_paths(&ctx.places, name, workload.digest_without_limits()),
+        Purpose::Command => place::root_paths(&ctx.places, name, copies::root_name(workload, copied)),
     };
     let cgroup = match purpose {
         Purpose::Run => {
@@ -174,7 +180,12 @@ pub(super) fn prepare(
         key: name.to_string(),
         note,
         rootfs: Rootfs::Overlay {
-            lower: layers.iter().rev().map(|layer| text(layer)).collect(),
+            lower: copied
+                .map_or(layers, |ids| copies::paths(ctx, image, ids))
+                .iter()
+                .rev()
+                .map(|layer| text(layer))
+                .collect(),
             upper: text(&root.upper),
             work: text(&root.work),
             mount_at: text(&root.mount_at),

@@ -3,7 +3,7 @@
 //!
 //! `user-ids` in the data directory: one line for each workload, its name and the number of its range.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,7 +30,14 @@ pub enum UserIdsError {
 pub struct Ranges {
     file: PathBuf,
     ids: UserIds,
-    taken: Mutex<BTreeMap<WorkloadName, u32>>,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Debug)]
+struct Taken {
+    numbers: BTreeMap<WorkloadName, u32>,
+    /// Asked for since the agent began, and not given back: of these one cannot be sure that nobody runs with them.
+    handed_out: BTreeSet<WorkloadName>,
 }
 
 impl Ranges {
@@ -47,38 +54,61 @@ impl Ranges {
                 text.push_str(&format!("\n{name} {}", number / IDS_PER_WORKLOAD));
             }
         }
-        let taken = Mutex::new(parse(&text, ranges(ids)));
+        let taken = Mutex::new(Taken { numbers: parse(&text, ranges(ids)), handed_out: BTreeSet::new() });
         Self { file, ids, taken }
     }
 
-    fn taken(&self) -> MutexGuard<'_, BTreeMap<WorkloadName, u32>> {
+    fn taken(&self) -> MutexGuard<'_, Taken> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The range of `workload`; a new one is on the disk before anybody runs with it.
     pub fn of(&self, workload: &WorkloadName) -> Result<IdMapping, UserIdsError> {
         let mut taken = self.taken();
-        if let Some(number) = taken.get(workload) {
-            return Ok(self.mapping(*number));
+        if let Some(number) = taken.numbers.get(workload).copied() {
+            taken.handed_out.insert(workload.clone());
+            return Ok(self.mapping(number));
         }
         let ranges = ranges(self.ids);
-        let free = (0..ranges).find(|number| !taken.values().any(|other| other == number));
+        let free = (0..ranges).find(|number| !taken.numbers.values().any(|other| other == number));
         let number = free.ok_or_else(|| UserIdsError::NoneLeft { workload: workload.clone(), ranges })?;
-        taken.insert(workload.clone(), number);
-        if let Err(error) = write(&self.file, &taken) {
-            taken.remove(workload);
+        taken.numbers.insert(workload.clone(), number);
+        if let Err(error) = write(&self.file, &taken.numbers) {
+            taken.numbers.remove(workload);
             return Err(error);
         }
+        taken.handed_out.insert(workload.clone());
         Ok(self.mapping(number))
     }
 
-    /// Gives the range of a workload that was removed back.
-    pub fn release(&self, workload: &WorkloadName) -> Result<(), UserIdsError> {
+    /// The range that `workload` has, if it has one.
+    pub fn known(&self, workload: &WorkloadName) -> Option<IdMapping> {
+        self.taken().numbers.get(workload).map(|number| self.mapping(*number))
+    }
+
+    /// A workload was removed. `keep`: its range stays its own, because something on the disk has its ids.
+    pub fn release(&self, workload: &WorkloadName, keep: impl Fn(u32) -> bool) -> Result<(), UserIdsError> {
         let mut taken = self.taken();
-        match taken.remove(workload) {
-            None => Ok(()),
-            Some(_) => write(&self.file, &taken),
-        }
+        taken.handed_out.remove(workload);
+        self.give_back(&mut taken, |name, first| name == workload && !keep(first))
+    }
+
+    /// Gives the ranges back that no workload in `known` has and nothing on the disk.
+    pub fn release_unknown(
+        &self,
+        known: &BTreeSet<WorkloadName>,
+        keep: impl Fn(u32) -> bool,
+    ) -> Result<(), UserIdsError> {
+        let mut taken = self.taken();
+        let handed_out = taken.handed_out.clone();
+        let is_known = |name: &WorkloadName| known.contains(name) || handed_out.contains(name);
+        self.give_back(&mut taken, |name, first| !is_known(name) && !keep(first))
+    }
+
+    fn give_back(&self, taken: &mut Taken, goes: impl Fn(&WorkloadName, u32) -> bool) -> Result<(), UserIdsError> {
+        let before = taken.numbers.len();
+        taken.numbers.retain(|name, number| !goes(name, self.mapping(*number).outside));
+        if taken.numbers.len() == before { Ok(()) } else { write(&self.file, &taken.numbers) }
     }
 
     fn mapping(&self, number: u32) -> IdMapping {
@@ -130,7 +160,15 @@ mod tests {
         drop(first);
         let second = Ranges::open(file.clone(), &pins, ids);
         assert_eq!(second.of(&name("db")).unwrap(), db, "kept over a start");
-        second.release(&name("web")).unwrap();
+        second.release(&name("web"), |first| first == 1_000_000).unwrap();
+        assert_eq!(second.known(&name("web")), Some(web), "something on the disk has its ids");
+        let known = BTreeSet::from([name("db")]);
+        second.release_unknown(&known, |_| false).unwrap();
+        assert_eq!(second.known(&name("web")), None);
+        second.of(&name("web")).unwrap();
+        second.release_unknown(&known, |_| false).unwrap();
+        assert_eq!(second.known(&name("web")), Some(web), "somebody may be about to run with it");
+        second.release(&name("web"), |_| false).unwrap();
         assert_eq!(second.of(&name("cache")).unwrap(), web, "given to the next");
         second.of(&name("web")).unwrap();
         let none = second.of(&name("one-more")).unwrap_err().to_string();

@@ -14,7 +14,7 @@ use edged_plan::world::Began;
 use super::store_thread::Busy;
 use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, resize};
 use crate::crash_point;
-use crate::execute::{isolate, place, pull, start, stop};
+use crate::execute::{copies, isolate, place, pull, start, stop};
 use crate::report::Taken;
 use crate::runtime::keeper_link::{LaunchError, Launched};
 use crate::store::{Durability, SavedHistory, inline_chain};
@@ -58,6 +58,7 @@ impl Agent {
         self.pull_attempts.insert(image.clone(), attempts);
         self.world.observed.images.insert(image.clone(), nothing);
         let (context, inbox) = (self.pull_context.clone(), self.inbox.clone());
+        let (start_context, users) = (self.start_context.clone(), self.own_id_users(&image));
         crash_point::pass("pull-ordered");
         let ticket = self.ticket(&image);
         tokio::task::spawn_blocking(move || {
@@ -65,7 +66,9 @@ impl Agent {
                 // A progress that finds no room is told by the next one.
                 let _ = inbox.try_send(Message::PullProgress { image: image.clone(), progress });
             };
-            let result = Box::new(pull::pull(&context, &image, ticket, &tell));
+            let pulled = pull::pull(&context, &image, ticket, &tell);
+            let staged = pulled.and_then(|ready| copies::stage(&start_context, &users, &ready).map(|()| ready));
+            let result = Box::new(staged);
             // The loop has ended only when the agent ends.
             let _ = inbox.blocking_send(Message::Pulled { image: image.clone(), result });
         });

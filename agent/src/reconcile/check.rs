@@ -85,10 +85,13 @@ impl Agent {
 fn look(content: &Content, images: BTreeMap<String, ReadyImage>, until: u64, inbox: &mpsc::Sender<Message>) {
     let began = clock::boot_ms();
     let mut layers: BTreeMap<Digest, CheckedLayer> = BTreeMap::new();
+    let mut copies = Vec::new();
     let names = check::by_layer(&images);
     for (name, image) in images {
         let unseen = image.layers.iter().filter(|chain| !layers.contains_key(chain));
-        let unseen = unseen.map(|chain| (*chain, names.get(chain).cloned().unwrap_or_default())).collect();
+        let unseen: BTreeMap<_, _> =
+            unseen.map(|chain| (*chain, names.get(chain).cloned().unwrap_or_default())).collect();
+        copies.extend(check_copies(content, &unseen, until));
         for layer in check::layers(content, &unseen, &mut |_| clock::boot_ms() < until) {
             if !layer.damage.is_empty() {
                 if let Err(error) = content.remove_layer(layer.chain) {
@@ -102,7 +105,19 @@ fn look(content: &Content, images: BTreeMap<String, ReadyImage>, until: u64, inb
         let _ = inbox.blocking_send(Message::ImageChecked { name, image: Box::new(image), is_whole });
     }
     let took_ms = clock::boot_ms().saturating_sub(began);
-    let _ = inbox.blocking_send(Message::LayersChecked { layers: layers.into_values().collect(), took_ms });
+    let layers = layers.into_values().chain(copies).collect();
+    let _ = inbox.blocking_send(Message::LayersChecked { layers, took_ms });
+}
+
+/// A damaged copy is taken away; the next start makes it again, of layers that were looked at.
+fn check_copies(content: &Content, layers: &BTreeMap<Digest, Vec<String>>, until: u64) -> Vec<CheckedLayer> {
+    let copies = check::copies(content, layers, &mut |_| clock::boot_ms() < until);
+    for copy in copies.iter().filter(|copy| !copy.damage.is_empty()) {
+        if let Err(error) = content.remove_copy(copy.chain, copy.copy.unwrap_or_default()) {
+            tracing::error!("a damaged copy of a layer: {}", inline_chain(&error));
+        }
+    }
+    copies
 }
 
 /// For the events: what a check at the start has found.
@@ -110,8 +125,12 @@ fn told(layers: &[CheckedLayer], took_ms: u64) -> Vec<Reason> {
     let damaged = layers.iter().filter(|layer| !layer.damage.is_empty());
     let mut list: Vec<Reason> = damaged
         .map(|layer| {
+            let (what, again) = match layer.copy {
+                Some(first) => (format!("the copy for the ids from {first} of layer"), "made"),
+                None => ("layer".to_owned(), "fetched"),
+            };
             let text = format!(
-                "layer {} of {} is damaged ({}) and is fetched again",
+                "{what} {} of {} is damaged ({}) and is {again} again",
                 layer.chain.short(),
                 layer.images.join(", "),
                 layer.damage.join("; ")

@@ -152,7 +152,9 @@ impl Agent {
         }
         let content = self.start_context.content.clone();
         tokio::task::spawn_blocking(move || {
-            let layers = check::layers(&content, &check::by_layer(&images), &mut |_| true);
+            let by_layer = check::by_layer(&images);
+            let mut layers = check::layers(&content, &by_layer, &mut |_| true);
+            layers.extend(check::copies(&content, &by_layer, &mut |_| true));
             if layers.iter().any(|layer| !layer.damage.is_empty()) {
                 // Something may run on it now: it is replaced before anything does, at the next start.
                 if let Err(error) = check::mark_unclean(&content) {

@@ -1,12 +1,13 @@
 //! The disk: what takes it, and when what is not needed goes. By itself that happens when a generation has become good,
 //! every hour after, and when a pull found no room; never while an image is fetched or a generation is on its way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use edged_model::api::{Answer, DiskPart, DiskUse, Pruned};
 use edged_model::generation::GenerationState;
-use edged_model::id::Sequence;
+use edged_model::id::{Sequence, WorkloadName};
+use edged_model::manifest::Workload;
 use edged_model::observed::InstanceState;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
@@ -18,8 +19,11 @@ use crate::config::Places;
 use crate::content::Content;
 use crate::content::usage::tree_bytes;
 use crate::execute::pull::room::Ticket;
-use crate::execute::reclaim::{self, Wish};
+use crate::execute::reclaim::{self, LAYER_COPY, Wish};
+use crate::execute::start::StartContext;
+use crate::execute::{copies, place};
 use crate::observe::disk;
+use crate::runtime::mapped::Layers;
 use crate::store::inline_chain;
 
 const EVERY_MS: u64 = 3_600_000;
@@ -70,9 +74,9 @@ impl Agent {
             makes_room: self.collected.room_is_short,
             no_room: std::mem::take(&mut self.collected.no_room),
         };
-        let (content, inbox) = (self.start_context.content.clone(), self.inbox.clone());
+        let (start_context, inbox) = (self.start_context.clone(), self.inbox.clone());
         tokio::task::spawn_blocking(move || {
-            let result = reclaim::collect(&content, &wish).map_err(|error| inline_chain(&error));
+            let result = collect(&start_context, &wish);
             let _ = inbox.blocking_send(Message::Collected { result, reply: None });
         });
     }
@@ -81,11 +85,48 @@ impl Agent {
         Wish {
             images: self.images.clone(),
             needed: needed_images(&self.world.desired).into_iter().map(str::to_owned).collect(),
+            copies: self.needed_copies(),
+            workloads: self.workloads_known(),
             now: self.now().wall,
             keep_unused_secs: self.config.images.keep_unused.ms / 1000,
             room_is_short,
             dry_run,
         }
+    }
+
+    /// All that generations need, or that are here.
+    fn workloads_known(&self) -> BTreeSet<WorkloadName> {
+        let needed = self.needed_workloads().map(|(name, _)| name);
+        needed.chain(self.world.observed.workloads.keys()).cloned().collect()
+    }
+
+    fn needed_workloads(&self) -> impl Iterator<Item = (&WorkloadName, &Workload)> {
+        let desired = &self.world.desired;
+        let generations = desired.pointers.needed().filter_map(|sequence| desired.generations.get(&sequence));
+        generations.flat_map(|generation| &generation.manifest.workloads)
+    }
+
+    /// Those of `image` that have ids of their own.
+    pub(super) fn own_id_users(&self, image: &str) -> Vec<WorkloadName> {
+        let users = self.needed_workloads().filter(|(_, workload)| workload.image == image);
+        let own = users.filter(|(_, workload)| copies::has_own_ids(&self.start_context, workload));
+        own.map(|(name, _)| name.clone()).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// Where layers are not copied any more, what is left was started when they were.
+    fn needed_copies(&self) -> BTreeMap<u32, BTreeSet<String>> {
+        let context = &self.start_context;
+        let is_mapped = context.layer_way.known() == Some(Layers::Mapped);
+        let mut needed: BTreeMap<u32, BTreeSet<String>> = BTreeMap::new();
+        for (name, workload) in self.needed_workloads() {
+            let Some(ids) = context.user_ids.known(name) else { continue };
+            let root = copies::root_name(workload, Some(ids));
+            let runs_on_one = || place::root_paths(&context.places, name, root).upper.exists();
+            if copies::has_own_ids(context, workload) && !is_mapped || runs_on_one() {
+                needed.entry(ids.outside).or_default().insert(workload.image.clone());
+            }
+        }
+        needed
     }
 
     /// Whom a pull is weighed with: the others of its update. What the active generation lacks waits for no update.
@@ -120,9 +161,9 @@ impl Agent {
         self.collected.under_way |= !dry_run;
         self.collected.makes_room |= !dry_run;
         let wish = self.wish(true, dry_run);
-        let (content, inbox) = (self.start_context.content.clone(), self.inbox.clone());
+        let (start_context, inbox) = (self.start_context.clone(), self.inbox.clone());
         tokio::task::spawn_blocking(move || {
-            let result = reclaim::collect(&content, &wish).map_err(|error| inline_chain(&error));
+            let result = collect(&start_context, &wish);
             let _ = inbox.blocking_send(Message::Collected { result, reply: Some(answers) });
         });
     }
@@ -186,6 +227,16 @@ impl Agent {
     }
 }
 
+fn collect(context: &StartContext, wish: &Wish) -> Result<(Pruned, Vec<String>), String> {
+    let collected = reclaim::collect(&context.content, wish).map_err(|error| inline_chain(&error))?;
+    if !wish.dry_run {
+        let has_copies = |first| context.content.has_copies(first);
+        let released = context.user_ids.release_unknown(&wish.workloads, has_copies);
+        released.map_err(|error| inline_chain(&error))?;
+    }
+    Ok(collected)
+}
+
 fn use_of(
     places: &Places,
     content: &Content,
@@ -204,9 +255,11 @@ fn use_of(
         reclaimable,
     };
     let (layers, documents, partials) = (content.layers()?, content.documents()?, content.partials()?);
+    let copies = content.copies()?;
     let sum = |items: &[crate::content::usage::Item]| items.iter().map(|item| item.bytes).sum();
     let mut parts = vec![
         part("layers", layers.len(), sum(&layers), reclaimable("layer")),
+        part("layer copies", copies.len(), copies.iter().map(|copy| copy.item.bytes).sum(), reclaimable(LAYER_COPY)),
         part("documents", documents.len(), sum(&documents), reclaimable("document")),
         part("partial layers", partials.len(), sum(&partials), reclaimable("partial layer")),
     ];

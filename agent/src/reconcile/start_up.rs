@@ -22,6 +22,7 @@ use crate::api::{self, console};
 use crate::config::{Config, Places};
 use crate::content::Content;
 use crate::crash_point;
+use crate::execute::copies::LayerWay;
 use crate::execute::pull::{self, PullContext, ReadyImage, is_whole};
 use crate::execute::start::StartContext;
 use crate::execute::user_ids::Ranges;
@@ -86,6 +87,8 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         promises: Arc::default(),
         traffic: Arc::new(traffic(&config, &places)),
     };
+    let layer_way =
+        LayerWay::new(config.runtime.idmapped_layers, Arc::clone(&pull_context.promises), config.limits.disk_reserve);
     let boot_cause = if is_device { boot::cause(&store, &places.keep(), &boot_id) } else { None };
     let keeper_pid = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
     let counters = super::survived::Counters::begin(&store, &opened, (&boot_id, keeper_pid), boot_cause);
@@ -116,6 +119,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
             allow: config.allow.clone(),
             user_namespaces: config.runtime.user_namespaces,
             user_ids: Arc::new(Ranges::open(places.user_ids(), &places.userns(), config.runtime.user_ids)),
+            layer_way: Arc::new(layer_way),
         },
         floor,
         reckoning: time::Reckoning::new(store.time_floor()?),

@@ -11,6 +11,8 @@
 //! layer, layer, …  ─ idmapped ─┐
 //! upper + work     ─ idmapped ─┴─> overlay, mounted by the device's root with the container's ids ─> descriptor
 //! ```
+//! Where that cannot be ([`takes_mapped_layers`]), the layers that come here are copies with the container's ids on the
+//! disk, and nothing of the root is idmapped ([`Layers::Copied`]).
 
 use std::ffi::CString;
 use std::io;
@@ -36,8 +38,12 @@ pub enum MappedError {
         #[source]
         source: Errno,
     },
-    #[error("overlay of idmapped layers (Linux 5.19, CONFIG_OVERLAY_FS)")]
-    Overlay(#[source] Errno),
+    #[error("overlay of {layers} layers (CONFIG_OVERLAY_FS)")]
+    Overlay {
+        layers: &'static str,
+        #[source]
+        source: Errno,
+    },
     #[error("{path}")]
     Path {
         path: String,
@@ -50,8 +56,18 @@ pub enum MappedError {
     Thread(#[source] io::Error),
 }
 
+/// Whose ids the layers and the writable root have on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layers {
+    /// Those inside; mounts translate.
+    Mapped,
+    /// Those of the container on the device.
+    Copied,
+}
+
 /// What is needed beyond the launch itself.
 pub struct Around {
+    pub layers: Layers,
     pub user: OwnedFd,
     pub network: Option<OwnedFd>,
     /// Whether `network` belongs to `user`; else `/sys` is made here.
@@ -72,6 +88,40 @@ pub fn map(spec: LaunchSpec, first: u32, around: Around) -> Result<(LaunchSpec, 
     running.join().unwrap_or_else(|_| Err(MappedError::Thread(io::Error::other("it failed"))))
 }
 
+/// Whether this kernel mounts an overlay over idmapped mounts of these directories, which lie where layers do.
+pub fn takes_mapped_layers(directories: [String; 2], user: OwnedFd, ids: IdMapping) -> Result<bool, MappedError> {
+    let probe = move || {
+        own_mounts()?;
+        let around = Around {
+            layers: Layers::Mapped,
+            user,
+            network: None,
+            owns_network: false,
+            ids,
+            owned_by_workload: PathBuf::new(),
+            ready: PathBuf::new(),
+        };
+        match (Mapping { around, first: 0, fds: Vec::new() }).overlay(&directories, None, MOUNT_AT, false) {
+            Ok(_) => Ok(true),
+            Err(
+                MappedError::Idmap { source: Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP, .. }
+                | MappedError::Overlay { source: Errno::INVAL, .. },
+            ) => Ok(false),
+            Err(error) => Err(error),
+        }
+    };
+    let thread = std::thread::Builder::new().name("mounts".to_owned());
+    let running = thread.spawn(probe).map_err(MappedError::Thread)?;
+    running.join().unwrap_or_else(|_| Err(MappedError::Thread(io::Error::other("it failed"))))
+}
+
+/// For this thread, which ends soon: what it mounts nobody else sees.
+fn own_mounts() -> Result<(), MappedError> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|error| MappedError::Thread(error.into()))?;
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", slave).map_err(at("/"))
+}
+
 struct Mapping {
     around: Around,
     first: u32,
@@ -90,9 +140,7 @@ const NEEDS: &str = "Linux 5.12, CONFIG_USER_NS, and a file system that can, suc
 
 impl Mapping {
     fn run(mut self, mut spec: LaunchSpec) -> Result<(LaunchSpec, Vec<OwnedFd>), MappedError> {
-        unshare(CloneFlags::CLONE_NEWNS).map_err(|error| MappedError::Thread(error.into()))?;
-        let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-        rustix::mount::mount_change("/", slave).map_err(at("/"))?;
+        own_mounts()?;
         for step in &mut spec.mounts {
             if step.target == "/dev" && step.fstype == "tmpfs" {
                 let tree = self.dev(step, &spec.device_nodes)?;
@@ -150,6 +198,14 @@ impl Mapping {
             source,
         })?;
         Ok(tree)
+    }
+
+    /// A part of the root, by [`Layers`].
+    fn part(&self, path: &str) -> Result<OwnedFd, MappedError> {
+        match self.around.layers {
+            Layers::Mapped => self.idmapped(path),
+            Layers::Copied => open(path).and_then(|opened| mount::clone_tree(opened.as_fd(), false)).map_err(at(path)),
+        }
     }
 
     fn bind(&self, step: &MountStep) -> Result<OwnedFd, MappedError> {
@@ -218,11 +274,11 @@ impl Mapping {
         mount_at: &str,
         volatile: bool,
     ) -> Result<OwnedFd, MappedError> {
-        let layers = lower.iter().map(|layer| self.idmapped(layer)).collect::<Result<Vec<_>, _>>()?;
+        let layers = lower.iter().map(|layer| self.part(layer)).collect::<Result<Vec<_>, _>>()?;
         // Both in one mount: overlayfs insists.
         let home =
             upper.and_then(|(upper, _)| Path::new(upper).parent()).map(|home| home.to_string_lossy().into_owned());
-        let home = home.map(|home| self.idmapped(&home)).transpose()?;
+        let home = home.map(|home| self.part(&home)).transpose()?;
         let bench = mount::new_filesystem("tmpfs", "edged", "mode=700", 0).map_err(at(mount_at))?;
         mount::attach(bench.as_fd(), open(mount_at).map_err(at(mount_at))?.as_fd()).map_err(at(mount_at))?;
         rustix::process::fchdir(&bench).map_err(at(mount_at))?;
@@ -239,14 +295,15 @@ impl Mapping {
             data.push_str(if volatile { ",volatile" } else { "" });
         }
         rustix::fs::mkdirat(&bench, "root", Mode::from_raw_mode(0o755)).map_err(at(mount_at))?;
-        self.act_as_root_inside().map_err(MappedError::Overlay)?;
-        let data = CString::new(data).map_err(|_| MappedError::Overlay(Errno::INVAL))?;
+        let layers = if self.around.layers == Layers::Mapped { "idmapped" } else { "copied" };
+        let failed = |source| MappedError::Overlay { layers, source };
+        self.act_as_root_inside().map_err(failed)?;
+        let data = CString::new(data).map_err(|_| failed(Errno::INVAL))?;
         rustix::mount::mount("overlay", "root", "overlay", MountFlags::empty(), Some(data.as_c_str()))
-            .map_err(MappedError::Overlay)?;
-        let root =
-            rustix::fs::openat(&bench, "root", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(MappedError::Overlay)?;
-        mount::clone_tree(root.as_fd(), false).map_err(MappedError::Overlay)
+            .map_err(failed)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::openat(&bench, "root", flags, Mode::empty()).map_err(failed)?;
+        mount::clone_tree(root.as_fd(), false).map_err(failed)
     }
 
     /// From now on this thread makes files as the container's root does. With the ids the rights over files go too

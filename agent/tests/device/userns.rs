@@ -209,27 +209,119 @@ impl Drop for Mounted {
     }
 }
 
-/// overlayfs cannot be idmapped itself: such a data directory stands for UBIFS and NFS.
+/// ramfs cannot be idmapped, as UBIFS and NFS cannot.
+fn that_cannot_be_idmapped(path: std::path::PathBuf) -> Mounted {
+    fs::create_dir_all(&path).unwrap();
+    rustix::mount::mount("ramfs", &path, "ramfs", rustix::mount::MountFlags::empty(), None).unwrap();
+    Mounted(path)
+}
+
 #[test]
-fn where_ids_cannot_be_mapped_nothing_runs_with_less_and_it_is_told_why() {
+fn where_mounts_cannot_be_idmapped_each_workload_has_its_copy_of_the_layers() {
     let factory = Factory::start();
     let image = factory.publish_busybox();
-    let [root, lower, upper, work] = ["device", "lower", "upper", "work"].map(|name| factory.path(name));
-    for dir in [&root, &lower, &upper, &work] {
-        fs::create_dir(dir).unwrap();
-    }
-    let data = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
-    let data = std::ffi::CString::new(data).unwrap();
-    rustix::mount::mount("overlay", &root, "overlay", rustix::mount::MountFlags::empty(), Some(data.as_c_str()))
-        .unwrap();
-    let mounted = Mounted(root);
+    let mounted = that_cannot_be_idmapped(factory.path("device").join("layers"));
     let device = factory.device("");
-    device.take(&factory.sign("w", &format!("{}workloads:\n{}", head(1), shell("w", &image, "true", ""))));
-    let told = device.workload_that("w", "refused", |w| w["why"].to_string().contains("ids of its own"));
+    let script = "busybox id -u; busybox stat -c %u:%g /bin/busybox /www / /bin; echo more >> /www/index.html; \
+                  busybox stat -c %u:%g /www/index.html; echo new > /data/file; busybox stat -c %u:%g /data/file; \
+                  busybox rm /bin/test; busybox chown 33:44 /data; busybox stat -c %u:%g /data";
+    let yaml =
+        format!("{}workloads:\n{}{}", head(1), shell("one", &image, script, ""), shell("two", &image, "true", ""));
+    device.take(&factory.sign("copies", &yaml));
+    let said = told(&device, "one");
+    assert_eq!(said.matches("0:0\n").count(), 6, "{said}\n{}", device.said());
+    assert!(said.contains("33:44"), "{said}");
+    assert!(ids_outside(device.pid("one")).0 >= 0x7000_0000);
+    assert_eq!(inside(&device, "one", "busybox id -u; cat /www/index.html"), "0\nhere\nmore");
+    told(&device, "two");
+    // A volume is nobody's copy: nothing runs with less, and it is told why.
+    let _volumes = that_cannot_be_idmapped(factory.path("device").join("volumes"));
+    let volume = "    mounts: [{ source: { volume: kept }, target: /kept }]\n";
+    let with_volume = shell("three", &image, "true", volume);
+    let yaml = yaml.replace("sequence: 1", "sequence: 2").replace("workloads:", "volumes: { kept: {} }\nworkloads:");
+    device.take(&factory.sign("volume", &format!("{yaml}{with_volume}")));
+    let told = device.workload_that("three", "refused", |w| w["why"].to_string().contains("ids of its own"));
     let why = told["why"].to_string();
-    for word in ["/layers/", "Linux 5.12", "CONFIG_USER_NS", "ext4", "runtime.user-namespaces = false"] {
+    for word in ["/volumes/kept", "Linux 5.12", "CONFIG_USER_NS", "ext4", "runtime.user-namespaces = false"] {
         assert!(why.contains(word), "{word}: {why}");
     }
+    let ranges = || fs::read_dir(device.root().join("layers/copies")).map_or(0, Iterator::count);
+    assert_eq!(ranges(), 3, "one copy for each range");
+    drop(device);
+    drop(mounted);
+}
+
+#[test]
+fn copies_of_layers_stay_for_a_rollback_and_go_with_the_last_generation_that_needs_them() {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let device = factory.device("[runtime]\nidmapped-layers = false\n");
+    let both = |sequence, said: &str| {
+        let one = shell("one", &image, &format!("echo {said}"), "");
+        format!("{}workloads:\n{one}{}", head(sequence), shell("two", &image, "true", ""))
+    };
+    let alone = |sequence, said: &str| {
+        format!(
+            "{}workloads:\n{}",
+            head(sequence),
+            shell("one", &image, &format!("echo {said} >> /kept; cat /kept"), "")
+        )
+    };
+    let copies = |device: &Device| fs::read_dir(device.root().join("layers/copies")).map_or(0, Iterator::count);
+    device.take(&factory.sign("both", &both(1, "first")));
+    device.wait_for_generation(1, "good");
+    assert_eq!(copies(&device), 2);
+    let used = device.ask(&["df", "-o", "json"]);
+    let used: serde_json::Value = serde_json::from_str(&used).unwrap();
+    let part = used["parts"].as_array().unwrap().iter().find(|part| part["what"] == "layer copies").unwrap();
+    assert_eq!((&part["count"], &part["reclaimable"]), (&2.into(), &"0".into()), "{used}");
+    assert!(part["size"].as_str().unwrap().ends_with("Ki"), "{used}");
+    assert!(device.ask(&["image", "check"]).contains("copy for the ids from"));
+    device.take(&factory.sign("alone", &alone(2, "second")));
+    device.wait_for_generation(2, "good");
+    assert_eq!(copies(&device), 2, "the last good generation needs them");
+    let table = || fs::read_to_string(device.root().join("user-ids")).unwrap();
+    assert!(table().contains("two"), "its copies have its ids");
+    device.take(&factory.sign("next", &alone(3, "third")));
+    device.wait_for_generation(3, "good");
+    until("the copies that nobody needs to go", || (copies(&device) == 1 && !table().contains("two")).then_some(()));
+    assert!(device.events().iter().any(|event| event.contains("were taken away")), "{:?}", device.events());
+
+    // The same device learns to map: what runs next does so, and the copies go.
     device.switch_off();
+    let device = factory.device("");
+    device.running("one");
+    until("it to have begun anew", || device.edgectl(&["exec", "one", "cat", "/kept"]).status.success().then_some(()));
+    assert_eq!(inside(&device, "one", "busybox stat -c %u:%g /kept /www"), "0:0\n0:0");
+    until("the copies to go", || {
+        device.edgectl(&["prune"]);
+        (copies(&device) == 0).then_some(())
+    });
+    assert_eq!(inside(&device, "one", "busybox stat -c %u:%g /kept /www"), "0:0\n0:0");
+}
+
+#[test]
+fn copies_that_do_not_fit_are_refused_with_the_numbers_before_anything_is_touched() {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let root = factory.path("device");
+    fs::create_dir(&root).unwrap();
+    // Room for the image, as it is guessed, and for one copy; 64 MiB are in reserve.
+    let options = std::ffi::CString::new("size=69m").unwrap();
+    rustix::mount::mount("tmpfs", &root, "tmpfs", rustix::mount::MountFlags::empty(), Some(options.as_c_str()))
+        .unwrap();
+    let mounted = Mounted(root);
+    let device = factory.device("[runtime]\nidmapped-layers = false\n");
+    let workloads: String = ["one", "two"].iter().map(|name| shell(name, &image, "true", "")).collect();
+    device.take(&factory.sign("both", &format!("{}workloads:\n{workloads}", head(1))));
+    let why = until("the refusal", || {
+        let events = device.events();
+        events.into_iter().find(|event| event.contains("a copy of its image's layers"))
+    });
+    for word in ["needs about", "are free", "64Mi are in reserve"] {
+        assert!(why.contains(word), "{word}: {why}");
+    }
+    assert_ne!(device.workload("one")["phase"], "running");
+    drop(device);
     drop(mounted);
 }

@@ -86,7 +86,8 @@ pub fn checked(list: &[CheckedLayer]) -> String {
             (true, false) => "as unpacked",
         };
         let read = layer.read.human();
-        line(&mut out, &format!("{}  {verdict}: {} entries, {read} read", layer.chain.short(), layer.entries));
+        let copy = layer.copy.map(|first| format!(" (copy for the ids from {first})")).unwrap_or_default();
+        line(&mut out, &format!("{}{copy}  {verdict}: {} entries, {read} read", layer.chain.short(), layer.entries));
         for damage in &layer.damage {
             line(&mut out, &format!("  {damage}"));
         }

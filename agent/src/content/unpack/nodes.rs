@@ -89,7 +89,7 @@ pub fn directory(parent: &OwnedFd, name: &OsStr, item: &Item) -> Result<(), Errn
     let directory = openat(parent, name, flags, Mode::empty())?;
     if !is_new {
         // What an earlier entry said of it counts no more.
-        for name in attributes(&directory)? {
+        for name in attributes(&directory, is_of_the_image)? {
             fremovexattr(&directory, name.as_c_str())?;
         }
     }
@@ -229,24 +229,27 @@ pub fn copy_metadata(from: impl AsFd, to: impl AsFd) -> io::Result<()> {
     fchmod(&to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
     // XATTR_SIZE_MAX of xattr(7).
     let mut value = vec![0; 64 << 10];
-    for name in attributes(&from)? {
+    for name in attributes(&from, is_of_the_image)? {
         let length = fgetxattr(&from, name.as_c_str(), &mut value[..])?;
         fsetxattr(&to, name.as_c_str(), &value[..length], XattrFlags::empty())?;
     }
     Ok(())
 }
 
-/// Those of an image; what overlayfs or the system notes is not.
-fn attributes(fd: impl AsFd) -> Result<Vec<CString>, Errno> {
+/// What overlayfs or the system notes is not.
+pub fn is_of_the_image(name: &[u8]) -> bool {
+    name.starts_with(b"user.") || name == b"security.capability"
+}
+
+/// The names of the attributes that are wanted.
+pub fn attributes(fd: impl AsFd, is_wanted: impl Fn(&[u8]) -> bool) -> Result<Vec<CString>, Errno> {
     // XATTR_LIST_MAX.
     let mut names = vec![0; 64 << 10];
     let length = match flistxattr(&fd, &mut names[..]) {
         Err(Errno::OPNOTSUPP) => 0,
         length => length?,
     };
-    let names = names[..length]
-        .split(|byte| *byte == 0)
-        .filter(|name| name.starts_with(b"user.") || *name == b"security.capability");
+    let names = names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty() && is_wanted(name));
     Ok(names.filter_map(|name| CString::new(name).ok()).collect())
 }
 
