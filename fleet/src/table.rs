@@ -96,6 +96,9 @@ fn problems(report: &Report) -> Vec<String> {
     for why in report.trust.iter().flat_map(|trust| &trust.concerns) {
         lines.push(format!("trust: {why}"));
     }
+    if let Some(why) = &report.upgrade {
+        lines.push(format!("upgrade: {why}"));
+    }
     if let Some(refused) = &report.refused {
         lines.push(format!("refused {} at {}: {}", refused.what, refused.at, refused.why));
     }

@@ -2,11 +2,12 @@
 //! an answer in each state. [`crate::serve`] performs the acts and does nothing else.
 
 use edged_model::keeper::{
-    ChildExit, HEARTBEAT_TIMEOUT_MS, LaunchSpec, ReplyBody, Request, RequestBody, ShutdownHow, StopPlan,
+    ChildExit, FileId, HEARTBEAT_TIMEOUT_MS, LaunchSpec, ReplyBody, Request, RequestBody, ShutdownHow, StopPlan,
 };
 
 use crate::agent::{count_failure, restart_delay_ms};
 use crate::table::{AgentLife, Child, Down, Life, MAX_CHILDREN, NOBODY, Phase, Table, Way};
+use crate::trial::{self, Asked, Looked, Then, version};
 
 /// Grace for the kernel to take away what was killed.
 pub const FORCED_MS: u64 = 2_000;
@@ -65,6 +66,25 @@ pub enum Event {
         stage: String,
         errno: i32,
     },
+    /// At the program that lies in our place.
+    Looked {
+        asked: Asked,
+        looked: Looked,
+    },
+    /// The child that tried it has ended.
+    Tried {
+        end: End,
+        words: String,
+    },
+    NotExecuted {
+        why: String,
+    },
+    /// A boot, with the former program set aside still.
+    BootedOnTrial {
+        boots: u32,
+    },
+    /// The keeper itself failed.
+    Fault,
 }
 
 /// What a signal to the keeper means.
@@ -137,10 +157,22 @@ pub enum Act {
         unix_ms: i64,
     },
     PetWatchdog,
-    /// `agent_too`: the next image replaces the agent by one of its own.
+    /// Is another program there, and can it take over?
+    LookAtProgram {
+        asked: Asked,
+        refused: Option<FileId>,
+        is_on_trial: bool,
+    },
+    /// `file`: the new program as it was tried; `None`: the same again. `agent_too`: the next image replaces the agent by one
+    /// of its own.
     ExecAgain {
+        file: Option<FileId>,
         agent_too: bool,
     },
+    /// The former program takes its place again, and the table.
+    GoBack,
+    /// It is not needed any more.
+    DropFormer,
     Leave {
         way: Way,
     },
@@ -168,6 +200,7 @@ pub fn decide(table: &mut Table, event: Event, now: u64) -> Vec<Act> {
         Event::Unreadable { why } => refuse(&mut acts, 0, why),
         Event::AgentStarted { pid } => {
             table.forget_requests();
+            trial::started(table);
             table.agent.life = AgentLife::Running { pid, started_boot_ms: now, heard_boot_ms: now };
         }
         Event::AgentNotStarted { why } => {
@@ -176,6 +209,7 @@ pub fn decide(table: &mut Table, event: Event, now: u64) -> Vec<Act> {
             let delay = restart_delay_ms(table.agent.failures_in_a_row).max(100);
             acts.push(Act::Say(format!("the agent cannot be started: {why}; again in {delay} ms")));
             table.agent.life = AgentLife::Waiting { until_boot_ms: now.saturating_add(delay) };
+            trial::fell(table, now, &why, now, &mut acts);
         }
         Event::AgentClosed => {
             if let AgentLife::Running { pid, started_boot_ms, .. } = table.agent.life {
@@ -202,12 +236,17 @@ pub fn decide(table: &mut Table, event: Event, now: u64) -> Vec<Act> {
                 }
             }
         }
+        Event::Looked { asked, looked } => trial::looked(table, asked, looked, now, &mut acts),
+        Event::Tried { end, words } => trial::tried(table, end, &words, now, &mut acts),
+        Event::NotExecuted { why } => trial::not_executed(table, &why, &mut acts),
+        Event::BootedOnTrial { boots } => trial::booted(table, boots, now, &mut acts),
+        Event::Fault => trial::go_back(table, "the keeper itself failed", now, &mut acts),
     }
     due(table, now, &mut acts);
     acts
 }
 
-fn send(acts: &mut Vec<Act>, id: u64, body: ReplyBody) {
+pub fn send(acts: &mut Vec<Act>, id: u64, body: ReplyBody) {
     acts.push(Act::Send { id, body, outputs_of: None });
 }
 
@@ -229,10 +268,10 @@ fn exec_reached(table: &mut Table, key: String, acts: &mut Vec<Act>) {
 
 fn asked(table: &mut Table, wish: Wish, now: u64, acts: &mut Vec<Act>) {
     match wish {
-        Wish::Again => acts.push(Act::ExecAgain { agent_too: false }),
-        // On the way down nothing new is begun.
-        Wish::Upgrade if table.down.is_none() => acts.push(Act::ExecAgain { agent_too: true }),
-        Wish::Upgrade => {}
+        Wish::Again | Wish::Upgrade => {
+            let then = Then::Execute { agent_too: wish == Wish::Upgrade };
+            trial::ask(table, Asked { request: None, then, again: false }, acts);
+        }
         Wish::Stop if table.device => go_down(table, Way::Machine(ShutdownHow::Reboot), now, acts),
         Wish::Reboot if table.device => go_down(table, Way::Machine(ShutdownHow::Reboot), now, acts),
         Wish::PowerOff if table.device => go_down(table, Way::Machine(ShutdownHow::PowerOff), now, acts),
@@ -293,6 +332,7 @@ fn agent_ended(table: &mut Table, end: End, now: u64, acts: &mut Vec<Act>) {
     };
     acts.push(Act::Say(format!("the agent ended ({how}) after {ran_ms} ms; again in {delay} ms")));
     table.agent.life = AgentLife::Waiting { until_boot_ms: now.saturating_add(delay) };
+    trial::fell(table, started_boot_ms, &format!("{how} after {ran_ms} ms"), now, acts);
 }
 
 fn kill_agent(table: &mut Table, why: &str, now: u64, acts: &mut Vec<Act>) {
@@ -370,18 +410,25 @@ fn answer(table: &mut Table, request: Request, now: u64, acts: &mut Vec<Act>) {
             send(acts, id, ReplyBody::Done);
         }
         RequestBody::Version => {
-            send(acts, id, ReplyBody::Version { version: version(), program: table.program.clone() });
+            let on_trial_after = table.upgrade.trial.as_ref().map(|trial| trial.former.clone());
+            let (program, refused) = (table.program.clone(), table.upgrade.refused.clone());
+            send(acts, id, ReplyBody::Version { version: version(), program, on_trial_after, refused });
         }
-        RequestBody::Upgrade if table.down.is_some() => refuse(acts, id, "the machine is going down".to_owned()),
-        RequestBody::Upgrade => {
+        RequestBody::Rehearse { again } => {
+            trial::ask(table, Asked { request: Some(id), then: Then::Wait, again }, acts);
+        }
+        RequestBody::Upgrade => trial::upgrade(table, id, now, acts),
+        RequestBody::Settled => {
+            trial::settled(table);
             send(acts, id, ReplyBody::Done);
-            acts.push(Act::ExecAgain { agent_too: true });
+        }
+        RequestBody::RefusalTold => {
+            if let Some(refused) = &mut table.upgrade.refused {
+                refused.is_told = true;
+            }
+            send(acts, id, ReplyBody::Done);
         }
     }
-}
-
-fn version() -> String {
-    env!("CARGO_PKG_VERSION").to_owned()
 }
 
 fn may_launch(table: &Table, spec: &LaunchSpec) -> Result<(), String> {
@@ -456,6 +503,7 @@ fn due(table: &mut Table, now: u64, acts: &mut Vec<Act>) {
         | AgentLife::Dying { .. }
         | AgentLife::Retired => {}
     }
+    trial::due(table, now, acts);
     pet(table, now, acts);
     down(table, now, acts);
 }

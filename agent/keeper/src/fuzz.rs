@@ -38,6 +38,8 @@ pub fn message(bytes: &[u8]) {
     let answers = acts.iter().filter_map(|act| match act {
         Act::Send { id, body, .. } => Some((*id, body)),
         Act::Signal { id, .. } => Some((*id, &ReplyBody::Done)),
+        // Answered when it has been looked at.
+        Act::LookAtProgram { asked, .. } => Some((asked.request?, &ReplyBody::Done)),
         Act::Launch { request, .. } => Some((*request, &ReplyBody::Done)),
         _ => None,
     });

@@ -27,6 +27,8 @@ pub mod fuzz;
 mod log;
 /// Kernel modules.
 mod modules;
+/// The files of an upgrade.
+mod program;
 /// The keeper's own binary, out of every container's reach; and the table through an exec.
 mod resume;
 /// The loop.
@@ -36,6 +38,10 @@ mod shutdown;
 pub use shutdown::FAREWELL;
 /// Living and ended children, the agent, the way down.
 mod table;
+/// A newer program: tried, on trial, sent away. Pure.
+mod trial;
+
+pub use program::{REHEARSE, SET_ASIDE, set_aside};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -101,5 +107,20 @@ pub fn run(config: KeeperConfig) -> ExitCode {
         // The kernel panics when PID 1 ends; what is missing may come back.
         #[expect(clippy::disallowed_methods, reason = "nothing runs yet that could be waited for")]
         std::thread::sleep(std::time::Duration::from_secs(1));
+    }
+}
+
+/// In a program that is tried: says so if it can read the table that it is shown. All that the program does before
+/// [`run`] is to be done before this too, so that what would fail fails here.
+pub fn rehearse() -> ExitCode {
+    match resume::rehearse() {
+        Ok(_) => {
+            println!("{}{}", trial::READY, trial::version());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            println!("the table of children cannot be read: {error}");
+            ExitCode::FAILURE
+        }
     }
 }

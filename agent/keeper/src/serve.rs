@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
-use edged_model::keeper::{MAX_MESSAGE_BYTES, Reply, ReplyBody, ShutdownHow};
+use edged_model::keeper::{FileId, MAX_MESSAGE_BYTES, Reply, ReplyBody, ShutdownHow};
 use edged_sys::device::{Watchdog, boot_ms};
 use edged_sys::spawn::{self, Heard, SingleThread};
 use edged_sys::{fdpass, pidfd};
@@ -24,7 +24,8 @@ use rustix::process::WaitOptions;
 use crate::decide::{Act, End, Event, Wish, decide, heard};
 use crate::resume::{self, Kept, Program};
 use crate::table::{Table, Way};
-use crate::{KeeperConfig, agent, boot, log, shutdown};
+use crate::trial::{Asked, Looked};
+use crate::{KeeperConfig, agent, boot, log, program, shutdown};
 
 /// What an epoll event is about: one of these, or `LAUNCHES` and the pid of a child on its way to exec.
 const SIGNALS: u64 = 0;
@@ -65,6 +66,8 @@ pub struct Keeper {
     /// The agent's socket is also watched for room to write.
     wants_room: bool,
     buffer: Vec<u8>,
+    /// A child that tries a newer program.
+    trying: Option<program::Child>,
     left: Option<Way>,
 }
 
@@ -111,10 +114,16 @@ impl Keeper {
             watchdog: None,
             wants_room: false,
             buffer: vec![0; MAX_MESSAGE_BYTES + 1],
+            trying: None,
             left: None,
         };
         keeper.open_watchdog();
         keeper.take_up()?;
+        if !resume::is_resuming() {
+            if let Some(boots) = resume::program().and_then(|place| program::boots_on_trial(&place)) {
+                keeper.feed(Event::BootedOnTrial { boots }, &[]);
+            }
+        }
         if agent_too {
             keeper.feed(Event::AgentDeaf { why: "is of the version before" }, &[]);
         }
@@ -162,9 +171,16 @@ impl Keeper {
                 // Should the same fault wait for the new image too, this keeps the machine usable.
                 #[expect(clippy::disallowed_methods, reason = "nothing can be handled while the state is in doubt")]
                 std::thread::sleep(std::time::Duration::from_millis(100));
-                self.exec(Program::Same, false);
+                // A fault in this, too, must not end us.
+                let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.feed(Event::Fault, &[])));
+                if let Err(error) = self.exec(Program::Same, false) {
+                    log::line(&format!("cannot start itself again: {error}"));
+                }
             }
             if let Some(way) = self.left {
+                if let Some(place) = resume::program() {
+                    program::ended_in_order(&place);
+                }
                 if let Way::Machine(how) = way {
                     self.end_machine(how);
                 }
@@ -173,10 +189,58 @@ impl Keeper {
         }
     }
 
-    fn exec(&mut self, program: Program, agent_too: bool) {
+    /// Comes back only when it failed.
+    fn exec(&mut self, program: Program, agent_too: bool) -> io::Result<()> {
         self.flush();
-        let error = resume::exec_self(&self.table, &self.kept, program, agent_too);
-        log::line(&format!("cannot start itself again: {error}"));
+        Err(resume::exec_self(&self.table, &self.kept, program, agent_too))
+    }
+
+    fn look_at_program(&mut self, asked: Asked, refused: Option<FileId>, is_on_trial: bool) -> Event {
+        let Some(place) = resume::program() else {
+            let why = "it is not known where this program came from".to_owned();
+            return Event::Looked { asked, looked: Looked::Unusable { why } };
+        };
+        let table = || resume::save(&self.table, &self.kept, false);
+        let args = &self.config.agent_args;
+        let (looked, child) = program::look(&place, args, asked.again, refused, is_on_trial, table);
+        if let Some(child) = &child {
+            boot::place_agent(&self.config, child.pid);
+        }
+        self.trying = child;
+        Event::Looked { asked, looked }
+    }
+
+    fn exec_again(&mut self, file: Option<FileId>, agent_too: bool) -> Option<Event> {
+        let Some(file) = file else {
+            if let Err(error) = self.exec(Program::Newest, agent_too) {
+                log::line(&format!("cannot start itself again: {error}"));
+            }
+            return None;
+        };
+        let changed = resume::program().is_none_or(|place| program::id(&place).ok() != Some(file));
+        if changed {
+            return Some(Event::NotExecuted { why: "it was changed after it had been tried".to_owned() });
+        }
+        if self.kept.former.is_none() {
+            self.kept.former =
+                program::hold().map_err(|error| log::line(&format!("the program that runs: {error}"))).ok();
+        }
+        let error = self.exec(Program::Newest, agent_too).err();
+        self.kept.former = None;
+        error.map(|error| Event::NotExecuted { why: error.to_string() })
+    }
+
+    fn go_back(&mut self) {
+        if let Some(Err(error)) = resume::program().map(|place| program::put_back(&place)) {
+            log::line(&format!("a power cut will bring back what was sent away: {error}"));
+        }
+        if let Err(error) = self.exec(Program::Former, true) {
+            let why = format!("the former program cannot be executed: {error}; this one goes on");
+            log::line(&why);
+            if let Some(refused) = &mut self.table.upgrade.refused {
+                refused.why = why;
+            }
+        }
     }
 
     /// One turn: wait, handle what came, do what is due.
@@ -242,6 +306,11 @@ impl Keeper {
             };
             if self.table.agent.life.pid() == Some(pid) {
                 self.drop_agent();
+            }
+            if self.table.upgrade.trying.is_some_and(|trying| trying.pid == pid) {
+                let words = self.trying.take().map(|mut child| child.said()).unwrap_or_default();
+                self.feed(Event::Tried { end, words }, &[]);
+                continue;
             }
             self.feed(Event::Reaped { pid, end }, &[]);
         }
@@ -369,7 +438,17 @@ impl Keeper {
                     log::line(&format!("watchdog: {error}"));
                 }
             }
-            Act::ExecAgain { agent_too } => self.exec(Program::Newest, agent_too),
+            Act::LookAtProgram { asked, refused, is_on_trial } => {
+                return Some(self.look_at_program(asked, refused, is_on_trial));
+            }
+            Act::ExecAgain { file, agent_too } => return self.exec_again(file, agent_too),
+            Act::GoBack => self.go_back(),
+            Act::DropFormer => {
+                self.kept.former = None;
+                if let Some(place) = resume::program() {
+                    program::drop_former(&place);
+                }
+            }
             Act::Leave { way } => self.left = Some(way),
         }
         None

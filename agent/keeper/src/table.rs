@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 use edged_model::keeper::{ChildExit, ChildState, HEARTBEAT_TIMEOUT_MS, ShutdownHow, StopPlan};
 use serde::{Deserialize, Serialize};
 
+use crate::trial::Upgrade;
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Child {
     pub pid: i32,
@@ -166,12 +168,23 @@ pub struct Table {
     /// Where a newer program is looked for.
     #[serde(default)]
     pub program: Option<String>,
+    #[serde(default)]
+    pub upgrade: Upgrade,
 }
 
 impl Table {
     pub fn new(device: bool, stop_timeout_ms: u64) -> Self {
         let agent = Agent { life: AgentLife::Waiting { until_boot_ms: 0 }, failures_in_a_row: 0 };
-        Self { device, stop_timeout_ms, children: BTreeMap::new(), agent, down: None, watchdog: None, program: None }
+        Self {
+            device,
+            stop_timeout_ms,
+            children: BTreeMap::new(),
+            agent,
+            down: None,
+            watchdog: None,
+            program: None,
+            upgrade: Upgrade::default(),
+        }
     }
 
     pub fn key_of_pid(&self, pid: i32) -> Option<&str> {
@@ -207,6 +220,6 @@ impl Table {
             Some(Phase::Forced { leave_at_boot_ms }) => leave_at_boot_ms,
             Some(Phase::Left) | None => u64::MAX,
         };
-        agent.min(watchdog).min(down)
+        agent.min(watchdog).min(down).min(crate::trial::wake_at_boot_ms(self))
     }
 }

@@ -110,6 +110,8 @@ pub enum Request {
     Reboot,
     /// Keeper and agent are replaced by the program that lies where theirs came from; workloads run on.
     Upgrade,
+    /// The same, also if that program was refused before.
+    UpgradeAgain,
 }
 
 impl Request {
@@ -142,7 +144,8 @@ impl Request {
             | Self::LoadImages { .. }
             | Self::PowerOff
             | Self::Reboot
-            | Self::Upgrade => false,
+            | Self::Upgrade
+            | Self::UpgradeAgain => false,
         }
     }
 }
@@ -274,6 +277,9 @@ pub struct Status {
     pub memory_available: Bytes,
     pub pressure: Option<Pressure>,
     pub refused: Option<Refusal>,
+    /// A newer edged that is on trial, or was not taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<Reason>,
     #[serde(default)]
     pub trust: TrustReport,
     #[serde(default)]

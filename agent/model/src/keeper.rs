@@ -53,8 +53,17 @@ pub enum RequestBody {
         unix_ms: i64,
     },
     Version,
+    /// Try the program that lies where this one came from, in a child; nothing changes. `Done`, or `Refused` with its words.
+    Rehearse {
+        /// Also if it is the one that was refused before.
+        again: bool,
+    },
     /// Run the program that lies where this one came from: the keeper with its table, then an agent of that program.
     Upgrade,
+    /// The planner has nothing to do but wait: once by each agent. A program on trial is judged by it.
+    Settled,
+    /// What became of a program that was refused is in the story.
+    RefusalTold,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,10 +110,34 @@ pub enum ReplyBody {
         /// Where the program came from, and a newer one is looked for.
         #[serde(default)]
         program: Option<String>,
+        /// What comes back if the agents of this one fall.
+        #[serde(default)]
+        on_trial_after: Option<String>,
+        #[serde(default)]
+        refused: Option<RefusedProgram>,
     },
     Refused {
         why: String,
     },
+}
+
+/// A newer program that was not taken, or that was taken and sent away again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedProgram {
+    /// A sentence with the file and the numbers.
+    pub why: String,
+    /// It ran, and its agents fell.
+    pub has_run: bool,
+    /// The story has it.
+    pub is_told: bool,
+    pub file: Option<FileId>,
+}
+
+/// A file, whatever its name (stat(2)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    pub device: u64,
+    pub inode: u64,
 }
 
 /// One child of the keeper.

@@ -81,6 +81,10 @@ pub enum Code {
     AgentRestarted,
     Upgrade,
     UpgradeRefused,
+    /// A newer edged fell again and again, and the one before runs again.
+    UpgradeReturned,
+    /// A newer edged runs, and the one before is kept until it has proved itself.
+    UpgradeOnTrial,
     Boot,
     StoreRebuilt,
     DiskFull,

@@ -43,6 +43,9 @@ pub struct Report {
     /// What was refused last, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refusal>,
+    /// A newer edged that is on trial, or was not taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<Reason>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trust: Option<TrustReport>,
     /// Reports dropped from a full outbox, counted over the device's whole life: a difference between two is a gap.

@@ -19,6 +19,8 @@ pub struct Survived {
     pub store_records_lost: u64,
     pub generations_rolled_back: u64,
     pub generations_rejected: u64,
+    /// Newer programs of edged whose agents fell, so that the one before came back.
+    pub upgrades_returned: u64,
     /// Damaged layers that were found and fetched again.
     pub layers_damaged: u64,
     /// Fetches of images that failed and were, or will be, tried again.

@@ -75,12 +75,26 @@ fn main() -> ExitCode {
             }
         };
     }
+    if words.get(1).is_some_and(|word| word == edged_keeper::SET_ASIDE) {
+        return edged_keeper::set_aside(&words[2..]);
+    }
+    // What the keeper does before it runs, and no more.
+    if words.get(1).is_some_and(|word| word == edged_keeper::REHEARSE) {
+        words.remove(1);
+        return match keeper_config(&Options::parse_from(words)) {
+            Ok(_) => edged_keeper::rehearse(),
+            Err(error) => {
+                println!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     // As PID 1 the words are what the kernel did not understand of its command line.
     let is_device = std::process::id() == 1;
     let options =
         if is_device { Options { root: None, config: None, device: true } } else { Options::parse().absolute() };
-    match keeper(&options) {
-        Ok(code) => code,
+    match keeper_config(&options) {
+        Ok(config) => edged_keeper::run(config),
         Err(error) => {
             eprintln!("edged: {error:#}");
             ExitCode::FAILURE
@@ -88,21 +102,21 @@ fn main() -> ExitCode {
     }
 }
 
-fn keeper(options: &Options) -> Result<ExitCode> {
+fn keeper_config(options: &Options) -> Result<KeeperConfig> {
     let places = options.places();
     if !options.device {
         check_host(&places)?;
     }
     // PID 1 reads no file it could stumble over: the agent's wall is the default there.
     let config = if options.device { Config::default() } else { Config::load(&places.config_file)? };
-    Ok(edged_keeper::run(KeeperConfig {
+    Ok(KeeperConfig {
         agent_args: options.words(),
         device: options.device,
         agent_memory_max_bytes: config.limits.agent_memory.0,
         stop_timeout_ms: 120_000,
         built_at: edged::BUILT_AT,
         data: places.data().to_owned(),
-    }))
+    })
 }
 
 /// Says what is missing now, rather than fail at the first container.

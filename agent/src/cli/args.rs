@@ -150,7 +150,11 @@ pub enum Verb {
         output: Output,
     },
     /// Run the newer edged that was put in the place of the running one; workloads run on
-    Upgrade,
+    Upgrade {
+        /// Also if that program was taken before and its agents fell
+        #[arg(long)]
+        again: bool,
+    },
     /// Stop all workloads in order and start the device anew
     Reboot,
     /// Stop all workloads in order and switch the device off
@@ -230,7 +234,8 @@ impl Verb {
             }
             Self::Version { .. } => Request::Version,
             Self::Reboot => Request::Reboot,
-            Self::Upgrade => Request::Upgrade,
+            Self::Upgrade { again: false } => Request::Upgrade,
+            Self::Upgrade { again: true } => Request::UpgradeAgain,
             Self::Poweroff => Request::PowerOff,
             Self::Key(_) | Self::Trust(_) | Self::Manifest(_) | Self::Image(ImageCommand::Build(_)) | Self::Push(_) => {
                 return Err("this verb works on a workstation, not on a device".to_owned());

@@ -69,7 +69,7 @@ fn is_elsewhere(verb: &Verb) -> bool {
         | Verb::Activate { .. }
         | Verb::Version { .. }
         | Verb::Reboot
-        | Verb::Upgrade
+        | Verb::Upgrade { .. }
         | Verb::Poweroff => false,
     }
 }

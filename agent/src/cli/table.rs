@@ -165,6 +165,10 @@ fn status(status: &Status, style: Style) -> String {
         wrapped(&mut out, "  trust       ", &why.text);
         wrapped(&mut out, "           -> ", &why.next);
     }
+    if let Some(why) = &status.upgrade {
+        wrapped(&mut out, "  upgrade     ", &why.text);
+        wrapped(&mut out, "           -> ", &why.next);
+    }
     if let Some(text) = survived::text(&status.survived) {
         wrapped(&mut out, "  survived    ", &text);
     }

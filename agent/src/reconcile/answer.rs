@@ -73,7 +73,8 @@ impl Agent {
                 });
             }
             Request::PowerOff => self.shutdown(&answers, ShutdownHow::PowerOff, &caller.name).await,
-            Request::Upgrade => self.upgrade(answers, caller.name),
+            Request::Upgrade => self.upgrade(answers, false, caller.name),
+            Request::UpgradeAgain => self.upgrade(answers, true, caller.name),
             Request::Reboot => self.shutdown(&answers, ShutdownHow::Reboot, &caller.name).await,
         }
     }

@@ -239,6 +239,9 @@ struct Agent {
     reckoning: time::Reckoning,
     is_device: bool,
     refused: Option<Refusal>,
+    /// What the keeper says about a newer program.
+    upgrade: Option<Reason>,
+    is_settled: bool,
     concerns: expiry::Concerns,
     /// The device's story, for whoever follows it.
     story: broadcast::Sender<StoryEvent>,
@@ -281,6 +284,7 @@ impl Agent {
                 () = tokio::time::sleep(wake) => {}
             }
             self.replan().await;
+            self.settle_once().await;
         }
     }
 
@@ -308,6 +312,7 @@ impl Agent {
         if let Err(error) = self.link.heartbeat().await {
             tracing::warn!("heartbeat: {}", crate::store::inline_chain(&error));
         }
+        self.look_at_program().await;
         self.sample();
         self.collect_if_due();
         self.floor_if_due();

@@ -125,6 +125,8 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         reckoning: time::Reckoning::new(store.time_floor()?),
         is_device,
         refused: None,
+        upgrade: None,
+        is_settled: false,
         concerns: super::expiry::Concerns::recall(&store, root_problem.clone()),
         story,
         execs: super::health::Execs::default(),
@@ -141,6 +143,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     let runs = agent.adopt().await?;
     crash_point::pass("all-adopted");
     agent.check_if_unclean(runs);
+    agent.look_at_program().await;
     let calls = agent.open_doors(&places, is_device).await?;
     crash_point::pass("doors-open");
     agent.turn(messages, exits, calls).await;

@@ -52,6 +52,7 @@ impl Agent {
             memory_available: memory.map_or(Bytes(0), |memory| memory.available),
             pressure: pressure::read(),
             refused: self.refused.clone(),
+            upgrade: self.upgrade.clone(),
             trust: self.trust_report(),
             survived: self.survived(),
         }

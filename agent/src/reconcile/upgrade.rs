@@ -1,5 +1,6 @@
-//! A newer edged takes over in place: it is asked who it is, and if it answers, the keeper executes it with the table of its
-//! children and starts its agent. No workload notices; what ends meanwhile is in the table.
+//! A newer edged takes over in place: it is asked who it is, the keeper tries it in a child, and if it can take over the
+//! keeper executes it with the table of its children and starts its agent. No workload notices; what ends meanwhile is in
+//! the table. What the keeper decides about a program on trial or refused is told here.
 
 use std::io::Read;
 use std::path::Path;
@@ -12,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::answer::{error, one};
 use super::{Agent, Message, clock};
+use crate::runtime::keeper_link::{LinkError, Program};
 use crate::store::inline_chain;
 
 /// A program that is asked for its version and does not answer is none.
@@ -49,13 +51,68 @@ fn version_of(program: &Path) -> Result<String, Reason> {
     }
 }
 
+fn not_taken(why: String) -> Reason {
+    Reason::new(Code::UpgradeRefused, why).next("put another file there, or insist: edgectl upgrade --again")
+}
+
+/// For the status and the story: what the keeper says about its program, if anything.
+fn reason(program: &Program) -> Option<Reason> {
+    if let Some(former) = &program.on_trial_after {
+        let text = format!("edged {} is on trial after {former}", crate::VERSION);
+        let next = "nothing is to be done: it has proved itself after a minute, or the one before comes back";
+        return Some(Reason::new(Code::UpgradeOnTrial, text).next(next));
+    }
+    let refused = program.refused.as_ref()?;
+    let why = not_taken(refused.why.clone());
+    Some(if refused.has_run { Reason { code: Code::UpgradeReturned, ..why } } else { why })
+}
+
 impl Agent {
-    pub(super) fn upgrade(&self, answers: mpsc::Sender<Answer>, by: String) {
+    /// At the start and with every beat: a signal may have asked for an upgrade, and nobody waited for the answer.
+    pub(super) async fn look_at_program(&mut self) {
+        let program = match self.link.program().await {
+            Ok(program) => program,
+            Err(error) => return tracing::warn!("the keeper's program: {}", inline_chain(&error)),
+        };
+        let why = reason(&program);
+        if why == self.upgrade {
+            return;
+        }
+        self.upgrade = why;
+        self.fleet.changed();
+        if let (Some(refused), Some(why)) = (program.refused.filter(|refused| !refused.is_told), self.upgrade.clone()) {
+            if refused.has_run {
+                self.count(|survived| &mut survived.upgrades_returned);
+            }
+            self.tell(None, None, &why, "keeper");
+            self.keep_counters();
+            // Told when it is on the disk: an agent that dies now leaves it to the next one.
+            let (link, runtime) = (self.link.clone(), tokio::runtime::Handle::current());
+            let written = self.writes.submit(move |store| match store.sync() {
+                Ok(()) => drop(runtime.spawn(async move { link.refusal_told().await })),
+                Err(error) => tracing::error!("sync: {}", inline_chain(&error)),
+            });
+            self.warn_if_busy(written);
+        }
+    }
+
+    /// Says once that the planner has nothing to do but wait.
+    pub(super) async fn settle_once(&mut self) {
+        if self.is_settled || !self.plan.actions.is_empty() {
+            return;
+        }
+        match self.link.settled().await {
+            Ok(()) => self.is_settled = true,
+            Err(error) => tracing::warn!("settled: {}", inline_chain(&error)),
+        }
+    }
+
+    pub(super) fn upgrade(&self, answers: mpsc::Sender<Answer>, again: bool, by: String) {
         let (link, inbox) = (self.link.clone(), self.inbox.clone());
         tokio::spawn(async move {
             let program = match link.program().await {
-                Ok(Some(program)) => program,
-                Ok(None) => {
+                Ok(Program { place: Some(program), .. }) => program,
+                Ok(Program { place: None, .. }) => {
                     let text = "the keeper that runs cannot be upgraded in place".to_owned();
                     return error(&answers, Reason::new(Code::UpgradeRefused, text).next("restart edged"));
                 }
@@ -68,6 +125,11 @@ impl Agent {
                 Ok(Err(why)) => return error(&answers, why),
                 Err(why) => return error(&answers, Reason::new(Code::UpgradeRefused, why.to_string())),
             };
+            match link.rehearse(again).await {
+                Ok(()) => {}
+                Err(LinkError::Refused { why }) => return error(&answers, not_taken(why)),
+                Err(why) => return error(&answers, Reason::new(Code::UpgradeRefused, inline_chain(&why))),
+            }
             let text = format!("edged {version} ({}) takes over from {}", program.display(), crate::VERSION);
             one(&answers, Answer::Accepted { what: text.clone() });
             // Until the connection has taken it; one that hangs is not waited for.

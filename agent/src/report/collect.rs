@@ -34,6 +34,7 @@ pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report 
         disk: Some(status.disk),
         pressure: status.pressure,
         refused: status.refused.clone(),
+        upgrade: status.upgrade.clone(),
         trust: Some(status.trust.clone()),
         dropped,
     }

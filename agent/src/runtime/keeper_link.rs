@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use edged_model::keeper::{
-    ChildExit, ChildState, LaunchSpec, MAX_MESSAGE_BYTES, Reply, ReplyBody, Request, RequestBody, ShutdownHow,
+    ChildExit, ChildState, LaunchSpec, MAX_MESSAGE_BYTES, RefusedProgram, Reply, ReplyBody, Request, RequestBody,
+    ShutdownHow,
 };
 use edged_sys::fdpass;
 use tokio::io::Interest;
@@ -55,6 +56,16 @@ pub struct Launched {
     pub boot_ms: u64,
     /// Read ends of stdout and stderr, or the pty's master.
     pub outputs: Vec<OwnedFd>,
+}
+
+/// The keeper's program, as the keeper sees it.
+#[derive(Debug, Default)]
+pub struct Program {
+    /// Where it looks for a newer one; `None` with a keeper that cannot be upgraded in place.
+    pub place: Option<PathBuf>,
+    /// What comes back if the agents of this one fall.
+    pub on_trial_after: Option<String>,
+    pub refused: Option<RefusedProgram>,
 }
 
 type Answer = (ReplyBody, Vec<OwnedFd>);
@@ -194,12 +205,27 @@ impl KeeperLink {
         self.ask_done(RequestBody::MoveClock { unix_ms }).await
     }
 
-    /// Where the keeper looks for a newer program; `None` with a keeper that cannot be upgraded in place.
-    pub async fn program(&self) -> Result<Option<PathBuf>, LinkError> {
+    pub async fn program(&self) -> Result<Program, LinkError> {
         match self.ask_one(RequestBody::Version, &[]).await?.0 {
-            ReplyBody::Version { program, .. } => Ok(program.map(PathBuf::from)),
+            ReplyBody::Version { program, on_trial_after, refused, .. } => {
+                Ok(Program { place: program.map(PathBuf::from), on_trial_after, refused })
+            }
             _ => Err(LinkError::WrongAnswer),
         }
+    }
+
+    /// Has the keeper try the newest program in a child.
+    pub async fn rehearse(&self, again: bool) -> Result<(), LinkError> {
+        self.ask_done(RequestBody::Rehearse { again }).await
+    }
+
+    /// Once by each agent, when the planner has nothing to do but wait. Nobody waits for the answer.
+    pub async fn settled(&self) -> Result<(), LinkError> {
+        self.ask(RequestBody::Settled, &[]).await.map(drop)
+    }
+
+    pub async fn refusal_told(&self) -> Result<(), LinkError> {
+        self.ask_done(RequestBody::RefusalTold).await
     }
 
     /// The keeper runs the newest program, and this agent ends soon after.

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use edged::crash_point::{FILE_ENV, POINTS};
 use edged_qemu::wait;
@@ -373,18 +374,23 @@ impl Story {
 /// Devices beside each other: what takes time is waiting.
 const DEVICES: usize = 4;
 
+/// Each device takes the next death of the plan as soon as it is done with one.
 fn play(plan: &[(Scene, &str, u32)]) {
+    let next = AtomicUsize::new(0);
+    let take = || plan.get(next.fetch_add(1, Ordering::Relaxed));
     std::thread::scope(|scope| {
-        for part in plan.chunks(plan.len().div_ceil(DEVICES)) {
-            scope.spawn(|| play_on_one_device(part));
+        for _ in 0..DEVICES.min(plan.len()) {
+            scope.spawn(|| play_on_one_device(take));
         }
     });
 }
 
-fn play_on_one_device(plan: &[(Scene, &str, u32)]) {
+fn play_on_one_device<'p>(take: impl Fn() -> Option<&'p (Scene, &'p str, u32)>) {
+    let Some(mut death) = take() else { return };
     let mut story = Story::begin();
     let mut deaths = 0;
-    for (scene, point, times) in plan {
+    loop {
+        let (scene, point, times) = death;
         if deaths >= DEATHS_EACH {
             story.renew(None);
             deaths = 0;
@@ -396,6 +402,8 @@ fn play_on_one_device(plan: &[(Scene, &str, u32)]) {
         story.play(*scene, point, *times);
         deaths += if matches!(scene, Start | Damage) { 2 } else { 1 };
         eprintln!("{scene:?} {point} {times}: {:?}", begin.elapsed());
+        let Some(next) = take() else { return };
+        death = next;
     }
 }
 

@@ -1,5 +1,5 @@
 //! A whole device on this machine: the real `edged` under a directory of its own, a real registry with signed images,
-//! a real fleet server. Needs root. One after another: two devices would compete for the machine's two cores.
+//! a real fleet server. Needs root. A few beside each other: most of their time is waiting.
 
 mod clock;
 mod crash_points;

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use edged_qemu::certs::Authority;
@@ -35,21 +35,43 @@ pub fn until<T>(what: &str, mut holds: impl FnMut() -> Option<T>) -> T {
     wait::until(what, PATIENCE, || Ok(holds())).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
-/// Only one device at a time, whatever the number of the harness's threads.
-static TURN: Mutex<()> = Mutex::new(());
+/// So many factories at a time, each with a device, whatever the number of the harness's threads: most of what a device
+/// does here is waiting, and more than these would make two cores the thing that is tested.
+const AT_A_TIME: usize = 4;
+
+static TURNS: Mutex<usize> = Mutex::new(AT_A_TIME);
+static TURN_OVER: Condvar = Condvar::new();
+
+struct Turn;
+
+impl Turn {
+    fn wait() -> Self {
+        let turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turns = TURN_OVER.wait_while(turns, |turns| *turns == 0).unwrap_or_else(PoisonError::into_inner);
+        *turns -= 1;
+        Self
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *TURNS.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        TURN_OVER.notify_one();
+    }
+}
 
 pub struct Factory {
     pub authority: Authority,
     pub keys: Keys,
     pub registry: Registry,
     dir: TempDir,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Turn,
 }
 
 impl Factory {
     pub fn start() -> Self {
         assert!(rustix::process::geteuid().is_root(), "these tests make namespaces and cgroups: run them as root");
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = Turn::wait();
         let dir = tempfile::tempdir().unwrap();
         let authority = Authority::in_dir(&dir.path().join("ca")).unwrap();
         let keys = Keys::in_dir(&dir.path().join("keys")).unwrap();

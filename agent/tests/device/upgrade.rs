@@ -1,9 +1,11 @@
 //! A newer edged takes over from the one that runs, and no workload notices.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use edged::crash_point::FILE_ENV;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -94,4 +96,78 @@ fn a_newer_program_takes_over_and_no_workload_notices() {
     let refused = device.edgectl(&["upgrade"]);
     assert_eq!(refused.status.code(), Some(1), "{}", String::from_utf8_lossy(&refused.stdout));
     assert_eq!((device.agent_pid(), device.pid("ticker")), (agent, ticker));
+}
+
+/// The bytes of edged and some more: another program that does the same.
+fn variant(ending: &str) -> impl FnOnce(&Path) {
+    move |new| {
+        fs::copy(env!("CARGO_BIN_EXE_edged"), new).unwrap();
+        fs::File::options().append(true).open(new).unwrap().write_all(ending.as_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn a_newer_program_whose_agent_falls_three_times_gives_way_to_the_former_one() {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let program = factory.path("edged");
+    variant("")(&program);
+    let armed = factory.path("crash-point");
+    let device = factory.device_of(&program, "device", "", &[(FILE_ENV, &armed)]);
+    let yaml = format!(
+        "{}workloads:\n  app:\n    image: {image}\n    command: [/bin/sleep, \"100000\"]\n    \
+         resources: {{ memory: 8Mi, cpu: 100m }}\n",
+        head(1)
+    );
+    device.take(&factory.sign("first", &yaml));
+    device.wait_for_generation(1, "good");
+    let (app, keeper, former) = (device.pid("app"), device.keeper_pid(), runs_file(device.keeper_pid()));
+    let answers = || device.edgectl(&["status"]).status.success().then_some(());
+
+    // Each of its agents dies before it has opened the store.
+    let bad = replace(&program, variant("newer"));
+    let arm = || {
+        let written = armed.with_extension("written");
+        fs::write(&written, "store-opening 1").unwrap();
+        fs::rename(&written, &armed).unwrap();
+    };
+    arm();
+    assert!(device.ask(&["upgrade"]).contains("takes over from"));
+    for fall in 1..=3 {
+        until(&format!("fall {fall}"), || (!armed.exists()).then_some(()));
+        if fall < 3 {
+            arm();
+        }
+    }
+    until("the former program", || (runs_file(keeper) == former).then_some(()));
+    until("its agent", answers);
+    assert_eq!(device.pid("app"), app, "it ran on");
+    until("the story of it", || {
+        let told = device.events().iter().filter(|text| text.contains("its agent fell 3 times")).count();
+        assert!(told <= 1);
+        (told == 1).then_some(())
+    });
+    let status = device.status();
+    assert_eq!(status["upgrade"]["code"], "upgradeReturned", "{status:#}");
+    assert_eq!(status["survived"]["upgradesReturned"], 1);
+    let shown = device.ask(&["status"]);
+    assert!(shown.contains("is sent away") && shown.contains("upgrade --again"), "{shown}");
+    let refused = program.with_file_name("edged.refused");
+    assert_eq!(fs::metadata(&refused).unwrap().ino(), bad);
+    assert_eq!(fs::read(&program).unwrap(), fs::read(env!("CARGO_BIN_EXE_edged")).unwrap(), "what a boot would start");
+
+    // Brought once more, it is known; the next agent tells nothing twice.
+    replace(&program, variant("newer"));
+    let no = device.edgectl(&["upgrade"]);
+    assert!(String::from_utf8_lossy(&no.stderr).contains("ran here before and was sent away"), "{no:?}");
+    device.kill_agent();
+    until("another agent", answers);
+    assert_eq!(device.events().iter().filter(|text| text.contains("its agent fell 3 times")).count(), 1);
+    // Unless an operator insists.
+    let insisted = fs::metadata(&program).unwrap().ino();
+    device.ask(&["upgrade", "--again"]);
+    until("the newer program", || (runs_file(keeper) == Some(insisted)).then_some(()));
+    until("its agent", answers);
+    until("its trial", || (device.status()["upgrade"]["code"] == "upgradeOnTrial").then_some(()));
+    assert_eq!(device.pid("app"), app);
 }

@@ -169,6 +169,7 @@ fn status() -> Status {
         memory_available: Bytes(0),
         pressure: None,
         refused: None,
+        upgrade: None,
         trust: Default::default(),
         survived: Default::default(),
     }

@@ -1,9 +1,10 @@
 //! Workloads outlive the agent, and the keeper outlives itself.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
-use edged_model::keeper::{ReplyBody, RequestBody, ShutdownHow};
+use edged_model::keeper::{RefusedProgram, ReplyBody, RequestBody, ShutdownHow};
 use nix::sys::signal::Signal;
 
 use crate::Story;
@@ -14,6 +15,15 @@ pub const STORIES: &[Story] = &[
     ("exits_without_an_agent_wait_for_the_next", exits_without_an_agent_wait_for_the_next),
     ("the_keeper_runs_itself_again_and_keeps_its_children", the_keeper_runs_itself_again_and_keeps_its_children),
     ("an_upgrade_runs_the_new_file", an_upgrade_runs_the_new_file),
+    (
+        "a_program_whose_agent_falls_again_and_again_is_sent_away",
+        a_program_whose_agent_falls_again_and_again_is_sent_away,
+    ),
+    (
+        "what_cannot_take_over_is_found_out_before_anything_is_given_up",
+        what_cannot_take_over_is_found_out_before_anything_is_given_up,
+    ),
+    ("a_boot_in_the_middle_of_a_trial_goes_on_with_it", a_boot_in_the_middle_of_a_trial_goes_on_with_it),
     ("orphans_are_reaped", orphans_are_reaped),
     ("the_binary_cannot_be_written_through_proc", the_binary_cannot_be_written_through_proc),
     ("nobody_can_look_into_the_keeper", nobody_can_look_into_the_keeper),
@@ -118,11 +128,127 @@ fn an_upgrade_runs_the_new_file() {
     assert_ne!(inode(&rig), old);
     assert_eq!(link.list()[0].0.pid, pid);
     // A file that cannot be executed is no upgrade: what runs goes on.
-    fs::write(dir.path().join("bad"), "no program").unwrap();
-    fs::rename(dir.path().join("bad"), &program).unwrap();
+    put(&program, b"no program");
     rig.signal(Signal::SIGUSR2);
-    until("the second start", || (rig.log().matches("runs again").count() == 2).then_some(()));
+    until("the refusal", || rig.log().contains("is not taken").then_some(()));
+    assert_eq!(rig.log().matches("runs again").count(), 1, "{}", rig.log());
     assert_eq!(link.list()[0].0.pid, pid);
+}
+
+/// Another file of that name, in one step.
+fn put(program: &Path, bytes: &[u8]) {
+    let new = program.with_extension("new");
+    fs::write(&new, bytes).unwrap();
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(&new, program).unwrap();
+}
+
+/// This very program with some bytes behind it, which make its agent fall ([`crate::rig::play_agent`]).
+fn own(ending: &str) -> Vec<u8> {
+    let mut bytes = fs::read(std::env::current_exe().unwrap()).unwrap();
+    bytes.extend(ending.as_bytes());
+    bytes
+}
+
+fn version(link: &mut crate::rig::Link) -> (Option<String>, Option<RefusedProgram>) {
+    match link.ask(RequestBody::Version, &[]).0 {
+        ReplyBody::Version { on_trial_after, refused, .. } => (on_trial_after, refused),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn a_program_whose_agent_falls_again_and_again_is_sent_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("program");
+    put(&program, &own(""));
+    let (rig, mut link) = Rig::start_program(&program);
+    let (pid, mut outputs) = link.launch(rig.spec("web", COUNTER));
+    assert_eq!(line(&mut outputs[0]), "up");
+    drop(outputs);
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    let (first, keeper) = (inode(&program), PathBuf::from(format!("/proc/{}/exe", rig.pid())));
+    put(&program, &own("AGENT FALLS"));
+    let bad = inode(&program);
+    rig.signal(Signal::SIGHUP);
+    until("the new program", || rig.log().contains("is of the version before").then_some(()));
+    // Three falls, then the agent of the former program.
+    let mut link = rig.next_agent();
+    until("the former program", || (inode(&keeper) == first).then_some(()));
+    let log = rig.log();
+    assert_eq!(log.matches("the agent ended (exit code 3)").count(), 3, "{log}");
+    let mut list = link.list();
+    let [(state, outputs)] = &mut list[..] else { panic!("one child was awaited") };
+    assert_eq!((state.key.as_str(), state.pid, state.exit.clone()), ("web", pid, None));
+    link.ask(RequestBody::Signal { key: "web".into(), signal: USR1 }, &[]);
+    assert_eq!(line(&mut outputs[0]), "1", "the same pipe");
+    let (trial, refused) = version(&mut link);
+    let refused = refused.unwrap();
+    assert!(trial.is_none() && refused.has_run && !refused.is_told, "{refused:?}");
+    assert!(refused.why.contains("fell 3 times") && refused.why.contains("exit code 3"), "{refused:?}");
+    link.ask(RequestBody::RefusalTold, &[]);
+    assert!(version(&mut link).1.unwrap().is_told);
+    // The former program lies in its place again: a boot starts it.
+    assert_eq!(fs::read(&program).unwrap(), own(""));
+    assert_eq!(inode(&dir.path().join("program.refused")), bad);
+    assert!(!dir.path().join("program.former").exists());
+
+    // The same bytes are not taken again.
+    put(&program, &own("AGENT FALLS"));
+    let (answer, _) = link.ask(RequestBody::Rehearse { again: false }, &[]);
+    assert!(matches!(&answer, ReplyBody::Refused { why } if why.contains("was sent away")), "{answer:?}");
+    // Unless somebody insists.
+    assert_eq!(link.ask(RequestBody::Rehearse { again: true }, &[]).0, ReplyBody::Done);
+    // And another file is another program.
+    put(&program, &own("another"));
+    let good = inode(&program);
+    assert_eq!(link.ask(RequestBody::Rehearse { again: false }, &[]).0, ReplyBody::Done);
+    assert_eq!(link.ask(RequestBody::Upgrade, &[]).0, ReplyBody::Done);
+    let mut link = rig.next_agent();
+    assert_eq!(inode(&keeper), good);
+    assert_eq!(link.list()[0].0.pid, pid);
+    let (trial, refused) = version(&mut link);
+    assert!(trial.is_some() && refused.is_none(), "{trial:?} {refused:?}");
+    assert_eq!(fs::read(dir.path().join("program.former")).unwrap(), own(""), "there after a power cut, too");
+}
+
+fn what_cannot_take_over_is_found_out_before_anything_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("program");
+    put(&program, &own(""));
+    let (rig, mut link) = Rig::start_program(&program);
+    let (pid, _outputs) = link.launch(rig.spec("web", "echo up; exec sleep 100"));
+    let mut other_machine = own("");
+    // e_machine of the ELF header (elf(5)): aarch64 here, x86_64 there.
+    other_machine[18] = if cfg!(target_arch = "x86_64") { 183 } else { 62 };
+    let half = own("")[..100_000].to_vec();
+    let cases: [(&[u8], &str); 5] = [
+        (&other_machine, "Exec format error"),
+        (&half, "cannot take over"),
+        (b"#!/bin/sh\nexit 7\n", "exit code 7"),
+        (b"#!/bin/sh\necho hello\n", "it said `hello`"),
+        (b"#!/bin/sh\nexec sleep 1000\n", "not done after 10 s"),
+    ];
+    for (bytes, why) in cases {
+        put(&program, bytes);
+        let (answer, _) = link.ask(RequestBody::Rehearse { again: false }, &[]);
+        assert!(matches!(&answer, ReplyBody::Refused { why: said } if said.contains(why)), "{why}: {answer:?}");
+        assert!(!dir.path().join("program.former").exists());
+    }
+    assert_eq!(link.list()[0].0.pid, pid);
+    assert_eq!(rig.log().matches("runs again").count(), 0, "{}", rig.log());
+}
+
+/// The power is cut in the middle of a trial: the keeper that boots goes on with it.
+fn a_boot_in_the_middle_of_a_trial_goes_on_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("program");
+    put(&program, &own("AGENT FALLS"));
+    put(&dir.path().join("program.former"), &own(""));
+    let (rig, mut link) = Rig::start_program(&program);
+    let refused = version(&mut link).1.unwrap();
+    assert!(refused.has_run && rig.log().contains("is on trial still, at its start number 1"), "{}", rig.log());
+    assert_eq!(fs::read(&program).unwrap(), own(""));
+    assert!(dir.path().join("program.refused").exists() && !dir.path().join("program.trial").exists());
 }
 
 fn orphans_are_reaped() {

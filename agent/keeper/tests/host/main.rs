@@ -19,6 +19,10 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.first().map(String::as_str) {
         Some("agent") => return rig::play_agent(&words[1]),
+        Some(edged_keeper::SET_ASIDE) => {
+            return edged_keeper::set_aside(&std::env::args_os().skip(2).collect::<Vec<_>>());
+        }
+        Some(edged_keeper::REHEARSE) => return edged_keeper::rehearse(),
         Some("keeper") => return rig::play_keeper(&words[1]),
         _ => {}
     }

@@ -11,6 +11,7 @@ pub(super) fn text(survived: &Survived) -> Option<String> {
         (survived.store_rebuilt, "rebuilt store", "rebuilt stores"),
         (survived.store_records_lost, "lost record of the store", "lost records of the store"),
         (survived.layers_damaged, "damaged layer", "damaged layers"),
+        (survived.upgrades_returned, "edged that fell after an upgrade", "edgeds that fell after an upgrade"),
         (survived.generations_rolled_back, "failed generation", "failed generations"),
         (survived.reports_dropped, "dropped report", "dropped reports"),
         (survived.writes_dropped, "dropped write", "dropped writes"),

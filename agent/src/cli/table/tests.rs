@@ -51,6 +51,7 @@ fn device(workloads: Vec<WorkloadStatus>) -> Status {
         memory_available: Bytes(128 << 20),
         pressure: None,
         refused: None,
+        upgrade: None,
         trust: TrustReport::default(),
         survived: edged_model::survived::Survived::default(),
     }
