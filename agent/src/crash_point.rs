@@ -1,16 +1,16 @@
 //! Named places at which a test can let the agent die: before and after every step that another process, the disk or the
 //! next agent can see. A power cut there leaves less (what was not synced is gone too); `tests/qemu` cuts the power.
 //!
-//! Only in builds for tests and debugging, and only where the environment names a file with `<point> <n>` in it: the agent
-//! that passes that point for the n-th time takes the file away and is gone, with no destructor and no handler run. In any
-//! other build [`pass`] is nothing. (The crate `fail` does this and much more; it would bring three
+//! Only in builds for tests and debugging, and only where the environment names a file with lines of `<point> <n>` in it: the
+//! agent that passes the first of them for the n-th time takes that line away and is gone, with no destructor and no handler
+//! run. In any other build [`pass`] is nothing. (The crate `fail` does this and much more; it would bring three
 //! crates and a registry of callbacks, and cannot die once over several processes, which is what a supervisor needs.)
 
 /// Names the file that holds the name of a point.
 pub const FILE_ENV: &str = "EDGED_CRASH_POINT_FILE";
 
 /// Every point, in the order in which a device comes by.
-pub const POINTS: [&str; 56] = [
+pub const POINTS: [&str; 73] = [
     // The store and its second copy.
     "store-opening",
     "store-set-aside",
@@ -67,6 +67,28 @@ pub const POINTS: [&str; 56] = [
     "namespace-removed",
     "place-removed",
     "workload-forgotten",
+    // Its limits change while it runs.
+    "limits-set",
+    "limits-noted",
+    "limits-told",
+    // A layer that comes slowly is kept while it comes.
+    "partial-begun",
+    "partial-synced",
+    "partial-resumed",
+    "partial-removed",
+    // After an unclean stop layers are looked at.
+    "check-begun",
+    "check-found",
+    "check-removed",
+    "check-written",
+    "check-done",
+    // Whom the device trusts changes.
+    "root-verified",
+    "root-written",
+    "root-in-force",
+    // A log has filled its segment.
+    "log-full",
+    "log-rotated",
     // The disk is collected.
     "layer-moved-aside",
     "layer-removed",
@@ -87,13 +109,17 @@ pub fn pass(point: &'static str) {
     debug_assert!(POINTS.contains(&point), "{point} is not in the list");
     let Some(file) = std::env::var_os(FILE_ENV) else { return };
     let Ok(wanted) = std::fs::read_to_string(&file) else { return };
-    let Some((name, times)) = wanted.trim().split_once(' ') else { return };
+    let (first, later) = wanted.split_once('\n').unwrap_or((&wanted, ""));
+    let Some((name, times)) = first.trim().split_once(' ') else { return };
     if name != point {
         return;
     }
     let passed = PASSED.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
-    // Who takes the file away dies: two threads may come by at once.
+    // Who takes the file away dies: two threads may come by at once. What else it says is for the next agent.
     if times.parse().is_ok_and(|times: u32| passed >= times) && std::fs::remove_file(&file).is_ok() {
+        if !later.is_empty() {
+            let _ = std::fs::write(&file, later);
+        }
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         std::process::abort();
     }

@@ -10,6 +10,7 @@ use edged_model::id::Digest;
 use rustix::fs::{FlockOperation, flock};
 
 use super::Content;
+use crate::crash_point;
 
 /// What a power cut may cost.
 const SYNC_BYTES: u64 = 4 << 20;
@@ -45,6 +46,7 @@ impl Content {
         partial.file.set_len(0)?;
         partial.file.rewind()?;
         partial.bytes = 0;
+        crash_point::pass("partial-begun");
         Ok(partial)
     }
 }
@@ -72,6 +74,7 @@ impl Partial {
         self.unsynced += bytes.len() as u64;
         if self.unsynced >= SYNC_BYTES {
             self.file.sync_data()?;
+            crash_point::pass("partial-synced");
             self.unsynced = 0;
         }
         Ok(())
@@ -80,6 +83,7 @@ impl Partial {
     pub fn remove(self) {
         // What cannot be removed is collected later.
         let _ = fs::remove_file(&self.path);
+        crash_point::pass("partial-removed");
     }
 }
 

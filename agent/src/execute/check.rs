@@ -83,8 +83,8 @@ fn checked(
     checked
 }
 
-/// Whether the images were last in use in another boot than `boot_id` and nobody has said farewell since; from now on they
-/// are in use in this one.
+/// Whether the images were last in use in another boot than `boot_id` and nobody has said farewell since. Then they are to
+/// be looked at until [`done`]: an agent that ends in between leaves it to the next one. Else they are in use in this boot.
 pub fn is_due(content: &Content, boot_id: &str, ended_in_order: bool) -> Result<bool, ContentError> {
     let path = mark(content);
     let before = fs::read_to_string(&path).ok();
@@ -92,8 +92,20 @@ pub fn is_due(content: &Content, boot_id: &str, ended_in_order: bool) -> Result<
         return Ok(false);
     }
     let is_due = before.as_deref().is_some_and(|mark| mark == UNCLEAN || !ended_in_order);
-    write_mark(path, boot_id)?;
+    if before.as_deref() != Some(UNCLEAN) || !is_due {
+        write_mark(path, if is_due { UNCLEAN } else { boot_id })?;
+    }
     Ok(is_due)
+}
+
+/// All that is needed has been looked at; from now on it is in use in this boot.
+pub fn done(content: &Content, boot_id: &str) -> Result<(), ContentError> {
+    write_mark(mark(content), boot_id)
+}
+
+/// Whether a check was begun, or asked for, and is not done.
+pub fn is_begun(content: &Content) -> bool {
+    fs::read_to_string(mark(content)).is_ok_and(|mark| mark == UNCLEAN)
 }
 
 /// What no boot is called.
@@ -124,7 +136,9 @@ mod tests {
         assert!(!is_due("one", false), "the first boot has nothing to check");
         assert!(!is_due("one", false), "another agent in the same boot");
         assert!(is_due("two", false), "the power was cut");
-        assert!(!is_due("two", false), "looked at already");
+        assert!(is_due("two", false) && is_begun(&content), "another agent, and nobody was done");
+        done(&content, "two").unwrap();
+        assert!(!is_due("two", false) && !is_begun(&content), "looked at already");
         assert!(!is_due("three", true), "it was shut down in order");
         mark_unclean(&content).unwrap();
         assert!(is_due("three", true), "damage was seen");

@@ -20,6 +20,8 @@ use edged_model::quantity::Bytes;
 use tokio::net::unix::pipe;
 use tokio::sync::broadcast;
 
+use crate::crash_point;
+
 /// A line longer than this is cut into several.
 const LINE_MAX_BYTES: usize = 8 * 1024;
 
@@ -232,7 +234,9 @@ impl Writer {
         segment.bytes += text.len() as u64;
         if segment.bytes >= self.max_segment_bytes {
             self.open.remove(workload);
+            crash_point::pass("log-full");
             std::fs::rename(dir.join(CURRENT), dir.join(PREVIOUS))?;
+            crash_point::pass("log-rotated");
         }
         Ok(())
     }

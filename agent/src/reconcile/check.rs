@@ -4,9 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use edged_model::id::Digest;
+use edged_model::id::{Digest, WorkloadName};
 use edged_model::images::CheckedLayer;
-use edged_model::observed::ImageStatus;
+use edged_model::observed::{ImageStatus, InstanceState};
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 use edged_model::report::BootCause;
@@ -15,17 +15,19 @@ use tokio::sync::mpsc;
 
 use super::{Agent, Message, clock};
 use crate::content::Content;
+use crate::crash_point;
 use crate::execute::check;
 use crate::execute::pull::ReadyImage;
 use crate::store::inline_chain;
 
 impl Agent {
-    /// `runs`: workloads that were taken over. What they stand on cannot be replaced under them.
+    /// `runs`: workloads that were taken over. What they stand on cannot be replaced under them, and is left out when an
+    /// agent before us had begun to look and has started some of them.
     pub(super) fn check_if_unclean(&mut self, runs: usize) {
-        if runs > 0 {
+        let content = self.start_context.content.clone();
+        if runs > 0 && !check::is_begun(&content) {
             return;
         }
-        let content = self.start_context.content.clone();
         let ended_in_order = self.boot_cause == Some(BootCause::Requested);
         match check::is_due(&content, &self.boot_id, ended_in_order) {
             Ok(true) => {}
@@ -35,6 +37,8 @@ impl Agent {
                 return self.tell(None, None, &Reason::new(Code::DiskFull, text), "agent");
             }
         }
+        crash_point::pass("check-begun");
+        let in_use = self.layers_in_use();
         let needed: BTreeSet<String> = needed_images(&self.world.desired).into_iter().map(str::to_owned).collect();
         let mut images = BTreeMap::new();
         for name in needed {
@@ -45,14 +49,33 @@ impl Agent {
                 images.insert(name, image);
             }
         }
+        let boot_id = self.boot_id.clone();
         if images.is_empty() {
-            return;
+            return end(&content, &in_use, &boot_id);
         }
         // Nobody may be pulling or collecting while layers are taken away.
         self.collected.under_way = true;
         let until = clock::boot_ms().saturating_add(self.config.images.check_time.ms);
         let inbox = self.inbox.clone();
-        tokio::task::spawn_blocking(move || look(&content, images, until, &inbox));
+        tokio::task::spawn_blocking(move || {
+            let ended = look(&content, images, &in_use, until, &inbox);
+            end(&content, &in_use, &boot_id);
+            crash_point::pass("check-done");
+            // The loop has ended only when the agent ends.
+            let _ = inbox.blocking_send(ended);
+        });
+    }
+
+    /// Of the images that what runs may have been started from.
+    fn layers_in_use(&self) -> BTreeSet<Digest> {
+        let runs = |name: &WorkloadName| {
+            let instance = self.world.observed.workloads.get(name);
+            instance.is_some_and(|instance| matches!(instance.state, InstanceState::Running { .. }))
+        };
+        let generations = self.world.desired.generations.values();
+        let workloads = generations.flat_map(|generation| &generation.manifest.workloads);
+        let images = workloads.filter(|(name, _)| runs(name)).filter_map(|(_, spec)| self.images.get(&spec.image));
+        images.flat_map(|image| image.layers.iter().copied()).collect()
     }
 
     pub(super) fn image_checked(&mut self, name: String, image: ReadyImage, is_whole: bool) {
@@ -66,6 +89,7 @@ impl Agent {
             if let Err(error) = store.forget_image(&name) {
                 tracing::error!("image record: {}", inline_chain(&error));
             }
+            crash_point::pass("check-written");
         });
         self.warn_if_busy(written);
     }
@@ -82,21 +106,29 @@ impl Agent {
 }
 
 /// On a thread of its own. The loop has ended only when the agent ends.
-fn look(content: &Content, images: BTreeMap<String, ReadyImage>, until: u64, inbox: &mpsc::Sender<Message>) {
+fn look(
+    content: &Content,
+    images: BTreeMap<String, ReadyImage>,
+    in_use: &BTreeSet<Digest>,
+    until: u64,
+    inbox: &mpsc::Sender<Message>,
+) -> Message {
     let began = clock::boot_ms();
     let mut layers: BTreeMap<Digest, CheckedLayer> = BTreeMap::new();
     let mut copies = Vec::new();
     let names = check::by_layer(&images);
     for (name, image) in images {
-        let unseen = image.layers.iter().filter(|chain| !layers.contains_key(chain));
+        let unseen = image.layers.iter().filter(|chain| !layers.contains_key(chain) && !in_use.contains(chain));
         let unseen: BTreeMap<_, _> =
             unseen.map(|chain| (*chain, names.get(chain).cloned().unwrap_or_default())).collect();
         copies.extend(check_copies(content, &unseen, until));
         for layer in check::layers(content, &unseen, &mut |_| clock::boot_ms() < until) {
             if !layer.damage.is_empty() {
+                crash_point::pass("check-found");
                 if let Err(error) = content.remove_layer(layer.chain) {
                     tracing::error!("a damaged layer: {}", inline_chain(&error));
                 }
+                crash_point::pass("check-removed");
             }
             layers.insert(layer.chain, layer);
         }
@@ -106,7 +138,17 @@ fn look(content: &Content, images: BTreeMap<String, ReadyImage>, until: u64, inb
     }
     let took_ms = clock::boot_ms().saturating_sub(began);
     let layers = layers.into_values().chain(copies).collect();
-    let _ = inbox.blocking_send(Message::LayersChecked { layers, took_ms });
+    Message::LayersChecked { layers, took_ms }
+}
+
+/// Nobody looks again in this boot; but what was left out is looked at in the next.
+fn end(content: &Content, left_out: &BTreeSet<Digest>, boot_id: &str) {
+    if !left_out.is_empty() {
+        return;
+    }
+    if let Err(error) = check::done(content, boot_id) {
+        tracing::error!("the mark of the check: {}", inline_chain(&error));
+    }
 }
 
 /// A damaged copy is taken away; the next start makes it again, of layers that were looked at.

@@ -7,6 +7,7 @@ use edged_model::observed::InstanceState;
 use edged_model::reason::{Code, Reason};
 
 use super::{Agent, Message};
+use crate::crash_point;
 use crate::execute::start;
 use crate::store::{Durability, inline_chain};
 
@@ -37,10 +38,14 @@ impl Agent {
         tokio::spawn(async move {
             let set = tokio::task::spawn_blocking(move || cgroup.resize(&limits)).await;
             let result = match set {
-                Ok(Ok(())) => link.note(workload.as_str(), note(&spec)).await.map_err(|error| inline_chain(&error)),
+                Ok(Ok(())) => {
+                    crash_point::pass("limits-set");
+                    link.note(workload.as_str(), note(&spec)).await.map_err(|error| inline_chain(&error))
+                }
                 Ok(Err(error)) => Err(inline_chain(&error)),
                 Err(error) => Err(error.to_string()),
             };
+            crash_point::pass("limits-noted");
             // The loop has ended only when the agent ends.
             let _ = inbox.send(Message::Resized { workload, spec: Box::new(spec), result }).await;
         });
@@ -63,6 +68,7 @@ impl Agent {
         let active = self.world.desired.pointers.active;
         self.tell(Some(&name), active, &Reason::new(Code::LimitsChanged, text), "planner");
         self.save_history(&name, Durability::Soon);
+        crash_point::pass("limits-told");
         if let Some(exit) = ended_already {
             self.exited(exit).await;
         }

@@ -10,6 +10,7 @@ use edged_model::trust::{RoleName, TrustRoot};
 use tokio::sync::oneshot;
 
 use super::{Agent, Message};
+use crate::crash_point;
 use crate::execute::pull::PullContext;
 use crate::report::Taken;
 use crate::store::{Store, StoreError, inline_chain};
@@ -45,7 +46,9 @@ impl Agent {
     fn write_root(&mut self, root: TrustRoot, envelope: Vec<u8>, by: String, reply: Reply) {
         let inbox = self.inbox.clone();
         let written = self.writes.submit(move |store| {
+            crash_point::pass("root-verified");
             let failed = store.set_trust_root(root.version, &envelope).err().map(|error| inline_chain(&error));
+            crash_point::pass("root-written");
             let _ = inbox.blocking_send(Message::RootWritten { root: Box::new(root), by, failed, reply });
         });
         self.warn_if_busy(written);
@@ -68,6 +71,7 @@ impl Agent {
                 self.concerns.factory = None;
                 self.fleet.trusts(self.root.version);
                 self.tell(None, None, &Reason::new(Code::Verified, text), by);
+                crash_point::pass("root-in-force");
                 Ok(Taken::TrustRoot(self.root.version))
             }
         };

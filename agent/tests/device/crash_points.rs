@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use edged::crash_point::{FILE_ENV, POINTS};
@@ -31,9 +31,19 @@ enum Scene {
     Collect,
     /// With a fleet that takes reports.
     Report,
+    /// Only the limits of a workload that runs are others.
+    Limits,
+    /// An image with a layer that is kept while it comes.
+    Large,
+    /// A start after a power cut that has damaged a layer.
+    Check,
+    /// The next trust root.
+    Trust,
+    /// A workload that prints more than a segment of its log takes.
+    Print,
 }
 
-use Scene::{Birth, Collect, Damage, Pull, Report, Rollback, Start, Update};
+use Scene::{Birth, Check, Collect, Damage, Large, Limits, Print, Pull, Report, Rollback, Start, Trust, Update};
 
 /// The point, and how often it is passed before the agent dies there.
 const PLAN: [(Scene, &str, u32); 77] = [
@@ -116,10 +126,29 @@ const PLAN: [(Scene, &str, u32); 77] = [
     (Rollback, "change-written", 4),
 ];
 
-const LATER: [(Scene, &str, u32); 6] = [
+const LATER: [(Scene, &str, u32); 24] = [
     (Collect, "layer-moved-aside", 1),
     (Collect, "layer-removed", 1),
     (Collect, "record-removed", 1),
+    (Limits, "limits-set", 1),
+    (Limits, "limits-noted", 1),
+    (Limits, "limits-told", 1),
+    (Large, "partial-begun", 1),
+    (Large, "partial-synced", 1),
+    // After one that has left something.
+    (Large, "partial-synced 1\npartial-resumed", 1),
+    (Large, "partial-removed", 1),
+    (Check, "check-begun", 1),
+    (Check, "check-found", 1),
+    (Check, "check-removed", 1),
+    (Check, "check-written", 1),
+    (Check, "check-done", 1),
+    (Trust, "root-verified", 1),
+    (Trust, "root-written", 1),
+    (Trust, "root-in-force", 1),
+    (Print, "log-full", 1),
+    (Print, "log-full", 3),
+    (Print, "log-rotated", 1),
     (Report, "report-numbered", 1),
     (Report, "report-waiting", 1),
     (Report, "report-taken", 1),
@@ -142,15 +171,23 @@ struct Story {
     /// Not with a store that was lost: it does not know which jobs are done.
     jobs_are_counted: bool,
     config: String,
+    /// The newest trust root, and its version.
+    root: (PathBuf, u64),
+    /// Limits of `steady`.
+    steady_mebibytes: u64,
 }
+
+/// Layers are kept while they come, however quick they are; and a segment of a log is full at once.
+const CONFIG: &str = "[images]\nkeep-partial-after = \"0s\"\n[log]\nworkload-max = \"8Ki\"\n";
 
 impl Story {
     fn begin() -> Self {
         let factory = Factory::start();
         let image = factory.publish_busybox();
         let armed = factory.path("crash-point");
-        let device = factory.device_called("device-0", "", &[(FILE_ENV, &armed)]);
-        let (config, steady) = (String::new(), None);
+        let device = factory.device_called("device-0", CONFIG, &[(FILE_ENV, &armed)]);
+        let (config, steady) = (CONFIG.to_owned(), None);
+        let root = (factory.keys.trust_root(), 1);
         let mut story = Self {
             factory,
             image,
@@ -163,25 +200,32 @@ impl Story {
             steady,
             jobs_are_counted: true,
             config,
+            root,
+            steady_mebibytes: 8,
         };
         story.update(None);
         story
     }
 
     /// Another device takes the place of this one, perhaps to die at its birth.
-    fn renew(&mut self, dies_at: Option<(&str, u32)>) {
+    fn renew(&mut self, dies_at: Option<(&'static str, u32)>) {
         self.devices += 1;
         (self.sequence, self.active, self.steady, self.jobs_are_counted) = (0, 0, None, true);
+        self.root = (self.factory.keys.trust_root(), 1);
         if let Some((point, times)) = dies_at {
             self.arm(point, times);
         }
-        let name = format!("device-{}", self.devices);
-        self.device = self.factory.device_called(&name, &self.config, &[(FILE_ENV, &self.armed)]);
+        self.switch_on();
         self.update(None);
     }
 
-    fn arm(&self, point: &str, times: u32) {
-        assert!(POINTS.contains(&point));
+    fn switch_on(&mut self) {
+        let name = format!("device-{}", self.devices);
+        self.device = self.factory.device_called(&name, &self.config, &[(FILE_ENV, &self.armed)]);
+    }
+
+    fn arm(&self, point: &'static str, times: u32) {
+        assert!(POINTS.contains(&last_of(point)));
         let written = self.armed.with_extension("written");
         fs::write(&written, format!("{point} {times}")).unwrap();
         fs::rename(&written, &self.armed).unwrap();
@@ -191,11 +235,13 @@ impl Story {
     fn manifest(&self, sequence: u32, image: Option<&str>, changes: &str) -> String {
         let own = &self.image;
         let walls = "resources: { memory: 8Mi, cpu: 100m }";
+        let steady = self.steady_mebibytes;
         let turn = if sequence % 2 == 0 { "even" } else { "odd" };
         let head = head(sequence).replace("probation: 2s", "probation: 300ms");
         format!(
             "{head}volumes: {{ data: {{}} }}\nworkloads:\n  \
-             steady:\n    image: {own}\n    command: [/bin/sleep, \"100000\"]\n    {walls}\n    networkMode: bridge\n  \
+             steady:\n    image: {own}\n    command: [/bin/sleep, \"100000\"]\n    \
+             resources: {{ memory: {steady}Mi, cpu: 100m }}\n    networkMode: bridge\n  \
              deaf:\n    image: {}\n    command: [/bin/sh, -c, '{changes}']\n    {walls}\n    restart: {{ attempts: 1, backoff: 100ms }}\n  \
              {turn}:\n    image: {own}\n    command: [/bin/sleep, \"100000\"]\n    {walls}\n    networkMode: bridge\n  \
              once-{sequence}:\n    image: {own}\n    command: [/bin/sh, -c, 'echo done >> /data/once-{sequence}']\n    {walls}\n    \
@@ -213,9 +259,13 @@ impl Story {
     /// Offered again and again, as a fleet does, until the device has it.
     fn offer(&mut self, yaml: &str) {
         let file = self.factory.sign(&format!("m{}", self.sequence), yaml);
+        self.offer_file(&file);
+    }
+
+    fn offer_file(&self, file: &Path) {
         let mut last = String::new();
         let taken = wait::until("the device to take it", PATIENCE, || {
-            let output = self.device.push_command(&file).output()?;
+            let output = self.device.push_command(file).output()?;
             last = String::from_utf8_lossy(&output.stderr).into_owned();
             Ok((output.status.success() || last.contains("was tried already")).then_some(()))
         });
@@ -223,11 +273,41 @@ impl Story {
     }
 
     fn update(&mut self, image: Option<&str>) {
+        let program = format!("exec sleep {}00000", self.sequence + 1);
+        self.update_to(image, &program);
+    }
+
+    fn update_to(&mut self, image: Option<&str>, program: &str) {
         self.sequence += 1;
-        let yaml = self.manifest(self.sequence, image, &format!("exec sleep {}00000", self.sequence));
+        let yaml = self.manifest(self.sequence, image, program);
         self.active = self.sequence;
         self.offer(&yaml);
         self.settle("an update");
+    }
+
+    /// The power was cut, and a byte of the layer that everything runs from is another.
+    fn damage_a_layer(&mut self) -> PathBuf {
+        self.device.stop();
+        let layers = fs::read_dir(self.device.path("layers")).unwrap().flatten();
+        let mut pages = layers.map(|layer| layer.path().join("www/index.html"));
+        let page = pages.find(|page| page.exists()).expect("a layer with a page");
+        let before = fs::metadata(&page).unwrap().modified().unwrap();
+        let file = fs::File::options().write(true).open(&page).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"H", 0).unwrap();
+        file.set_modified(before).unwrap();
+        fs::write(self.device.path("content/in-use"), "another boot").unwrap();
+        page
+    }
+
+    /// The next trust root, of the same keys.
+    fn rotate(&mut self) {
+        let (old, version) = (self.root.0.clone(), self.root.1 + 1);
+        let new = self.factory.path(&format!("trust-{}-{version}.cose", self.devices));
+        let mut rotate = self.factory.keys.edgectl();
+        rotate.args(["trust", "rotate", "--key"]).arg(self.factory.keys.private("root")).arg("--from").arg(&old);
+        edged_qemu::process::run(rotate.arg("-o").arg(&new)).unwrap();
+        self.offer_file(&new);
+        self.root = (new, version);
     }
 
     fn new_image(&mut self) -> String {
@@ -238,7 +318,7 @@ impl Story {
         self.factory.publish_over_busybox(&format!("app-{}", self.images), &own)
     }
 
-    fn play(&mut self, scene: Scene, point: &str, times: u32) {
+    fn play(&mut self, scene: Scene, point: &'static str, times: u32) {
         match scene {
             Birth => self.renew(Some((point, times))),
             Start => {
@@ -268,6 +348,54 @@ impl Story {
                 self.jobs_are_counted = false;
                 self.arm(point, times);
                 self.offer(&yaml);
+            }
+            Limits => {
+                self.steady_mebibytes = 8 + (self.steady_mebibytes + 1) % 4;
+                self.arm(point, times);
+                self.update(None);
+            }
+            Large => {
+                self.images += 1;
+                let image = crate::disk::noise(&self.factory, &format!("large-{}", self.images), 6);
+                self.arm(point, times);
+                self.update(Some(&image));
+            }
+            Check => {
+                let page = self.damage_a_layer();
+                self.arm(point, times);
+                self.switch_on();
+                // Each start is a new one.
+                self.steady = None;
+                self.settle("a check of the layers");
+                until("the whole page", || (fs::read(&page).ok()? == b"here\n").then_some(()));
+                let mark = fs::read_to_string(self.device.path("content/in-use")).unwrap();
+                assert_eq!(mark, fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim());
+            }
+            Trust => {
+                self.arm(point, times);
+                self.rotate();
+                let version = self.root.1;
+                until("the next root in force", || (self.status()?["trust"]["root"] == version).then_some(()));
+            }
+            Print => {
+                let count = 400;
+                let program = format!(
+                    "n=0; while [ $n -lt {count} ]; do echo line $n of {} {}; n=$((n+1)); done; exec sleep 100000",
+                    self.sequence + 1,
+                    "x".repeat(40)
+                );
+                self.arm(point, times);
+                self.update_to(None, &program);
+                // What was on its way when the agent died may be gone; what was not read waited in the pipe.
+                let mark = format!("of {} ", self.sequence);
+                let lines = self.device.ask(&["logs", "deaf", "--tail", "1000"]);
+                let lines: Vec<&str> = lines.lines().filter(|line| line.contains(&mark)).collect();
+                assert!(lines.len() > 10, "{lines:?}");
+                let bytes: u64 = fs::read_dir(self.device.path("log/deaf"))
+                    .unwrap()
+                    .map(|segment| segment.unwrap().metadata().unwrap().len())
+                    .sum();
+                assert!(bytes <= 10 << 10, "{bytes} bytes of log");
             }
             Collect => {
                 let image = self.new_image();
@@ -305,6 +433,10 @@ impl Story {
         assert_eq!(*self.steady.get_or_insert(steady), steady, "{what}: what did not change was restarted");
         let said = self.device.said();
         assert!(!said.contains("panicked"), "{said}");
+    }
+
+    fn status(&self) -> Option<Value> {
+        serde_json::from_slice(&self.device.edgectl(&["status", "-o", "json"]).stdout).ok()
     }
 
     fn wrong(&self) -> Result<(), String> {
@@ -348,8 +480,13 @@ impl Story {
             let unfinished: Vec<_> = in_dir(dir).into_iter().filter(|name| name.contains(".new-")).collect();
             check(unfinished.is_empty(), &|| format!("files are left in {dir}: {unfinished:?}"))?;
         }
+        let kept = in_dir("content/partial");
+        check(kept.is_empty(), &|| format!("beginnings of layers are left: {kept:?}"))?;
         let staged = in_dir("layers/ingest");
         check(staged.is_empty(), &|| format!("layers are left: {staged:?}"))?;
+        let limit = self.limit_of_steady();
+        let wanted = self.steady_mebibytes << 20;
+        check(limit == Some(wanted), &|| format!("steady may use {limit:?} bytes, wanted are {wanted}"))?;
         let groups = self.groups();
         check(groups.is_subset(&names), &|| format!("cgroups are left: {groups:?}"))?;
 
@@ -357,6 +494,13 @@ impl Story {
             fs::read_to_string(self.device.path(&format!("volumes/data/once-{}", self.active))).unwrap_or_default();
         let times = done.lines().count();
         check(times == 1 || times > 1 && !self.jobs_are_counted, &|| format!("the job was done {times} times"))
+    }
+
+    fn limit_of_steady(&self) -> Option<u64> {
+        let output = self.device.edgectl(&["inspect", "steady", "-o", "json"]);
+        let inspect: Value = serde_json::from_slice(&output.stdout).ok()?;
+        let limits = &inspect["limits"];
+        ["memory.max", "memory.limit_in_bytes"].iter().find_map(|file| limits[file].as_str())?.parse().ok()
     }
 
     /// The cgroups beside that of `steady`.
@@ -375,7 +519,7 @@ impl Story {
 const DEVICES: usize = 4;
 
 /// Each device takes the next death of the plan as soon as it is done with one.
-fn play(plan: &[(Scene, &str, u32)]) {
+fn play(plan: &[(Scene, &'static str, u32)]) {
     let next = AtomicUsize::new(0);
     let take = || plan.get(next.fetch_add(1, Ordering::Relaxed));
     std::thread::scope(|scope| {
@@ -385,7 +529,7 @@ fn play(plan: &[(Scene, &str, u32)]) {
     });
 }
 
-fn play_on_one_device<'p>(take: impl Fn() -> Option<&'p (Scene, &'p str, u32)>) {
+fn play_on_one_device<'p>(take: impl Fn() -> Option<&'p (Scene, &'static str, u32)>) {
     let Some(mut death) = take() else { return };
     let mut story = Story::begin();
     let mut deaths = 0;
@@ -400,11 +544,16 @@ fn play_on_one_device<'p>(take: impl Fn() -> Option<&'p (Scene, &'p str, u32)>) 
         }
         let begin = std::time::Instant::now();
         story.play(*scene, point, *times);
-        deaths += if matches!(scene, Start | Damage) { 2 } else { 1 };
+        deaths += if matches!(scene, Start | Damage | Check) { 2 } else { 1 };
         eprintln!("{scene:?} {point} {times}: {:?}", begin.elapsed());
         let Some(next) = take() else { return };
         death = next;
     }
+}
+
+/// Several deaths one after the other are told by the last of them.
+fn last_of(point: &'static str) -> &'static str {
+    point.lines().next_back().unwrap_or(point)
 }
 
 fn of(scenes: &[Scene]) -> Vec<(Scene, &'static str, u32)> {
@@ -413,7 +562,7 @@ fn of(scenes: &[Scene]) -> Vec<(Scene, &'static str, u32)> {
 
 #[test]
 fn every_crash_point_is_played() {
-    let played: BTreeSet<&str> = PLAN.iter().chain(&LATER).map(|(_, point, _)| *point).collect();
+    let played: BTreeSet<&str> = PLAN.iter().chain(&LATER).map(|(_, point, _)| last_of(point)).collect();
     assert_eq!(played, BTreeSet::from(POINTS));
 }
 
@@ -438,6 +587,26 @@ fn an_agent_that_dies_while_it_pulls_or_collects_is_followed_by_one_that_finishe
 }
 
 #[test]
+fn an_agent_that_dies_while_limits_change_or_a_log_turns_is_followed_by_one_that_goes_on() {
+    play(&of(&[Limits, Print]));
+}
+
+#[test]
+fn an_agent_that_dies_while_it_keeps_a_layer_that_comes_is_followed_by_one_that_asks_for_the_rest() {
+    play(&of(&[Large]));
+}
+
+#[test]
+fn an_agent_that_dies_while_it_checks_its_layers_is_followed_by_one_that_checks_the_rest() {
+    play(&of(&[Check]));
+}
+
+#[test]
+fn an_agent_that_dies_while_it_takes_a_trust_root_is_followed_by_one_that_has_the_old_or_the_new() {
+    play(&of(&[Trust]));
+}
+
+#[test]
 fn an_agent_that_dies_while_a_generation_fails_is_followed_by_one_that_goes_back() {
     play(&of(&[Rollback]));
 }
@@ -446,7 +615,7 @@ fn an_agent_that_dies_while_a_generation_fails_is_followed_by_one_that_goes_back
 fn an_agent_that_dies_while_it_reports_is_followed_by_one_that_reports() {
     let mut story = Story::begin();
     let fleet = story.factory.fleet();
-    story.config = format!(
+    story.config += &format!(
         "[fleet]\nurl = \"{}\"\nca = \"{}\"\nenroll-token = \"{}\"\nreport-interval = \"2s\"\n",
         fleet.url_seen_from_host(),
         story.factory.authority.cert().display(),

@@ -56,6 +56,7 @@ impl<'w> Resumed<'w> {
         let (keeping, from) = match partial {
             Some(partial) if reader.is_some() => {
                 let from = partial.bytes();
+                crate::crash_point::pass("partial-resumed");
                 (Keeping::Yes(partial), from)
             }
             _ if is_far && size >= KEEP_MIN_BYTES => {
