@@ -41,6 +41,8 @@ pub enum Event {
     },
     /// It has closed its socket.
     AgentClosed,
+    /// It is of the version before this one.
+    AgentOutdated,
     /// It reads or says nothing that could be understood.
     AgentDeaf {
         why: &'static str,
@@ -147,6 +149,10 @@ pub enum Act {
         key: String,
     },
     StartAgent,
+    /// It is crash-only; this gives it a moment to write down what it has read.
+    EndAgent {
+        pid: i32,
+    },
     KillAgent {
         pid: i32,
     },
@@ -213,6 +219,14 @@ pub fn decide(table: &mut Table, event: Event, now: u64) -> Vec<Act> {
         }
         Event::AgentClosed => {
             if let AgentLife::Running { pid, started_boot_ms, .. } = table.agent.life {
+                let kill_at_boot_ms = now.saturating_add(CLOSING_MS);
+                table.agent.life = AgentLife::Closed { pid, started_boot_ms, kill_at_boot_ms };
+            }
+        }
+        Event::AgentOutdated => {
+            if let AgentLife::Running { pid, started_boot_ms, .. } = table.agent.life {
+                acts.push(Act::Say("the agent is of the version before: it is replaced".to_owned()));
+                acts.push(Act::EndAgent { pid });
                 let kill_at_boot_ms = now.saturating_add(CLOSING_MS);
                 table.agent.life = AgentLife::Closed { pid, started_boot_ms, kill_at_boot_ms };
             }

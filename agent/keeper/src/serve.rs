@@ -125,7 +125,7 @@ impl Keeper {
             }
         }
         if agent_too {
-            keeper.feed(Event::AgentDeaf { why: "is of the version before" }, &[]);
+            keeper.feed(Event::AgentOutdated, &[]);
         }
         Ok(keeper)
     }
@@ -422,11 +422,8 @@ impl Keeper {
                 }
             }
             Act::StartAgent => return Some(self.start_agent()),
-            Act::KillAgent { pid } => {
-                if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-                }
-            }
+            Act::EndAgent { pid } => signal_process(pid, rustix::process::Signal::TERM),
+            Act::KillAgent { pid } => signal_process(pid, rustix::process::Signal::KILL),
             Act::KeepTimeFloor { unix_seconds } => boot::keep_time_floor(&self.config.data, unix_seconds),
             Act::MoveClock { unix_ms } => {
                 if let Err(error) = edged_sys::device::raise_clock_ms(unix_ms) {
@@ -554,6 +551,13 @@ impl Keeper {
             let _ = watchdog.disarm();
         }
         shutdown::machine(&self.config.data, how);
+    }
+}
+
+/// One of our own children, which is not reaped yet: the number is its own.
+fn signal_process(pid: i32, signal: rustix::process::Signal) {
+    if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+        let _ = rustix::process::kill_process(pid, signal);
     }
 }
 

@@ -92,7 +92,7 @@ pub enum AgentLife {
         started_boot_ms: u64,
         heard_boot_ms: u64,
     },
-    /// It has closed its socket, as a process that ends does first of all: killed if it then does not end.
+    /// It has closed its socket, as a process that ends does first of all, or was asked to end: killed if it then does not.
     Closed {
         pid: i32,
         started_boot_ms: u64,

@@ -140,7 +140,10 @@ fn agent(options: &Options) -> Result<()> {
     let socket = edged_sys::inherit::take(number).context("the keeper's socket")?;
     // One thread for the loop; what blocks (disk, network) has threads of its own.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build()?;
-    runtime.block_on(edged::reconcile::run(places, config, socket, options.device))
+    let ended = runtime.block_on(edged::reconcile::run(places, config, socket, options.device));
+    // Nobody waits for what blocks: it is crash-only.
+    runtime.shutdown_background();
+    ended
 }
 
 /// To the journal where there is one, else to stderr: the serial console of a device, the terminal of a developer.

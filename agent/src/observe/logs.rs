@@ -11,6 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -48,7 +49,9 @@ impl Dropped {
 /// The door to all logs. Cheap to clone.
 #[derive(Clone)]
 pub struct Logs {
-    queue: SyncSender<(WorkloadName, LogLine)>,
+    queue: SyncSender<Work>,
+    /// Nothing is read any more: what is in the pipes is for the next agent.
+    held: Arc<AtomicBool>,
     followers: broadcast::Sender<(WorkloadName, LogLine)>,
     dropped: Dropped,
     dir: PathBuf,
@@ -64,7 +67,7 @@ impl Logs {
         let lost = dropped.clone();
         let writer = Writer { dir: dir.clone(), lost, max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
         std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run(&lines))?;
-        Ok(Self { queue, followers, dropped, dir })
+        Ok(Self { queue, held: Arc::default(), followers, dropped, dir })
     }
 
     /// Reads `fd` to its end on the current runtime. `clock` gives the wall time in milliseconds.
@@ -75,6 +78,9 @@ impl Logs {
             let mut lines = LineCutter::default();
             // A read error on a pipe cannot be mended: it ends the stream like its end does.
             while pipe.readable().await.is_ok() {
+                if logs.held.load(Ordering::Relaxed) {
+                    return;
+                }
                 // Of this turn only: a stream that is silent holds no buffer.
                 let mut buffer = [0_u8; 16 * 1024];
                 match pipe.try_read(&mut buffer) {
@@ -92,11 +98,21 @@ impl Logs {
         let line = LogLine { at_unix_ms, stream, text: printable(text) };
         // No follower is the ordinary case, not an error.
         let _ = self.followers.send((workload.clone(), line.clone()));
-        match self.queue.try_send((workload.clone(), line)) {
+        match self.queue.try_send(Work::Line(workload.clone(), line)) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => {}
             Err(TrySendError::Full(_)) => {
                 self.dropped.one_more(workload);
             }
+        }
+    }
+
+    /// Reads no more, and comes back when all that was read is written: this agent ends. Blocking.
+    pub fn end(&self) {
+        self.held.store(true, Ordering::Relaxed);
+        let (done, written) = sync_channel(1);
+        if self.queue.send(Work::Tell(done)).is_ok() {
+            // It ends either way.
+            let _ = written.recv();
         }
     }
 
@@ -193,6 +209,12 @@ fn parse(line: &[u8]) -> Option<LogLine> {
     Some(LogLine { at_unix_ms: at.parse().ok()?, stream, text: text.to_owned() })
 }
 
+enum Work {
+    Line(WorkloadName, LogLine),
+    /// All before it is written.
+    Tell(SyncSender<()>),
+}
+
 struct Segment {
     file: File,
     bytes: u64,
@@ -206,8 +228,16 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(mut self, lines: &Receiver<(WorkloadName, LogLine)>) {
-        while let Ok((workload, line)) = lines.recv() {
+    fn run(mut self, work: &Receiver<Work>) {
+        while let Ok(work) = work.recv() {
+            let (workload, line) = match work {
+                Work::Line(workload, line) => (workload, line),
+                Work::Tell(done) => {
+                    // Who asked may have given up waiting.
+                    let _ = done.try_send(());
+                    continue;
+                }
+            };
             // A disk that is full or broken costs lines, never the supervisor: the next line tries afresh.
             if self.append(&workload, &line).is_err() {
                 self.open.remove(&workload);
@@ -300,7 +330,7 @@ mod tests {
         let web = WorkloadName::parse("web").unwrap();
         for n in 0..2000 {
             let line = line(&format!("line {n:04} {}", "x".repeat(40)));
-            logs.queue.send((web.clone(), line)).unwrap();
+            logs.queue.send(Work::Line(web.clone(), line)).unwrap();
         }
         let newest = || logs.tail(&web, 1).unwrap().pop().map(|line| line.text);
         wait_until("line 1999", || newest().is_some_and(|text| text.starts_with("line 1999")));

@@ -259,6 +259,7 @@ impl Agent {
         mut calls: mpsc::Receiver<Call>,
     ) {
         let mut heartbeat = tokio::time::interval(HEARTBEAT);
+        let mut ended = upgrade::Ended::listen();
         self.replan().await;
         loop {
             let wake = self
@@ -281,6 +282,7 @@ impl Agent {
                     }
                 }
                 _ = heartbeat.tick() => self.beat().await,
+                () = ended.by_the_keeper() => return self.end_for_another().await,
                 () = tokio::time::sleep(wake) => {}
             }
             self.replan().await;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use edged_model::api::Answer;
 use edged_model::reason::{Code, Reason};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::answer::{error, one};
@@ -20,6 +21,8 @@ use crate::store::inline_chain;
 const ANSWER_MS: u64 = 5_000;
 /// The operator hears of it before this agent ends.
 const TELL: Duration = Duration::from_secs(1);
+/// Less than the keeper waits before it kills.
+const LAST_LINES: Duration = Duration::from_millis(500);
 
 /// What `program --version` says, if it is an edged that runs on this machine. Blocking.
 fn version_of(program: &Path) -> Result<String, Reason> {
@@ -67,7 +70,30 @@ fn reason(program: &Program) -> Option<Reason> {
     Some(if refused.has_run { Reason { code: Code::UpgradeReturned, ..why } } else { why })
 }
 
+/// The keeper's word that an agent of another version is to follow this one.
+pub(super) struct Ended(Option<Signal>);
+
+impl Ended {
+    pub fn listen() -> Self {
+        let signal = signal(SignalKind::terminate());
+        Self(signal.map_err(|error| tracing::warn!("SIGTERM will end the agent at once: {error}")).ok())
+    }
+
+    pub async fn by_the_keeper(&mut self) {
+        match &mut self.0 {
+            Some(signal) => drop(signal.recv().await),
+            None => std::future::pending().await,
+        }
+    }
+}
+
 impl Agent {
+    /// Lines that were read and not written would be lost; all else is for the next agent as it is.
+    pub(super) async fn end_for_another(self) {
+        let logs = self.logs.clone();
+        let _ = tokio::time::timeout(LAST_LINES, tokio::task::spawn_blocking(move || logs.end())).await;
+    }
+
     /// At the start and with every beat: a signal may have asked for an upgrade, and nobody waited for the answer.
     pub(super) async fn look_at_program(&mut self) {
         let program = match self.link.program().await {

@@ -123,8 +123,10 @@ fn a_newer_program_whose_agent_falls_three_times_gives_way_to_the_former_one() {
     device.wait_for_generation(1, "good");
     let (app, keeper, former) = (device.pid("app"), device.keeper_pid(), runs_file(device.keeper_pid()));
     let answers = || device.edgectl(&["status"]).status.success().then_some(());
+    let agent_after = |before: i32| until("another agent", || device.agent().filter(|agent| *agent != before));
 
     // Each of its agents dies before it has opened the store.
+    let before = device.agent_pid();
     let bad = replace(&program, variant("newer"));
     let arm = || {
         let written = armed.with_extension("written");
@@ -140,8 +142,10 @@ fn a_newer_program_whose_agent_falls_three_times_gives_way_to_the_former_one() {
         }
     }
     until("the former program", || (runs_file(keeper) == former).then_some(()));
-    until("its agent", answers);
+    agent_after(before);
+    until("its answer", answers);
     assert_eq!(device.pid("app"), app, "it ran on");
+    assert!(!device.said().contains("the state store was damaged"), "{}", device.said());
     until("the story of it", || {
         let told = device.events().iter().filter(|text| text.contains("its agent fell 3 times")).count();
         assert!(told <= 1);
@@ -160,14 +164,17 @@ fn a_newer_program_whose_agent_falls_three_times_gives_way_to_the_former_one() {
     replace(&program, variant("newer"));
     let no = device.edgectl(&["upgrade"]);
     assert!(String::from_utf8_lossy(&no.stderr).contains("ran here before and was sent away"), "{no:?}");
+    let before = device.agent_pid();
     device.kill_agent();
-    until("another agent", answers);
+    let before = agent_after(before);
+    until("its answer", answers);
     assert_eq!(device.events().iter().filter(|text| text.contains("its agent fell 3 times")).count(), 1);
     // Unless an operator insists.
     let insisted = fs::metadata(&program).unwrap().ino();
     device.ask(&["upgrade", "--again"]);
     until("the newer program", || (runs_file(keeper) == Some(insisted)).then_some(()));
-    until("its agent", answers);
+    agent_after(before);
+    until("its answer", answers);
     until("its trial", || (device.status()["upgrade"]["code"] == "upgradeOnTrial").then_some(()));
     assert_eq!(device.pid("app"), app);
 }

@@ -37,7 +37,7 @@ fn on_trial() -> Table {
     let words = format!("a warning\n{READY}0.2.0\n");
     let acts = decide(&mut table, Event::Tried { end: end(0), words }, 1_100);
     assert_eq!(acts, [Act::ExecAgain { file: Some(FILE), agent_too: true }]);
-    let _ = decide(&mut table, Event::AgentDeaf { why: "is of the version before" }, 1_200);
+    let _ = decide(&mut table, Event::AgentOutdated, 1_200);
     let _ = decide(&mut table, Event::Reaped { pid: 10, end: end(0) }, 1_210);
     assert_eq!(table.upgrade.trial.as_ref().unwrap().falls, 0, "that one was told to go");
     table
