@@ -20,7 +20,7 @@ const MAY_USE: [(&str, &[&str]); 16] = [
     // Stages.
     ("verify", &[]),
     ("execute", &["verify", "content", "registry", "runtime", "store", "network", "config", "crash_point"]),
-    ("observe", &["network", "config"]),
+    ("observe", &["network", "config", "crash_point"]),
     ("report", &["registry", "store", "network", "config", "crash_point"]),
     ("api", &["config"]),
     // The loop.
