@@ -1,7 +1,9 @@
 //! From a CBOR value to a type, by way of serde; an error says where in the document it is.
 //!
 //! One reader of bytes makes a value, and every type is read from that. Read straight from the bytes, each of our three
-//! hundred types would have a whole CBOR parser of its own in the program: 2 MB of the 8 that both programs may have.
+//! hundred types would have a whole CBOR parser of its own in the program: 2 MB of the 8 that both programs may have. For
+//! the same reason each kind of type is offered only what it can be written as. A structure is a map and nothing else:
+//! serde would also read it from an array, by the order of its fields, which changes when a field is added.
 
 use std::collections::btree_map;
 use std::fmt;
@@ -13,7 +15,11 @@ use serde_cbor::Value;
 
 /// What does not fit, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ValueError {
+pub struct ValueError(Box<Misfit>);
+
+/// Behind a pointer: every type's reader gives back itself or an error, and is as long as the longer of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Misfit {
     text: String,
     /// From the inside out.
     path: Vec<Step>,
@@ -29,12 +35,12 @@ pub enum Step {
 impl ValueError {
     /// What is wrong, without the place.
     pub fn text(&self) -> &str {
-        &self.text
+        &self.0.text
     }
 
     /// The way to it, from the outside in.
     pub fn steps(&self) -> impl DoubleEndedIterator<Item = &Step> {
-        self.path.iter().rev()
+        self.0.path.iter().rev()
     }
 
     /// `workloads.web.ports[0].host`; empty for the document itself.
@@ -51,7 +57,7 @@ impl ValueError {
     }
 
     fn within(mut self, step: Step) -> Self {
-        self.path.push(step);
+        self.0.path.push(step);
         self
     }
 }
@@ -59,8 +65,8 @@ impl ValueError {
 impl fmt::Display for ValueError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.path().as_str() {
-            "" => f.write_str(&self.text),
-            path => write!(f, "{path}: {}", self.text),
+            "" => f.write_str(&self.0.text),
+            path => write!(f, "{path}: {}", self.0.text),
         }
     }
 }
@@ -69,7 +75,7 @@ impl std::error::Error for ValueError {}
 
 impl de::Error for ValueError {
     fn custom<T: fmt::Display>(text: T) -> Self {
-        Self { text: text.to_string(), path: Vec::new() }
+        Self(Box::new(Misfit { text: text.to_string(), path: Vec::new() }))
     }
 }
 
@@ -106,6 +112,54 @@ impl ValueReader {
             _ => Unexpected::Other("a tag"),
         }
     }
+
+    #[cold]
+    fn misfit(&self, expected: &dyn de::Expected) -> ValueError {
+        de::Error::invalid_type(self.unexpected(), expected)
+    }
+
+    fn visit_number<'de, V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
+        let Value::Integer(value) = self.value else { return Err(self.misfit(&visitor)) };
+        match (u64::try_from(value), i64::try_from(value)) {
+            (Ok(value), _) => visitor.visit_u64(value),
+            (_, Ok(value)) => visitor.visit_i64(value),
+            _ => visitor.visit_i128(value),
+        }
+    }
+
+    fn visit_text<'de, V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
+        match self.value {
+            Value::Text(value) => visitor.visit_string(value),
+            _ => Err(self.misfit(&visitor)),
+        }
+    }
+
+    fn visit_items<'de, V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
+        let is_from_people = self.is_from_people;
+        match self.value {
+            Value::Array(items) => visitor.visit_seq(Items { items: items.into_iter(), at: 0, is_from_people }),
+            _ => Err(self.misfit(&visitor)),
+        }
+    }
+
+    fn visit_entries<'de, V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
+        let is_from_people = self.is_from_people;
+        match self.value {
+            Value::Map(entries) => {
+                visitor.visit_map(Entries { entries: entries.into_iter(), open: None, is_from_people })
+            }
+            _ => Err(self.misfit(&visitor)),
+        }
+    }
+}
+
+/// What a type of one kind asks for, and the only form that is read for it.
+macro_rules! only {
+    ($form:ident: $($ask:ident)*) => {
+        $(fn $ask<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
+            self.$form(visitor)
+        })*
+    };
 }
 
 impl<'de> Deserializer<'de> for ValueReader {
@@ -116,25 +170,56 @@ impl<'de> Deserializer<'de> for ValueReader {
     }
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
-        let is_from_people = self.is_from_people;
         match self.value {
             Value::Null => visitor.visit_unit(),
             Value::Bool(value) => visitor.visit_bool(value),
-            Value::Integer(value) => match (u64::try_from(value), i64::try_from(value)) {
-                (Ok(value), _) => visitor.visit_u64(value),
-                (_, Ok(value)) => visitor.visit_i64(value),
-                _ => visitor.visit_i128(value),
-            },
+            Value::Integer(_) => self.visit_number(visitor),
             Value::Float(value) => visitor.visit_f64(value),
             Value::Bytes(value) => visitor.visit_byte_buf(value),
-            Value::Text(value) => visitor.visit_string(value),
-            Value::Array(items) => visitor.visit_seq(Items { items: items.into_iter(), at: 0, is_from_people }),
-            Value::Map(entries) => {
-                visitor.visit_map(Entries { entries: entries.into_iter(), open: None, is_from_people })
-            }
+            Value::Text(_) => self.visit_text(visitor),
+            Value::Array(_) => self.visit_items(visitor),
+            Value::Map(_) => self.visit_entries(visitor),
             // Whatever a tag stands for, none of our types has one.
-            _ => Err(de::Error::invalid_type(self.unexpected(), &visitor)),
+            _ => Err(self.misfit(&visitor)),
         }
+    }
+
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
+        match self.value {
+            Value::Bool(value) => visitor.visit_bool(value),
+            _ => Err(self.misfit(&visitor)),
+        }
+    }
+
+    only! { visit_number: deserialize_i8 deserialize_i16 deserialize_i32 deserialize_i64 deserialize_i128
+    deserialize_u8 deserialize_u16 deserialize_u32 deserialize_u64 deserialize_u128 }
+
+    only! { visit_text: deserialize_str deserialize_string deserialize_identifier }
+
+    only! { visit_items: deserialize_seq }
+
+    only! { visit_entries: deserialize_map }
+
+    fn deserialize_tuple<V: Visitor<'de>>(self, _: usize, visitor: V) -> Result<V::Value, ValueError> {
+        self.visit_items(visitor)
+    }
+
+    fn deserialize_tuple_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: usize,
+        visitor: V,
+    ) -> Result<V::Value, ValueError> {
+        self.visit_items(visitor)
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, ValueError> {
+        self.visit_entries(visitor)
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ValueError> {
@@ -161,13 +246,10 @@ impl<'de> Deserializer<'de> for ValueReader {
                 let (name, content) = entries.into_iter().next().unwrap_or((Value::Null, Value::Null));
                 match name {
                     Value::Text(name) => visitor.visit_enum(Variant { name, content: Some(content), is_from_people }),
-                    name => Err(de::Error::invalid_type(
-                        Self { value: name, is_from_people }.unexpected(),
-                        &"the name of a variant",
-                    )),
+                    name => Err(Self { value: name, is_from_people }.misfit(&"the name of a variant")),
                 }
             }
-            _ => Err(de::Error::invalid_type(self.unexpected(), &visitor)),
+            _ => Err(self.misfit(&visitor)),
         }
     }
 
@@ -175,10 +257,8 @@ impl<'de> Deserializer<'de> for ValueReader {
         visitor.visit_unit()
     }
 
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit unit_struct seq tuple
-        tuple_struct map struct identifier
-    }
+    // A whole number is a fraction too.
+    forward_to_deserialize_any! { f32 f64 char bytes byte_buf unit unit_struct }
 }
 
 struct Items {
@@ -294,15 +374,12 @@ impl<'de> de::VariantAccess<'de> for Content {
 
     fn tuple_variant<V: Visitor<'de>>(self, _: usize, visitor: V) -> Result<V::Value, ValueError> {
         let (name, reader) = self.needed()?;
-        reader.deserialize_any(visitor).map_err(|error| error.within(Step::Key(name)))
+        reader.visit_items(visitor).map_err(|error| error.within(Step::Key(name)))
     }
 
     fn struct_variant<V: Visitor<'de>>(self, _: &'static [&'static str], visitor: V) -> Result<V::Value, ValueError> {
         let (name, reader) = self.needed()?;
-        match reader.value {
-            Value::Map(_) => reader.deserialize_any(visitor).map_err(|error| error.within(Step::Key(name))),
-            _ => Err(ValueError::within(de::Error::invalid_type(reader.unexpected(), &visitor), Step::Key(name))),
-        }
+        reader.visit_entries(visitor).map_err(|error| error.within(Step::Key(name)))
     }
 }
 

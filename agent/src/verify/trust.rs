@@ -41,7 +41,7 @@ pub fn factory(bytes: &[u8]) -> Result<TrustRoot, Reason> {
 pub fn draft(bytes: &[u8]) -> Result<(Unverified, TrustRoot), Reason> {
     let opened = envelope::open_draft(bytes, Kind::TrustRoot).map_err(|error| error.reason("trust root"))?;
     let signed = opened.signed_by(&[]).map_err(|error| error.reason("trust root"))?;
-    let root = cbor::decode_signed(&signed.payload).map_err(|error| error.reason("trust root"))?;
+    let root = cbor::decode(&signed.payload).map_err(|error| error.reason("trust root"))?;
     Ok((opened, root))
 }
 
