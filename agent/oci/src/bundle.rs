@@ -9,6 +9,9 @@ use crate::error::OciError;
 /// Far more than any engine writes; what is larger is not read.
 pub const MAX_BYTES: u64 = 4 << 20;
 
+/// What engines write fits, so that it is read at once.
+const USUAL_BYTES: usize = 16 << 10;
+
 pub fn load(bundle: &Path) -> Result<(Spec, Vec<u8>, Vec<String>), OciError> {
     let path = bundle.join("config.json");
     let bytes = read(&path)?;
@@ -18,7 +21,7 @@ pub fn load(bundle: &Path) -> Result<(Spec, Vec<u8>, Vec<String>), OciError> {
 
 pub fn read(path: &Path) -> Result<Vec<u8>, OciError> {
     use std::io::Read;
-    let mut bytes = Vec::new();
+    let mut bytes = Vec::with_capacity(USUAL_BYTES);
     let file = std::fs::File::open(path).map_err(OciError::file(path))?;
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(OciError::file(path))?;
     if bytes.len() as u64 > MAX_BYTES {

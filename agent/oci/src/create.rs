@@ -38,6 +38,7 @@ struct Up {
 
 struct LateHooks {
     poststart: Vec<Hook>,
+    poststop: Vec<Hook>,
 }
 
 pub fn create(parsed: &Parsed) -> Result<(), OciError> {
@@ -55,7 +56,7 @@ pub fn run(parsed: &Parsed) -> Result<ExitCode, OciError> {
         None => signals.wait_for(up.launching.pid, up.launching.pidfd.as_fd())?,
     };
     if !parsed.has("keep") {
-        manage::take_away(&parsed.global, &up.home, &up.record)?;
+        manage::take_away(&parsed.global, &up.home, &up.record, Some(&up.hooks.poststop))?;
     }
     Ok(code)
 }
@@ -104,6 +105,7 @@ fn bring_up(parsed: &Parsed, purpose: Purpose) -> Result<Up, OciError> {
         prestart: life::hooks(&spec, |hooks| hooks.prestart())?,
         create_runtime: life::hooks(&spec, |hooks| hooks.create_runtime())?,
         poststart: life::hooks(&spec, |hooks| hooks.poststart())?,
+        poststop: life::hooks(&spec, |hooks| hooks.poststop())?,
     };
     home.make()?;
     let job = Job { parsed, purpose, home: &home, bundle, rootfs, spec: &spec, groups: &groups };
@@ -123,6 +125,7 @@ struct EarlyHooks {
     prestart: Vec<Hook>,
     create_runtime: Vec<Hook>,
     poststart: Vec<Hook>,
+    poststop: Vec<Hook>,
 }
 
 struct Job<'j> {
@@ -152,7 +155,7 @@ impl Job<'_> {
         drop(fds);
         match self.see_through(&launching, &hooks, &offsets) {
             Ok((record, master)) => {
-                let hooks = LateHooks { poststart: hooks.poststart };
+                let hooks = LateHooks { poststart: hooks.poststart, poststop: hooks.poststop };
                 Ok(Up { home: self.home.clone(), record, launching, hooks, master })
             }
             Err(error) => {

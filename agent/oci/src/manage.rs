@@ -86,7 +86,7 @@ pub fn delete(parsed: &Parsed) -> Result<(), OciError> {
         record.groups.kill_all()?;
         wait_for_end(process.as_fd());
     }
-    take_away(&parsed.global, &home, &record)
+    take_away(&parsed.global, &home, &record, None)
 }
 
 /// A pidfd is readable when its process has ended.
@@ -96,22 +96,40 @@ fn wait_for_end(process: std::os::fd::BorrowedFd<'_>) {
     let _ = poll(&mut watched, Some(&timeout));
 }
 
-/// Groups, `poststop` hooks, state: in this order, so that a crash leaves what a second `delete` finishes.
-pub fn take_away(global: &Global, home: &Home, record: &Record) -> Result<(), OciError> {
-    record.groups.kill_all()?;
-    record.groups.remove()?;
-    let config = bundle::read(&home.config()).ok();
-    // Without the word in it there is none, and nothing to parse.
-    let has_hooks = config.as_ref().is_some_and(|bytes| bytes.windows(10).any(|window| window == b"\"poststop\""));
-    if let (true, Some((spec, _))) = (has_hooks, config.and_then(|bytes| bundle::parse(&bytes).ok())) {
+/// Groups, `poststop` hooks, state: in this order, so that a crash leaves what a second `delete` finishes. `hooks`: who
+/// has them at hand need not have the configuration read once more.
+pub fn take_away(
+    global: &Global,
+    home: &Home,
+    record: &Record,
+    hooks: Option<&[edged_model::keeper::Hook]>,
+) -> Result<(), OciError> {
+    if !record.groups.remove_if_empty() {
+        record.groups.kill_all()?;
+        record.groups.remove()?;
+    }
+    let kept = if hooks.is_none() { kept_hooks(home)? } else { Vec::new() };
+    let hooks = hooks.unwrap_or(&kept);
+    if !hooks.is_empty() {
         let state = record.as_state(Status::Stopped).to_string();
-        for one in life::hooks(&spec, |hooks| hooks.poststop())? {
-            if let Err(error) = edged_sys::hook::run(&one, state.as_bytes()) {
+        for one in hooks {
+            if let Err(error) = edged_sys::hook::run(one, state.as_bytes()) {
                 warn(global, &error.to_string());
             }
         }
     }
     home.remove()
+}
+
+/// `poststop` of the configuration that was kept.
+fn kept_hooks(home: &Home) -> Result<Vec<edged_model::keeper::Hook>, OciError> {
+    let config = bundle::read(&home.config()).ok();
+    // Without the word in it there is none, and nothing to parse.
+    let config = config.filter(|bytes| String::from_utf8_lossy(bytes).contains("\"poststop\""));
+    match config.and_then(|bytes| bundle::parse(&bytes).ok()) {
+        Some((spec, _)) => Ok(life::hooks(&spec, |hooks| hooks.poststop())?),
+        None => Ok(Vec::new()),
+    }
 }
 
 pub fn freeze(parsed: &Parsed, frozen: bool) -> Result<(), OciError> {

@@ -87,6 +87,10 @@ pub fn ensure_itself(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno
 /// The directory that holds the last name of `path`, made if missing, and that name.
 pub fn ensure_parent<'p>(root: BorrowedFd<'_>, path: &'p Path) -> Result<(OwnedFd, &'p OsStr), Errno> {
     let name = path.file_name().ok_or(Errno::INVAL)?;
+    match open_path(root, path.parent().ok_or(Errno::INVAL)?) {
+        Err(Errno::NOENT) => {}
+        found => return Ok((found?, name)),
+    }
     let mut walked = std::path::PathBuf::from("/");
     let mut directory = open_path(root, &walked)?;
     for component in path.parent().ok_or(Errno::INVAL)?.components() {

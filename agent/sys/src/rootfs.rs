@@ -2,9 +2,9 @@
 //! pivot_root(2), masked and read-only paths (OCI runtime-spec, config-linux.md). No path inside the new root is handed
 //! to the kernel as a path: each is resolved by [`crate::resolve`] and used by descriptor.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use edged_model::keeper::{DeviceNode, LaunchSpec, MountStep, Rootfs};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
@@ -32,12 +32,16 @@ pub(crate) fn make(
             result => about(Stage::Mounts, &format!("{} at {}", step.source, step.target), result)?,
         }
     }
+    let mut parents = Parents { root: root.as_fd(), last: None };
+    let mask = rustix::process::umask(Mode::empty());
     for node in &spec.device_nodes {
-        about(Stage::Devices, &node.path, device_node(root.as_fd(), node))?;
+        about(Stage::Devices, &node.path, device_node(&mut parents, node))?;
     }
+    rustix::process::umask(mask);
     for (link, target) in &spec.symlinks {
-        about(Stage::Links, link, symlink(root.as_fd(), link, target))?;
+        about(Stage::Links, link, symlink(&mut parents, link, target))?;
     }
+    drop(parents);
     for one in &spec.create_container_hooks {
         about(Stage::CreateContainerHooks, &one.path, hook::run(one, state).map_err(|error| error.errno()))?;
     }
@@ -180,8 +184,8 @@ fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd], procfs: O
         Some(procfs) => rustix::io::fcntl_dupfd_cloexec(procfs, 0)?,
         None => mount::new_filesystem(&step.fstype, &step.source, &step.data, attributes)?,
     };
-    // A mount that says nothing is private: what happens to the host's original later is not the container's.
-    let propagation = if step.propagation == 0 { MS_PRIVATE } else { step.propagation };
+    // A new mount that says nothing is private as it is.
+    let propagation = step.propagation;
     mount::set_attributes(tree.as_fd(), Attributes { propagation, ..Attributes::default() })?;
     let target = resolve::ensure(root, Path::new(&step.target), Want::Directory)?;
     refuse_covered(target.as_fd(), root, step)?;
@@ -200,6 +204,34 @@ fn refuse_covered(found: BorrowedFd<'_>, root: BorrowedFd<'_>, step: &MountStep)
     let direct = resolve::open_path_no_follow(root, Path::new(&step.target))?;
     let (found, direct) = (rustix::fs::fstat(found)?, rustix::fs::fstat(&direct)?);
     if (found.st_dev, found.st_ino) == (direct.st_dev, direct.st_ino) { Ok(()) } else { Err(Errno::LOOP) }
+}
+
+/// The directories that nodes and links go to. Most go to the one that the one before went to.
+struct Parents<'r> {
+    root: BorrowedFd<'r>,
+    last: Option<Parent>,
+}
+
+struct Parent {
+    path: PathBuf,
+    fd: OwnedFd,
+    /// What is made in it is root's, as whoever makes it is.
+    gives_no_group: bool,
+}
+
+impl Parents<'_> {
+    fn of<'p>(&mut self, path: &'p Path) -> Result<(&Parent, &'p OsStr), Errno> {
+        let (parent, name) = (path.parent().ok_or(Errno::INVAL)?, path.file_name().ok_or(Errno::INVAL)?);
+        let found = match self.last.take() {
+            Some(last) if last.path == parent => last,
+            _ => {
+                let fd = resolve::ensure_parent(self.root, path)?.0;
+                let gives_no_group = rustix::fs::fstat(&fd)?.st_mode & libc::S_ISGID == 0;
+                Parent { path: parent.to_owned(), fd, gives_no_group }
+            }
+        };
+        Ok((self.last.insert(found), name))
+    }
 }
 
 fn attach_bind(root: BorrowedFd<'_>, tree: BorrowedFd<'_>, step: &MountStep) -> Result<(), Errno> {
@@ -221,13 +253,18 @@ fn set_step_attributes(tree: BorrowedFd<'_>, step: &MountStep, propagation: u64)
         propagation: 0,
         recursive,
     };
+    if step.flags_below == 0 && step.clear_below == 0 && !step.recursive {
+        return mount::set_attributes(tree, Attributes { propagation, ..of(step.flags, step.clear, false) });
+    }
     mount::set_attributes(tree, of(step.flags, step.clear, false))?;
     mount::set_attributes(tree, of(step.flags_below, step.clear_below, true))?;
     mount::set_attributes(tree, Attributes { propagation, recursive: step.recursive, ..Attributes::default() })
 }
 
-fn device_node(root: BorrowedFd<'_>, node: &DeviceNode) -> Result<(), Errno> {
-    let (parent, name) = resolve::ensure_parent(root, Path::new(&node.path))?;
+/// The umask is empty.
+fn device_node(parents: &mut Parents<'_>, node: &DeviceNode) -> Result<(), Errno> {
+    let root = parents.root;
+    let (parent, name) = parents.of(Path::new(&node.path))?;
     let kind = match node.kind {
         'b' => FileType::BlockDevice,
         'p' => FileType::Fifo,
@@ -236,15 +273,14 @@ fn device_node(root: BorrowedFd<'_>, node: &DeviceNode) -> Result<(), Errno> {
     let number = rustix::fs::makedev(node.major, node.minor);
     let is_it = |stat: &rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode) == kind && stat.st_rdev == number;
     let mode = Mode::from_raw_mode(node.mode);
-    match rustix::fs::mknodat(&parent, name, kind, mode, number) {
+    match rustix::fs::mknodat(&parent.fd, name, kind, mode, number) {
+        Ok(()) if (node.uid, node.gid) == (0, 0) && parent.gives_no_group => Ok(()),
         Ok(()) => {
-            // The umask took bits away at mknod.
-            rustix::fs::chmodat(&parent, name, mode, AtFlags::empty())?;
             let (uid, gid) = (Some(Uid::from_raw(node.uid)), Some(Gid::from_raw(node.gid)));
-            rustix::fs::chownat(&parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+            rustix::fs::chownat(&parent.fd, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
         }
         Err(Errno::EXIST) => {
-            let found = rustix::fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let found = rustix::fs::statat(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
             if is_it(&found) { Ok(()) } else { Err(Errno::EXIST) }
         }
         // mknod is not ours to do here (a user namespace): the host's own node, if it is the same device.
@@ -262,9 +298,9 @@ fn device_node(root: BorrowedFd<'_>, node: &DeviceNode) -> Result<(), Errno> {
     }
 }
 
-fn symlink(root: BorrowedFd<'_>, link: &str, target: &str) -> Result<(), Errno> {
-    let (parent, name) = resolve::ensure_parent(root, Path::new(link))?;
-    match rustix::fs::symlinkat(target, &parent, name) {
+fn symlink(parents: &mut Parents<'_>, link: &str, target: &str) -> Result<(), Errno> {
+    let (parent, name) = parents.of(Path::new(link))?;
+    match rustix::fs::symlinkat(target, &parent.fd, name) {
         Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(errno) => Err(errno),
     }

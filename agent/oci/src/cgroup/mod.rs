@@ -105,7 +105,7 @@ impl Groups {
         if is_v2(ROOT) {
             return Ok(Self::V2 { path: Path::new(ROOT).join(relative) });
         }
-        let text = std::fs::read_to_string("/proc/self/cgroup")
+        let text = small_file(Path::new("/proc/self/cgroup"))
             .map_err(|source| CgroupError::Path { path: "/proc/self/cgroup".into(), source })?;
         let wanted = v1::controllers(resources)?;
         let hierarchies = v1::hierarchies(&text, &wanted);
@@ -277,6 +277,15 @@ impl Groups {
         Ok(())
     }
 
+    /// Takes the directories away if nobody is inside. False: somebody is, or there are groups below.
+    pub fn remove_if_empty(&self) -> bool {
+        let paths: Vec<&Path> = match self {
+            Self::V2 { path } => vec![path],
+            Self::V1 { hierarchies } => hierarchies.iter().map(|(_, path)| path.as_path()).collect(),
+        };
+        paths.into_iter().all(|path| matches!(rustix::fs::rmdir(path), Ok(()) | Err(rustix::io::Errno::NOENT)))
+    }
+
     /// Takes the directories away, waiting for what was killed to be gone.
     pub fn remove(&self) -> Result<(), CgroupError> {
         match self {
@@ -366,7 +375,15 @@ pub(crate) fn write_one(path: &Path, file: &str, text: &str) -> Result<(), Cgrou
 }
 
 pub(crate) fn read(path: &Path, file: &str) -> Option<String> {
-    std::fs::read_to_string(path.join(file)).ok()
+    small_file(&path.join(file)).ok()
+}
+
+/// The kernel says 0 of the size of such files: read with what they need, instead of ever larger pieces.
+fn small_file(path: &Path) -> io::Result<String> {
+    use std::io::Read;
+    let mut text = String::with_capacity(4096);
+    std::fs::File::open(path)?.take(u64::MAX).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 pub(crate) fn read_number(path: &Path, file: &str) -> Option<u64> {
