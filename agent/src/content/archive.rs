@@ -6,7 +6,7 @@
 //! Where tools differ, this one reads as the tools that make and scan images do: links, directories and devices have no
 //! body, whatever their size field says.
 
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, BufRead, Read, Seek, SeekFrom};
 
 use tar::{EntryType, Header};
 
@@ -327,6 +327,35 @@ impl<R: Read> ArchiveReader<R> {
 
     fn unreadable(&self, source: io::Error) -> ArchiveError {
         ArchiveError::Read { after: self.last_name.clone(), source }
+    }
+}
+
+/// Archives in a buffer that can be looked into.
+impl<R: BufRead> ArchiveReader<R> {
+    /// What there is next of the current body, at most `max`; empty at its end. It is taken by [`Self::consume`].
+    pub fn peek_body(&mut self, max: usize) -> Result<&[u8], ArchiveError> {
+        let take = max.min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        if take == 0 {
+            return Ok(&[]);
+        }
+        let is_over = match self.reader.fill_buf() {
+            Ok(bytes) => bytes.is_empty(),
+            Err(source) => return Err(self.unreadable(source)),
+        };
+        if is_over {
+            return Err(self.damaged("it ends in the middle of a file"));
+        }
+        // Asked once more, since what it showed cannot be held over the errors above. Nothing is read for it.
+        match self.reader.fill_buf() {
+            Ok(bytes) => Ok(&bytes[..take.min(bytes.len())]),
+            Err(source) => Err(ArchiveError::Read { after: self.last_name.clone(), source }),
+        }
+    }
+
+    /// So much of what was shown.
+    pub fn consume(&mut self, count: usize) {
+        self.reader.consume(count);
+        self.left = self.left.saturating_sub(count as u64);
     }
 }
 

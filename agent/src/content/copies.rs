@@ -225,7 +225,7 @@ impl<'l> Copier<'l> {
     }
 
     fn run(mut self, chain: Digest, layer: &Path) -> Result<Sums, CopyError> {
-        while let Some(found) = self.walk.next().map_err(at(layer))? {
+        while let Some(found) = self.walk.next(None).map_err(at(layer))? {
             let failed = |source| CopyError::Entry { name: found.escaped.clone(), chain: chain.short(), source };
             let size = u64::try_from(found.stat.st_blocks).unwrap_or(0).saturating_mul(512).max(4096);
             let take = |left: u64| left.checked_sub(size);
@@ -318,17 +318,17 @@ impl<'l> Copier<'l> {
     fn file(&mut self, path: &Path, parent: &OwnedFd, name: &OsStr, item: &Entry) -> io::Result<()> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut from = File::from(openat(&self.from, path, flags, Mode::empty())?);
-        let to = nodes::new_file(parent, name)?;
+        let to = nodes::new_file(parent, name, item.mode)?;
         // Where the file system shares blocks, nothing is written twice.
         if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
-            self.content(&mut from, &to, item.size)?;
+            self.content(&mut from, &to, item)?;
         }
-        Ok(nodes::file_metadata(&to, item)?)
+        Ok(nodes::file_metadata(&to, &rustix::fs::fstat(&to)?, item)?)
     }
 
     /// Holes stay holes.
-    fn content(&mut self, from: &mut File, to: &File, size: u64) -> io::Result<()> {
-        to.set_len(size)?;
+    fn content(&mut self, from: &mut File, to: &File, item: &Entry) -> io::Result<()> {
+        to.set_len(item.size)?;
         let (mut sum, mut summed, mut end) = (Sum::default(), 0, 0);
         loop {
             let data = match rustix::fs::seek(&*from, SeekFrom::Data(end)) {
@@ -350,8 +350,8 @@ impl<'l> Copier<'l> {
             }
         }
         // A sum over the parts is none over the whole.
-        if summed == size {
-            self.sums.note(rustix::fs::fstat(to)?.st_ino, sum.value());
+        if summed == item.size {
+            self.sums.note(rustix::fs::fstat(to)?.st_ino, sum.value(), !item.xattrs.is_empty());
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! One streaming pass: bytes -> sha256 -> gzip or zstd -> sha256 -> archive entries. Memory is bounded whatever the
-//! layer; nothing is visible before both digests agree.
+//! layer; nothing is visible before both digests agree. Three threads share the work: this one reads, hashes what comes and
+//! decodes it, one hashes the archive, one writes the files (`relay`).
 
 use std::io::{self, BufReader, Read};
 use std::path::Path;
@@ -7,6 +8,7 @@ use std::path::Path;
 use edged_model::id::Digest;
 use sha2::{Digest as _, Sha256};
 
+use super::relay::{Chunks, Hasher, Pump, Relay, relay};
 use super::table::Sums;
 use super::unpack::{self, Bounds, LayersBelow, UnpackError};
 use super::zstd::ZstdReader;
@@ -105,17 +107,18 @@ pub fn unpack_stream(
     bounds: Bounds<'_>,
 ) -> Result<Sums, LayerError> {
     let mut compressed = Hashing::new(reader);
-    let unpacked = match expected.compression {
-        Compression::None => unpack_archive(&mut compressed, dir, below, bounds),
-        Compression::Gzip => {
-            let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut compressed);
-            unpack_archive(flate2::bufread::MultiGzDecoder::new(buffered), dir, below, bounds)
-        }
-        Compression::Zstd => {
-            let buffered = BufReader::with_capacity(BUFFER_BYTES, &mut compressed);
-            unpack_archive(ZstdReader::new(buffered), dir, below, bounds)
-        }
-    };
+    let Relay { pump, hasher, chunks } = relay();
+    let unpacked = std::thread::scope(|scope| {
+        let hasher = scope.spawn(move || Hasher::run(hasher));
+        let writer = scope.spawn(move || {
+            own_umask();
+            unpack_archive(chunks, dir, below, bounds)
+        });
+        decode(&mut compressed, expected.compression, pump);
+        let unpacked = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let diff_id = hasher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        unpacked.map(|sums| (diff_id, sums))
+    });
     let (diff_id, sums) = match unpacked {
         Ok(unpacked) => unpacked,
         // Bytes that are not those of the image explain whatever is wrong with them.
@@ -133,6 +136,23 @@ pub fn unpack_stream(
     Ok(sums)
 }
 
+/// Files get their mode when they are made, on this thread. Where that cannot be, they get it afterwards.
+fn own_umask() {
+    if nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).is_ok() {
+        nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    }
+}
+
+fn decode(compressed: impl Read, compression: Compression, pump: Pump) {
+    let buffered = BufReader::with_capacity(BUFFER_BYTES, compressed);
+    match compression {
+        // It has buffers of its own.
+        Compression::None => pump.run(buffered.into_inner()),
+        Compression::Gzip => pump.run(flate2::bufread::MultiGzDecoder::new(buffered)),
+        Compression::Zstd => pump.run(ZstdReader::new(buffered)),
+    }
+}
+
 fn rest_is_expected(mut compressed: Hashing<impl Read>, expected: &Expected) -> Result<(), LayerError> {
     io::copy(&mut compressed, &mut io::sink()).map_err(LayerError::Read)?;
     let found = compressed.digest();
@@ -140,19 +160,16 @@ fn rest_is_expected(mut compressed: Hashing<impl Read>, expected: &Expected) -> 
 }
 
 fn unpack_archive(
-    reader: impl Read,
+    mut plain: Chunks,
     dir: &Path,
     below: &LayersBelow<'_>,
     bounds: Bounds<'_>,
-) -> Result<(Digest, Sums), LayerError> {
-    // Headers are read a block at a time: the buffer keeps the decoder and the hash from working in such small pieces.
-    let mut plain = BufReader::with_capacity(BUFFER_BYTES, Hashing::new(reader));
+) -> Result<Sums, LayerError> {
     let sums = unpack::unpack(&mut plain, dir, below, bounds)?;
     // The padding behind the archive's end, which may not go on for ever either.
-    let padding =
-        io::copy(&mut plain.by_ref().take(PADDING_MAX_BYTES + 1), &mut io::sink()).map_err(LayerError::Decompress)?;
+    let padding = io::copy(&mut plain.take(PADDING_MAX_BYTES + 1), &mut io::sink()).map_err(LayerError::Decompress)?;
     if padding > PADDING_MAX_BYTES {
         return Err(LayerError::Padding { max: PADDING_MAX_BYTES });
     }
-    Ok((plain.into_inner().digest(), sums))
+    Ok(sums)
 }

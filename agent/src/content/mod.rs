@@ -38,6 +38,8 @@ pub mod copies;
 pub mod layer;
 /// Layers that are on their way.
 pub mod partial;
+/// Bytes from thread to thread.
+mod relay;
 /// Taking a tree away, however deep.
 pub mod remove;
 /// What a layer was when it was unpacked.

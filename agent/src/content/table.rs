@@ -9,7 +9,7 @@
 //! The sum is xxHash (XXH64): it finds what a disk does to bytes, at the speed of memory. It keeps nobody out: who can
 //! write to the disk could write the table too. What an image is was settled by its digests before the table was made.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::hash::Hasher;
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
@@ -36,19 +36,28 @@ const ATTRIBUTE_MAX_BYTES: usize = 64 << 10;
 #[derive(Debug, Default)]
 pub struct Sums {
     by_inode: HashMap<u64, u64>,
+    /// Those of them that were given attributes; the others have none.
+    with_attributes: HashSet<u64>,
     /// Something was taken away again: its inode may have come back as another file, so none of them is believed.
     forgotten: bool,
 }
 
 impl Sums {
-    pub fn note(&mut self, inode: u64, sum: u64) {
+    pub fn note(&mut self, inode: u64, sum: u64, has_attributes: bool) {
         if !self.forgotten {
             self.by_inode.insert(inode, sum);
+            if has_attributes {
+                self.with_attributes.insert(inode);
+            }
         }
     }
 
     pub fn forget(&mut self) {
-        *self = Self { by_inode: HashMap::new(), forgotten: true };
+        *self = Self { forgotten: true, ..Self::default() };
+    }
+
+    fn is_without_attributes(&self, inode: u64) -> bool {
+        self.by_inode.contains_key(&inode) && !self.with_attributes.contains(&inode)
     }
 }
 
@@ -83,7 +92,7 @@ pub fn write(layer: &Path, sums: &Sums, path: &Path) -> io::Result<()> {
     let mut all = Sum::default();
     let (mut entries, mut buffer) = (0_u64, vec![0; READ_BYTES]);
     let mut walk = Walk::new(layer)?;
-    while let Some(entry) = walk.next()? {
+    while let Some(entry) = walk.next(Some(sums))? {
         let sum = match (entry.is_file(), sums.by_inode.get(&entry.stat.st_ino)) {
             (false, _) => None,
             (true, Some(sum)) => Some(*sum),
@@ -103,7 +112,7 @@ pub fn check(layer: &Path, path: &Path, may_read: &mut dyn FnMut(u64) -> bool) -
     let mut found = Found::default();
     let mut table = Table::open(path)?;
     let (mut walk, mut buffer) = (Walk::new(layer)?, vec![0; READ_BYTES]);
-    let mut is = walk.next()?;
+    let mut is = walk.next(None)?;
     loop {
         let Ok(was) = table.next() else {
             note(&mut found, "its table cannot be read".to_owned());
@@ -113,18 +122,18 @@ pub fn check(layer: &Path, path: &Path, may_read: &mut dyn FnMut(u64) -> bool) -
             (None, None) => return Ok(found),
             (Some(was), Some(entry)) if was.path() == entry.escaped => {
                 compare(&mut found, &was, entry, &walk, &mut buffer, may_read);
-                is = walk.next()?;
+                is = walk.next(None)?;
             }
             // Both are in the same order: what is behind where it should be is missing, what is before it is too much.
             (Some(was), Some(entry)) if was.order() > order(&entry.escaped) => {
                 note(&mut found, format!("{} was not there", entry.escaped));
                 table.again(was);
-                is = walk.next()?;
+                is = walk.next(None)?;
             }
             (Some(was), _) => note(&mut found, format!("{} is missing", was.path())),
             (None, Some(entry)) => {
                 note(&mut found, format!("{} was not there", entry.escaped));
-                is = walk.next()?;
+                is = walk.next(None)?;
             }
         }
     }
@@ -243,6 +252,8 @@ pub(super) struct Walk {
     /// Directories on the way, and what is left of each.
     open: Vec<(PathBuf, std::vec::IntoIter<Vec<u8>>)>,
     begun: bool,
+    /// The directory that was looked into last: names are looked up in it.
+    at: Option<(PathBuf, OwnedFd)>,
 }
 
 pub(super) struct Entry {
@@ -258,10 +269,11 @@ const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::
 impl Walk {
     pub(super) fn new(root: &Path) -> io::Result<Self> {
         let top = rustix::fs::open(root, DIRECTORY, Mode::empty())?;
-        Ok(Self { root: root.to_owned(), top, open: Vec::new(), begun: false })
+        Ok(Self { root: root.to_owned(), top, open: Vec::new(), begun: false, at: None })
     }
 
-    pub(super) fn next(&mut self) -> io::Result<Option<Entry>> {
+    /// `known`: what is known of files without asking.
+    pub(super) fn next(&mut self, known: Option<&Sums>) -> io::Result<Option<Entry>> {
         let path = if self.begun {
             loop {
                 let Some((directory, names)) = self.open.last_mut() else { return Ok(None) };
@@ -274,19 +286,31 @@ impl Walk {
             self.begun = true;
             PathBuf::from(".")
         };
-        let stat = statat(&self.top, &path, AtFlags::SYMLINK_NOFOLLOW)?;
+        let stat = self.stat(&path)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         if kind == FileType::Directory {
             let names = self.names(&path)?;
             self.open.push((path.clone(), names.into_iter()));
         }
         let meta = self.meta(&path, &stat, kind)?;
-        let attributes = if matches!(kind, FileType::RegularFile | FileType::Directory) {
-            self.attributes(&path)
-        } else {
-            String::new()
+        let is_bare = known.is_some_and(|known| known.is_without_attributes(stat.st_ino));
+        let attributes = match kind {
+            FileType::RegularFile if is_bare => String::new(),
+            FileType::RegularFile | FileType::Directory => self.attributes(&path),
+            _ => String::new(),
         };
         Ok(Some(Entry { escaped: escaped(path.as_os_str().as_bytes()), path, stat, meta, attributes }))
+    }
+
+    fn stat(&mut self, path: &Path) -> io::Result<Stat> {
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Ok(statat(&self.top, path, AtFlags::SYMLINK_NOFOLLOW)?);
+        };
+        let fd = match &self.at {
+            Some((directory, fd)) if directory == parent => fd,
+            _ => &self.at.insert((parent.to_owned(), openat(&self.top, parent, DIRECTORY, Mode::empty())?)).1,
+        };
+        Ok(statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
     fn names(&self, directory: &Path) -> io::Result<Vec<Vec<u8>>> {
@@ -514,11 +538,18 @@ mod tests {
         layer(&root);
         let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(root.join("last")).unwrap());
         let mut sums = Sums::default();
-        sums.note(inode, 7);
+        sums.note(inode, 7, false);
         write(&root, &sums, &table).unwrap();
         assert_eq!(checked(&root, &table).damage, ["./last has another content"], "the sum was wrong, and was taken");
+        // So are attributes: a file that was made without any is not asked for them.
+        rustix::fs::setxattr(root.join("last"), "user.test", b"1", rustix::fs::XattrFlags::empty()).unwrap();
+        write(&root, &sums, &table).unwrap();
+        assert!(checked(&root, &table).damage[0].starts_with("./last is"), "it has one after all");
+        sums.note(inode, XxHash64::oneshot(0, b"y"), true);
+        write(&root, &sums, &table).unwrap();
+        assert_eq!(checked(&root, &table).damage, [""; 0]);
         sums.forget();
-        sums.note(inode, 7);
+        sums.note(inode, 7, false);
         write(&root, &sums, &table).unwrap();
         assert_eq!(checked(&root, &table).damage, Vec::<String>::new());
     }

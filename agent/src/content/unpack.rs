@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
@@ -20,7 +20,7 @@ use edged_sys::resolve;
 use rustix::fs::{FileType, Mode, OFlags, mknodat};
 use rustix::io::Errno;
 
-use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, printable};
+use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, Segment, printable};
 use super::table::{Sum, Sums};
 use crate::config::DeviceNodes;
 use nodes::{Below, MadeWay};
@@ -40,7 +40,7 @@ pub struct Bounds<'a> {
 
 /// The directories of the layers below, lowest first: asked for only when an entry needs them, since they may still be
 /// on their way.
-pub type LayersBelow<'a> = dyn Fn() -> Vec<PathBuf> + 'a;
+pub type LayersBelow<'a> = dyn Fn() -> Vec<PathBuf> + Sync + 'a;
 
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
@@ -83,7 +83,12 @@ const DIRECTORY_NAMES_MAX_BYTES: usize = 8 << 20;
 const DISK_BLOCK: u64 = 4096;
 
 /// Unpacks the archive that `reader` gives. The reader is not read past the archive's end.
-pub fn unpack(reader: impl Read, dir: &Path, below: &LayersBelow<'_>, bounds: Bounds<'_>) -> Result<Sums, UnpackError> {
+pub fn unpack(
+    reader: impl BufRead,
+    dir: &Path,
+    below: &LayersBelow<'_>,
+    bounds: Bounds<'_>,
+) -> Result<Sums, UnpackError> {
     let root = rustix::fs::open(dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|errno| UnpackError::Write { name: "/".to_owned(), source: errno.into() })?;
     let mut unpacker = Unpacker {
@@ -98,7 +103,6 @@ pub fn unpack(reader: impl Read, dir: &Path, below: &LayersBelow<'_>, bounds: Bo
         kept_name_bytes: 0,
         parent: None,
         hides_root: false,
-        buffer: vec![0; 128 << 10],
         sums: Sums::default(),
     };
     let (mut count, mut bytes) = (0, 0_u64);
@@ -145,7 +149,6 @@ struct Unpacker<'b, R> {
     parent: Option<(PathBuf, Rc<OwnedFd>)>,
     /// An opaque whiteout in the root, which overlayfs knows no mark for.
     hides_root: bool,
-    buffer: Vec<u8>,
     sums: Sums,
 }
 
@@ -173,7 +176,7 @@ impl From<Errno> for Stop {
     }
 }
 
-impl<R: Read> Unpacker<'_, R> {
+impl<R: BufRead> Unpacker<'_, R> {
     fn entry(&mut self, item: &Item, name: String) -> Result<(), UnpackError> {
         if item.name.len() as u64 > NAME_MAX_BYTES {
             return Err(UnpackError::Write { name, source: Errno::NAMETOOLONG.into() });
@@ -246,6 +249,9 @@ impl<R: Read> Unpacker<'_, R> {
             return Ok(());
         }
         let parent = self.parent(path)?;
+        if item.kind == Kind::File {
+            return self.file(item, &parent, file_name);
+        }
         self.make_way(&parent, file_name, item.kind == Kind::Directory)?;
         match item.kind {
             Kind::Directory => {
@@ -258,7 +264,8 @@ impl<R: Read> Unpacker<'_, R> {
                 nodes::node_metadata(&parent, file_name, item)?;
             }
             Kind::CharDevice | Kind::BlockDevice => nodes::device(&parent, file_name, item)?,
-            Kind::File | Kind::HardLink | Kind::Unknown => self.file(item, &parent, file_name)?,
+            // Files and links have gone another way, and what is unknown was refused.
+            Kind::File | Kind::HardLink | Kind::Unknown => {}
         }
         Ok(())
     }
@@ -274,38 +281,56 @@ impl<R: Read> Unpacker<'_, R> {
     }
 
     fn file(&mut self, item: &Item, parent: &OwnedFd, name: &OsStr) -> Result<(), Stop> {
-        let mut file = nodes::new_file(parent, name)?;
-        match &item.segments {
+        let mut file = match nodes::new_file(parent, name, item.mode) {
+            // Nearly always nothing is in the way: it is looked for only when the kernel says so.
+            Err(Errno::EXIST) => {
+                self.make_way(parent, name, false)?;
+                nodes::new_file(parent, name, item.mode)?
+            }
+            file => file?,
+        };
+        let sum = match &item.segments {
             None => {
                 let mut sum = Sum::default();
                 loop {
-                    match self.archive.read_body(&mut self.buffer)? {
-                        0 => break,
-                        count => {
-                            sum.add(&self.buffer[..count]);
-                            file.write_all(&self.buffer[..count])?;
-                        }
+                    let bytes = self.archive.peek_body(usize::MAX)?;
+                    if bytes.is_empty() {
+                        break Some(sum.value());
                     }
+                    sum.add(bytes);
+                    file.write_all(bytes)?;
+                    let count = bytes.len();
+                    self.archive.consume(count);
                 }
-                self.sums.note(rustix::fs::fstat(&file)?.st_ino, sum.value());
             }
             Some(segments) => {
                 file.set_len(item.size)?;
-                for segment in segments {
-                    let (mut at, mut left) = (segment.offset, segment.length);
-                    while left > 0 {
-                        let take = self.buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-                        let count = self.archive.read_body(&mut self.buffer[..take])?;
-                        if count == 0 {
-                            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-                        }
-                        file.write_all_at(&self.buffer[..count], at)?;
-                        (at, left) = (at + count as u64, left - count as u64);
-                    }
+                self.segments(&file, segments)?;
+                None
+            }
+        };
+        let stat = rustix::fs::fstat(&file)?;
+        if let Some(sum) = sum {
+            self.sums.note(stat.st_ino, sum, !item.xattrs.is_empty());
+        }
+        Ok(nodes::file_metadata(&file, &stat, item)?)
+    }
+
+    fn segments(&mut self, file: &File, segments: &[Segment]) -> Result<(), Stop> {
+        for segment in segments {
+            let (mut at, mut left) = (segment.offset, segment.length);
+            while left > 0 {
+                let bytes = self.archive.peek_body(usize::try_from(left).unwrap_or(usize::MAX))?;
+                if bytes.is_empty() {
+                    return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
                 }
+                file.write_all_at(bytes, at)?;
+                let count = bytes.len();
+                self.archive.consume(count);
+                (at, left) = (at + count as u64, left - count as u64);
             }
         }
-        Ok(nodes::file_metadata(&file, item)?)
+        Ok(())
     }
 
     /// A second name for a file of this layer, or a copy of a file of a layer below (a layer is a directory of its own).

@@ -1,16 +1,17 @@
 //! Zstandard (RFC 8878) as a stream: frame after frame, skippable ones passed over, as seekable layers have them. The
-//! window is bounded before the decoder allocates it: RFC 8878 asks for 8 MiB, and a device has no more to spare.
+//! window is bounded before the decoder allocates it: RFC 8878 asks for 8 MiB, and a device has no more to spare. Frames are
+//! told apart here, so that the decoder sees none of the formats of zstd's first years.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
-use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use edged_sys::unzstd::Decoder;
 
-const WINDOW_MAX_BYTES: u64 = 8 << 20;
+const WINDOW_MAX_LOG: u8 = 23;
+/// What one decoder has for its window.
+pub const WINDOW_MAX_BYTES: u64 = 1 << WINDOW_MAX_LOG;
 const MAGIC: u32 = 0xfd2f_b528;
 /// The low four bits are free.
 const SKIPPABLE: u32 = 0x184d_2a50;
-/// Decoded at a time.
-const CHUNK_BYTES: usize = 128 << 10;
 
 /// The longest beginning of a frame that is needed to read its header, the magic number with it.
 pub const HEADER_MAX_BYTES: usize = 18;
@@ -101,13 +102,16 @@ pub fn seek_table_content(table: &[u8], size: u64) -> Option<u64> {
 
 pub struct ZstdReader<R> {
     input: R,
-    decoder: FrameDecoder,
+    /// Made for the first frame.
+    decoder: Option<Decoder>,
+    /// Of the frame that has begun, what was read to look at it and not decoded yet.
+    header: Vec<u8>,
     in_frame: bool,
 }
 
-impl<R: Read> ZstdReader<R> {
+impl<R: BufRead> ZstdReader<R> {
     pub fn new(input: R) -> Self {
-        Self { input, decoder: FrameDecoder::new(), in_frame: false }
+        Self { input, decoder: None, header: Vec::new(), in_frame: false }
     }
 
     /// Begins the next frame; false at the end.
@@ -131,7 +135,7 @@ impl<R: Read> ZstdReader<R> {
                 return Err(bad("not a zstd frame"));
             }
             let header = self.frame_header()?;
-            self.decoder.reset(magic.as_slice().chain(header.as_slice())).map_err(|error| bad(&error.to_string()))?;
+            self.header = [magic.as_slice(), &header].concat();
             self.in_frame = true;
             return Ok(true);
         }
@@ -151,9 +155,33 @@ impl<R: Read> ZstdReader<R> {
         }
         Ok(header)
     }
+
+    /// Decodes what is there now; nothing may come of it, without being the end.
+    fn step(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let damaged = |error: edged_sys::unzstd::DecodeError| bad(&error.to_string());
+        let decoder = match &mut self.decoder {
+            Some(decoder) => decoder,
+            none => none.insert(Decoder::new(WINDOW_MAX_LOG).map_err(damaged)?),
+        };
+        if !self.header.is_empty() {
+            let step = decoder.decode(&self.header, buffer).map_err(damaged)?;
+            self.header.drain(..step.read);
+            self.in_frame = !step.is_end;
+            return Ok(step.written);
+        }
+        let input = self.input.fill_buf()?;
+        let is_over = input.is_empty();
+        let step = decoder.decode(input, buffer).map_err(damaged)?;
+        self.input.consume(step.read);
+        self.in_frame = !step.is_end;
+        if is_over && step.written == 0 && self.in_frame {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(step.written)
+    }
 }
 
-impl<R: Read> Read for ZstdReader<R> {
+impl<R: BufRead> Read for ZstdReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if buffer.is_empty() {
             return Ok(0);
@@ -162,16 +190,9 @@ impl<R: Read> Read for ZstdReader<R> {
             if !self.in_frame && !self.next_frame()? {
                 return Ok(0);
             }
-            if self.decoder.can_collect() == 0 && !self.decoder.is_finished() {
-                let strategy = BlockDecodingStrategy::UptoBytes(CHUNK_BYTES.max(buffer.len()));
-                self.decoder.decode_blocks(&mut self.input, strategy).map_err(|error| bad(&error.to_string()))?;
-            }
-            let count = Read::read(&mut self.decoder, buffer)?;
+            let count = self.step(buffer)?;
             if count > 0 {
                 return Ok(count);
-            }
-            if self.decoder.is_finished() {
-                self.in_frame = false;
             }
         }
     }

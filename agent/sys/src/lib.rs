@@ -14,6 +14,8 @@
 //! | [`pidfd`] | pidfd_send_signal(2), waitid(2) |
 //! | [`device_filter`] | bpf(2) |
 //! | [`device`] | watchdog-api, finit_module(2), clock_settime(2) |
+//!
+//! And one that is not the kernel's: `unzstd`, a library with the interface of C.
 
 /// Starting a child: clone3 with a pidfd, into its cgroup.
 pub mod spawn;
@@ -53,3 +55,7 @@ pub mod pidfd;
 pub mod device;
 /// Which devices a cgroup v2 may open.
 pub mod device_filter;
+
+/// Zstandard, for whoever asks for the feature.
+#[cfg(feature = "unzstd")]
+pub mod unzstd;

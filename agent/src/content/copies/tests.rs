@@ -77,7 +77,7 @@ fn a_copy_is_the_layer_with_other_owners() {
     assert_eq!(owner("etc/strange"), (NOBODYS, first + 65_535));
     let mut walk = Walk::new(&from).unwrap();
     let mut entries = 0;
-    while let Some(entry) = walk.next().unwrap() {
+    while let Some(entry) = walk.next(None).unwrap() {
         let meta = fs::symlink_metadata(to.join(&entry.path)).unwrap();
         let was = fs::symlink_metadata(from.join(&entry.path)).unwrap();
         let look = |meta: &fs::Metadata| (meta.mode(), meta.mtime(), meta.mtime_nsec(), meta.nlink(), meta.rdev());

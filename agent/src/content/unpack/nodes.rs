@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use edged_sys::resolve;
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
     fchmod, fchown, fgetxattr, flistxattr, fremovexattr, fsetxattr, futimens, linkat, makedev, mkdirat, mknodat,
     openat, openat2, statat, symlinkat, unlinkat, utimensat,
 };
@@ -40,16 +40,22 @@ pub fn reopen(directory: &OwnedFd) -> Result<OwnedFd, Errno> {
     openat(directory, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
-pub fn new_file(parent: &OwnedFd, name: &OsStr) -> Result<File, Errno> {
+/// With the mode that it shall have, as far as the process' umask lets it.
+pub fn new_file(parent: &OwnedFd, name: &OsStr, mode: u32) -> Result<File, Errno> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    openat(parent, name, flags, Mode::from_raw_mode(0o600)).map(File::from)
+    openat(parent, name, flags, Mode::from_raw_mode(mode & 0o777)).map(File::from)
 }
 
-pub fn file_metadata(file: &File, item: &Item) -> Result<(), Errno> {
-    let (uid, gid) = owner(item);
-    fchown(file, uid, gid)?;
+/// What is not yet as it shall be, by what the kernel says it is.
+pub fn file_metadata(file: &File, stat: &Stat, item: &Item) -> Result<(), Errno> {
+    if (stat.st_uid, stat.st_gid) != (item.uid, item.gid) {
+        let (uid, gid) = owner(item);
+        fchown(file, uid, gid)?;
+    }
     // After the owner: a change of owner takes the setuid bit and the capabilities away.
-    fchmod(file, Mode::from_raw_mode(item.mode))?;
+    if stat.st_mode & 0o7777 != item.mode {
+        fchmod(file, Mode::from_raw_mode(item.mode))?;
+    }
     set_xattrs(file, item)?;
     set_times(file, (item.mtime_secs, item.mtime_nanos))
 }
@@ -212,7 +218,7 @@ pub fn link(source: &LinkSource<'_>, parent: &OwnedFd, name: &OsStr) -> io::Resu
     match source {
         LinkSource::Here(found) => Ok(linkat(found, "", parent, name, AtFlags::EMPTY_PATH)?),
         LinkSource::Below(file) => {
-            let mut copy = new_file(parent, name)?;
+            let mut copy = new_file(parent, name, 0o600)?;
             io::copy(&mut &**file, &mut copy)?;
             copy_metadata(file, &copy)?;
             let meta = file.metadata()?;

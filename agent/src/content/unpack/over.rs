@@ -2,7 +2,7 @@
 //! layers below.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{self, Read};
+use std::io::{self, BufRead};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -17,7 +17,7 @@ use super::{OPAQUE, UnpackError, Unpacker};
 /// As many as the kernel follows (path_resolution(7)).
 const LINKS_MAX: u32 = 40;
 
-impl<R: Read> Unpacker<'_, R> {
+impl<R: BufRead> Unpacker<'_, R> {
     /// The directory that an entry goes to. One that the archive does not have looks as it does in the layers below:
     /// overlayfs shows the metadata of the topmost.
     pub(super) fn parent(&mut self, path: &Path) -> io::Result<Rc<OwnedFd>> {

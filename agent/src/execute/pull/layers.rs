@@ -32,6 +32,9 @@ pub struct Layer {
 /// A report of progress is worth waking somebody for.
 const PROGRESS_STEP_BYTES: u64 = 256 << 10;
 
+/// A window of 8 MiB each: the pull has 24 MiB.
+const ZSTD_AT_ONCE: usize = 2;
+
 /// Reports on their way: one for each thread that fetches is enough, more only smooths.
 const PROGRESS_DEPTH: usize = 16;
 
@@ -65,7 +68,9 @@ pub fn fetch(
         failed: AtomicBool::new(false),
     };
     let total = missing.iter().map(|index| layers[*index].size).fold(0, u64::saturating_add);
-    let threads = usize::try_from(ctx.images.parallel).unwrap_or(1).clamp(1, missing.len());
+    let has_windows = missing.iter().any(|index| layers[*index].compression == Compression::Zstd);
+    let at_once = usize::try_from(ctx.images.parallel).unwrap_or(1);
+    let threads = if has_windows { at_once.min(ZSTD_AT_ONCE) } else { at_once }.clamp(1, missing.len());
     progress(Progress { done: Bytes(0), total: Bytes(total) });
     let (sender, receiver) = sync_channel(PROGRESS_DEPTH);
     std::thread::scope(|scope| {
