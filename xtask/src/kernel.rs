@@ -19,7 +19,7 @@ use crate::progress;
 const SUITE: &str = "trixie";
 
 /// What a device loads, in this order. What the kernel has built in, or does not have at all, is left out.
-const WANTED: [&str; 9] = [
+const WANTED: [&str; 10] = [
     "virtio_pci",
     "virtio_mmio",
     "virtio_blk",
@@ -29,6 +29,8 @@ const WANTED: [&str; 9] = [
     "overlay",
     "i6300esb",
     "softdog",
+    // A kernel that panics leaves its last words where the command line says.
+    "ramoops",
 ];
 
 /// A kernel and the tree of its modules.

@@ -27,9 +27,10 @@ type Step = (&'static str, fn(&KeeperConfig) -> io::Result<()>);
 const FIRST: [Step; 2] =
     [("a root that can be pivoted", |_| leave_rootfs()), ("kernel file systems", |_| kernel_filesystems())];
 
-const REST: [Step; 8] = [
+const REST: [Step; 9] = [
     ("ctrl-alt-del", |_| nix::sys::reboot::set_cad_enabled(false).map_err(Into::into)),
     ("modules", |_| modules::load_listed()),
+    ("last words of the kernel", |_| last_words()),
     ("cgroups", |_| cgroups()),
     ("loopback", |_| loopback()),
     ("hostname", |_| hostname()),
@@ -93,6 +94,17 @@ fn kernel_filesystems() -> io::Result<()> {
         }
     }
     result
+}
+
+/// What a kernel that panicked has left (pstore(5) of the kernel's documentation, admin-guide/ramoops.rst), on boards that
+/// have a place for it.
+fn last_words() -> io::Result<()> {
+    const PSTORE: &str = "/sys/fs/pstore";
+    if !Path::new(PSTORE).is_dir() {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
+    mount(Some("pstore"), PSTORE, Some("pstore"), flags, None::<&str>).map_err(Into::into)
 }
 
 /// All controllers for everybody, and the three groups of the design.

@@ -1,5 +1,6 @@
 //! Kernel modules of a device, with what modules.dep(5) says they need.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
@@ -10,6 +11,8 @@ use edged_sys::device::load_module;
 struct Home {
     path: PathBuf,
     dependencies: String,
+    /// The kernel's command line: it has parameters of modules too (kernel-parameters.rst).
+    command_line: String,
 }
 
 impl Home {
@@ -17,13 +20,15 @@ impl Home {
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         let path = PathBuf::from("/lib/modules").join(release);
         let dependencies = fs::read_to_string(path.join("modules.dep")).unwrap_or_default();
-        Self { path, dependencies }
+        let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+        Self { path, dependencies, command_line }
     }
 
     /// What could not be loaded goes to `failed`; what is built into the kernel is there already.
     fn load(&self, name: &str, failed: &mut Vec<String>) {
         for file in load_order(&self.dependencies, name) {
-            if let Err(error) = load_module(&self.path.join(&file)) {
+            let parameters = parameters(&self.command_line, module_name(&file));
+            if let Err(error) = load_module(&self.path.join(&file), &parameters) {
                 failed.push(format!("{file}: {error}"));
             }
         }
@@ -60,17 +65,29 @@ pub fn load_listed() -> io::Result<()> {
     all_or_named(&failed)
 }
 
+fn module_name(path: &str) -> &str {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split('.').next().unwrap_or(file)
+}
+
+/// `ramoops.mem_size=0x100000` is for ramoops, as modprobe(8) reads it.
+fn parameters(command_line: &str, module: &str) -> CString {
+    let module = module.replace('-', "_");
+    let of_module = |word: &str| {
+        let (name, parameter) = word.split_once('.')?;
+        (name.replace('-', "_") == module).then(|| parameter.to_owned())
+    };
+    let words: Vec<String> = command_line.split_whitespace().filter_map(of_module).collect();
+    CString::new(words.join(" ")).unwrap_or_default()
+}
+
 /// The files to load for `name`, dependencies first (modules.dep lists them in reverse order; depmod(8)). Empty for
 /// what is built into the kernel.
 fn load_order(dependencies: &str, name: &str) -> Vec<String> {
     let wanted = name.replace('-', "_");
-    let module_name = |path: &str| {
-        let file = path.rsplit('/').next().unwrap_or(path);
-        file.split('.').next().unwrap_or(file).replace('-', "_")
-    };
     for line in dependencies.lines() {
         let Some((path, needs)) = line.split_once(':') else { continue };
-        if module_name(path) == wanted {
+        if module_name(path).replace('-', "_") == wanted {
             let needs = needs.split_whitespace().rev();
             return needs.chain([path]).map(str::to_owned).collect();
         }
@@ -91,5 +108,12 @@ mod tests {
             ["kernel/net/llc/llc.ko.xz", "kernel/net/802/stp.ko.xz", "kernel/net/bridge/bridge.ko.xz"]
         );
         assert!(load_order(dep, "ext4").is_empty());
+    }
+
+    #[test]
+    fn parameters_come_from_the_kernels_command_line() {
+        let line = "console=ttyS0 ramoops.mem_address=0x8000000 edged.data=/dev/vda ramoops.mem_size=0x100000 i6300esb.heartbeat=9";
+        assert_eq!(parameters(line, "ramoops").as_c_str(), c"mem_address=0x8000000 mem_size=0x100000");
+        assert_eq!(parameters(line, "virtio-net").as_c_str(), c"");
     }
 }

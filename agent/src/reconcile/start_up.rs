@@ -12,6 +12,7 @@ use edged_model::moment::Moment;
 use edged_model::observed::{Capacity, Desired, ImageStatus, Instance, InstanceState};
 use edged_model::quantity::{Bytes, MilliCpu, Timestamp};
 use edged_model::reason::{Code, Reason};
+use edged_model::report::BootCause;
 use edged_model::trust::RoleName;
 use edged_plan::garbage::needed_images;
 use tokio::sync::{broadcast, mpsc};
@@ -229,7 +230,11 @@ impl Agent {
         edged_plan::transition::forget_old(&mut self.world.desired, &self.world.observed);
         let (code, text) = match adopted {
             0 => {
-                let cause = self.boot_cause.map(|cause| format!("; {cause}")).unwrap_or_default();
+                let mut cause = self.boot_cause.map(|cause| format!("; {cause}")).unwrap_or_default();
+                let words = self.boot_cause.filter(|cause| *cause == BootCause::Panic);
+                if let Some((line, file)) = words.and_then(|_| boot::last_words(self.start_context.places.data())) {
+                    cause.push_str(&format!(" ({line}; all of it in {})", file.display()));
+                }
                 (Code::Boot, format!("the agent {} starts{cause}", crate::VERSION))
             }
             n => (

@@ -1,5 +1,6 @@
 //! The machine itself: its watchdog, its modules, its clock. For PID 1.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -56,11 +57,11 @@ impl Watchdog {
 const INIT_COMPRESSED_FILE: libc::c_int = 4;
 
 /// Loads a module (finit_module(2)). One that is loaded already is fine.
-pub fn load_module(path: &Path) -> io::Result<()> {
+pub fn load_module(path: &Path, parameters: &CStr) -> io::Result<()> {
     let file = File::open(path)?;
     let compressed = path.extension().is_some_and(|extension| extension != "ko");
     let flags = if compressed { INIT_COMPRESSED_FILE } else { 0 };
-    match rustix::system::finit_module(&file, c"", flags) {
+    match rustix::system::finit_module(&file, parameters, flags) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
         Err(errno) => Err(errno.into()),
     }

@@ -119,6 +119,25 @@ fn a_clock_in_1970_and_no_network_start_what_was_good() {
     });
 }
 
+/// A megabyte in the middle of the memory that nobody uses: it is there after a reset.
+const LAST_WORDS: [&str; 6] = [
+    "panic=1",
+    "memmap=1M$0x8000000",
+    "ramoops.mem_address=0x8000000",
+    "ramoops.mem_size=0x100000",
+    "ramoops.record_size=0x20000",
+    "ramoops.ecc=1",
+];
+
+/// What `edgectl status -o json` says about this boot and all before it.
+fn has_survived(device: &mut Machine, cause: &str, counts: [(&str, u64); 3]) -> Result<()> {
+    let said = console_shows(device, "status -o json", &format!("\"bootCause\": \"{cause}\""), LONG)?;
+    for (name, count) in counts {
+        ensure!(said.contains(&format!("\"{name}\": {count},")), "{name} is not {count}: {said}");
+    }
+    Ok(())
+}
+
 #[test]
 #[ignore = "needs QEMU: cargo xtask test"]
 fn a_machine_that_hangs_is_reset_by_its_watchdog_and_says_so() {
@@ -147,11 +166,28 @@ fn a_machine_that_hangs_is_reset_by_its_watchdog_and_says_so() {
         device.kernel.wait_for("is up after", 2 * LONG)?;
         console_shows(&mut device, "status", "its watchdog reset it", LONG)?;
         console_shows(&mut device, "ps", "running", LONG)?;
+        has_survived(&mut device, "watchdog", [("watchdogResets", 1), ("powerLosses", 0), ("kernelPanics", 0)])?;
 
-        // In order: the next boot says that as well.
+        // The power goes; and the next board keeps what a kernel says last, and resets itself when it panics.
+        setup.kernel.retain(|word| !word.starts_with("panic="));
+        setup.kernel.extend(LAST_WORDS.map(str::to_owned));
+        let mut device = power::cut(device, firmware, &setup)?;
+        console_shows(&mut device, "ps", "running", 2 * LONG)?;
+        has_survived(&mut device, "powerLoss", [("watchdogResets", 1), ("powerLosses", 1), ("kernelPanics", 0)])?;
+
+        device.qmp.execute("inject-nmi", serde_json::json!({}))?;
+        device.kernel.wait_for("Kernel panic", LONG)?;
+        device.kernel.wait_for("is up after", 2 * LONG)?;
+        console_shows(&mut device, "ps", "running", 2 * LONG)?;
+        has_survived(&mut device, "panic", [("watchdogResets", 1), ("powerLosses", 1), ("kernelPanics", 1)])?;
+        let told = console_shows(&mut device, "events --tail 30 -o json", "Kernel panic - not syncing", LONG)?;
+        ensure!(told.contains("/var/lib/edged/last-panic"), "{told}");
+
+        // In order: the next boot says that as well, and finds no panic again.
         device.console.say("reboot")?;
         device.kernel.wait_for("is up after", 2 * LONG)?;
         console_shows(&mut device, "events --tail 3 -o json", "switched off in order", LONG)?;
+        has_survived(&mut device, "requested", [("watchdogResets", 1), ("powerLosses", 1), ("kernelPanics", 1)])?;
         Ok(())
     });
 }
