@@ -185,7 +185,7 @@ impl Agent {
                     &Reason::new(Code::Started, text),
                     "planner",
                 );
-                self.save_history(&name, Durability::Soon);
+                self.save_history(&name, Durability::Along);
                 crash_point::pass("start-taken");
                 if let Some(exit) = ended_already.filter(|exit| exit.pid == launched.pid) {
                     self.exited(exit).await;
@@ -248,7 +248,7 @@ impl Agent {
         let number = self.runs.get(name).map_or(nix::sys::signal::Signal::SIGTERM as i32, |run| run.stop_signal);
         self.tell(Some(name), self.world.desired.pointers.active, why, "planner");
         self.world.stopping(name, why, now);
-        self.save_history(name, Durability::Soon);
+        self.save_history(name, Durability::Along);
         crash_point::pass("stop-told");
         if let Err(error) = self.link.signal(name.as_str(), number).await {
             tracing::warn!(workload = %name, "stop: {}", inline_chain(&error));

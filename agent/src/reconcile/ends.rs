@@ -122,7 +122,7 @@ impl Agent {
         let why = self.world.ended(name, exit, &policy);
         let generation = self.world.desired.pointers.active;
         // The record of the end makes durable what was written before it.
-        self.save_history(name, Durability::Soon);
+        self.save_history(name, Durability::Along);
         self.tell(Some(name), generation, &why, by);
         crash_point::pass("end-told");
     }

@@ -343,7 +343,7 @@ impl Agent {
         let story = self.story.clone();
         let written = self.writes.submit(move |store| {
             let mut event = event;
-            match store.append_event(event.clone(), crate::store::Durability::Now) {
+            match store.append_event(event.clone(), crate::store::Durability::Together) {
                 Ok(number) => event.number = number,
                 Err(error) => tracing::error!("event: {}", crate::store::inline_chain(&error)),
             }

@@ -67,7 +67,7 @@ impl Agent {
         };
         let active = self.world.desired.pointers.active;
         self.tell(Some(&name), active, &Reason::new(Code::LimitsChanged, text), "planner");
-        self.save_history(&name, Durability::Soon);
+        self.save_history(&name, Durability::Along);
         crash_point::pass("limits-told");
         if let Some(exit) = ended_already {
             self.exited(exit).await;

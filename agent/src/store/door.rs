@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,7 @@ pub struct Door {
     db: sled::Db,
     file: File,
     path: PathBuf,
+    flushes: AtomicU64,
 }
 
 impl Door {
@@ -54,7 +56,7 @@ impl Door {
         std::fs::create_dir_all(dir).map_err(file_error(dir))?;
         let (db, trees) = open_within_bound(dir)?;
         let file = File::options().read(true).write(true).open(&path).map_err(file_error(&path))?;
-        let door = Self { trees, db, file, path };
+        let door = Self { trees, db, file, path, flushes: AtomicU64::new(0) };
         door.sync()?;
         if is_new {
             let conf = dir.join("conf");
@@ -72,7 +74,12 @@ impl Door {
     /// Everything written so far is on the disk when this comes back. `flush()` alone hands it to the kernel only.
     pub fn sync(&self) -> Result<(), StoreError> {
         self.db.flush()?;
+        self.flushes.fetch_add(1, Ordering::Relaxed);
         self.file.sync_data().map_err(file_error(&self.path))
+    }
+
+    pub fn flushes(&self) -> u64 {
+        self.flushes.load(Ordering::Relaxed)
     }
 
     pub fn get(&self, tree: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError> {

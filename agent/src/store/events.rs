@@ -24,6 +24,8 @@ impl Store {
 
     /// The last `count` events that `wanted` lets through, oldest first.
     pub fn events(&self, count: usize, wanted: impl Fn(&Event) -> bool) -> Result<Vec<Event>, StoreError> {
+        // What waits has happened.
+        self.settle()?;
         let mut found = Vec::new();
         self.with_door(|door| {
             for key in door.keys_backwards(trees::EVENTS)? {

@@ -104,6 +104,18 @@ pub enum Durability {
     Now,
     /// With the next durable write, or within ten seconds: for what may be lost (counters of restarts).
     Soon,
+    /// In one write with the next durable one, or with [`Store::settle`], which the caller owes: a line of the story and
+    /// the change that it tells of cost one batch and one flush. Nothing may be done because of it before that.
+    Together,
+    /// The same, and not worth a flush alone.
+    Along,
+}
+
+/// What shares the next write, in order. Only its own story reads it before it is there ([`Store::events`]).
+#[derive(Default)]
+struct Waiting {
+    changes: Vec<Change>,
+    must_sync: bool,
 }
 
 /// Cheap to clone; blocking.
@@ -120,6 +132,8 @@ struct Inner {
     state: PathBuf,
     keep: PathBuf,
     writer: Mutex<Writer>,
+    /// Only touched by who has `writer`.
+    waiting: Mutex<Waiting>,
     outbox_max: usize,
 }
 
@@ -139,8 +153,31 @@ impl Store {
 
     /// Makes durable what was written with [`Durability::Soon`].
     pub fn sync(&self) -> Result<(), StoreError> {
-        let _one = self.lock();
-        self.written(self.with_door(Door::sync))
+        let one = self.lock();
+        self.commit(&one, &[], Durability::Now)
+    }
+
+    /// Writes what waits for company.
+    pub fn settle(&self) -> Result<(), StoreError> {
+        let one = self.lock();
+        let (is_empty, must_sync) = {
+            let waiting = self.waiting();
+            (waiting.changes.is_empty(), waiting.must_sync)
+        };
+        match (is_empty, must_sync) {
+            (true, _) => Ok(()),
+            (false, true) => self.commit(&one, &[], Durability::Now),
+            (false, false) => self.commit(&one, &[], Durability::Soon),
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.inner.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often the disk was waited for: each costs a page of flash or more.
+    pub fn flushes(&self) -> u64 {
+        self.with_door(|door| Ok(door.flushes())).unwrap_or(0)
     }
 
     fn lock(&self) -> MutexGuard<'_, Writer> {
@@ -210,12 +247,23 @@ impl Store {
 
     /// Writes what only the database has.
     fn commit(&self, _one: &MutexGuard<'_, Writer>, changes: &[Change], durable: Durability) -> Result<(), StoreError> {
+        let all = {
+            let mut waiting = self.waiting();
+            waiting.changes.extend_from_slice(changes);
+            waiting.must_sync |= durable == Durability::Together;
+            match durable {
+                Durability::Together | Durability::Along => return Ok(()),
+                // What waits is of another thread, which has it synced.
+                Durability::Soon if waiting.must_sync => return Ok(()),
+                Durability::Now | Durability::Soon => std::mem::take(&mut *waiting),
+            }
+        };
         self.written(self.with_door(|door| {
-            door.write(changes)?;
+            door.write(&newest(all.changes))?;
             crash_point::pass("store-written");
             match durable {
                 Durability::Now => door.sync(),
-                Durability::Soon => Ok(()),
+                Durability::Soon | Durability::Together | Durability::Along => Ok(()),
             }
         }))
     }
@@ -261,6 +309,15 @@ impl Store {
         };
         Ok(keep::Kept { summary, generations, trust_root, lost: Vec::new() })
     }
+}
+
+/// The last word on each record: what was said of it before in the same batch never was.
+fn newest(changes: Vec<Change>) -> Vec<Change> {
+    let mut seen = std::collections::BTreeSet::new();
+    let mut kept: Vec<Change> =
+        changes.into_iter().rev().filter(|change| seen.insert((change.tree, change.key.clone()))).collect();
+    kept.reverse();
+    kept
 }
 
 fn put<T: Serialize>(tree: &'static str, key: &str, value: &T) -> Result<Change, StoreError> {

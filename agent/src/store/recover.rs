@@ -144,6 +144,7 @@ fn bare(state: &Path, keep: &Path, outbox_max: usize) -> Result<Store, StoreErro
         state: state.to_owned(),
         keep: keep.to_owned(),
         writer: Mutex::new(Writer::default()),
+        waiting: Mutex::default(),
         outbox_max,
     };
     let store = Store { inner: Arc::new(inner) };

@@ -21,8 +21,8 @@ impl Store {
         self.get(trees::META, meta::SURVIVED)
     }
 
-    /// Without a flush of its own: counters are not worth a page of flash each.
+    /// Without a flush of its own: counters are not worth a page of flash each. The caller settles.
     pub fn save_survived(&self, saved: &SavedSurvived) -> Result<(), StoreError> {
-        self.commit(&self.lock(), &[put(trees::META, meta::SURVIVED, saved)?], Durability::Soon)
+        self.commit(&self.lock(), &[put(trees::META, meta::SURVIVED, saved)?], Durability::Along)
     }
 }

@@ -87,6 +87,52 @@ fn the_outbox_drops_its_oldest_with_a_count() {
     assert_eq!(store.oldest_report().unwrap().unwrap().1, [3]);
 }
 
+/// A line of the story, the records beside it and the change it tells of cost one flush; and the last word holds.
+#[test]
+fn what_waits_for_company_is_one_write_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(&dir);
+    put_active(&store, 1);
+    let event = |text: &str| Event {
+        number: 0,
+        at: Timestamp(1),
+        boot_id: "boot".into(),
+        workload: None,
+        generation: None,
+        why: Reason::new(Code::Started, text),
+        by: "planner".into(),
+    };
+    let name = WorkloadName::parse("web").unwrap();
+    let history = |boot_id: String| SavedHistory { boot_id, ..SavedHistory::default() };
+    let before = store.flushes();
+    store.append_event(event("first"), Durability::Together).unwrap();
+    // Of several pieces, and then of one: no piece of the first may stay.
+    store.save_history(&name, &history("x".repeat(20_000)), Durability::Along).unwrap();
+    store.save_history(&name, &history("short".into()), Durability::Along).unwrap();
+    assert_eq!(store.flushes(), before);
+    put_active(&store, 2);
+    assert_eq!(store.flushes(), before + 1);
+    let told = |store: &Store| {
+        let events = store.events(9, |_| true).unwrap();
+        events.into_iter().map(|event| event.why.text).collect::<Vec<_>>()
+    };
+    // Who reads the story reads what waits, too; counters alone are not worth a flush.
+    store.append_event(event("second"), Durability::Together).unwrap();
+    assert_eq!(told(&store), ["first", "second"]);
+    assert_eq!(store.flushes(), before + 2);
+    store.save_survived(&SavedSurvived::default()).unwrap();
+    store.settle().unwrap();
+    assert_eq!(store.flushes(), before + 2);
+    store.append_event(event("third"), Durability::Together).unwrap();
+    store.sync().unwrap();
+    drop(store);
+    let (store, opened) = open(&dir);
+    assert_eq!(opened, Opened::Whole);
+    assert_eq!(told(&store), ["first", "second", "third"]);
+    assert_eq!(store.histories().unwrap(), [(name, history("short".into()))]);
+    assert_eq!(store.survived().unwrap(), Some(SavedSurvived::default()));
+}
+
 #[test]
 fn events_are_a_ring() {
     let dir = tempfile::tempdir().unwrap();
