@@ -29,6 +29,11 @@ const SOAK_ENV: &str = "EDGED_QEMU_SOAK";
 const STARTS_ENV: &str = "EDGED_STARTS";
 const SOAK_STARTS: &str = "100000";
 
+/// The tests of a device on the host wait most of their time (for a back-off, a probation): more at once than there are
+/// cores on a small machine.
+const THREADS_ENV: &str = "RUST_TEST_THREADS";
+const LEAST_THREADS: usize = 5;
+
 /// The host's programs that stories run.
 const HOST_PROGRAMS: [&str; 4] = ["--package", "edged", "--package", "edge-fleet"];
 
@@ -110,6 +115,10 @@ pub fn run(options: &Options) -> Result<()> {
         let mut command = cargo();
         if options.soak {
             command.env(STARTS_ENV, SOAK_STARTS);
+        }
+        if std::env::var_os(THREADS_ENV).is_none() {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            command.env(THREADS_ENV, cores.max(LEAST_THREADS).to_string());
         }
         tests(command.args(["test", "--workspace", "--no-fail-fast"]))
     });
