@@ -52,8 +52,12 @@ fn cve_2019_5736_the_waiting_process_runs_from_a_sealed_file() {
     let memory = fs::metadata(format!("/proc/{}/mem", bundle.state()["pid"])).unwrap();
     bundle.call(&["delete", &bundle.id]).good();
     use std::os::fd::AsRawFd;
-    let error = fs::File::options().write(true).open(format!("/proc/self/fd/{}", kept.as_raw_fd())).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+    let kept = format!("/proc/self/fd/{}", kept.as_raw_fd());
+    let kind = until("nobody runs the program", || {
+        let kind = fs::File::options().write(true).open(&kept).unwrap_err().kind();
+        (kind != std::io::ErrorKind::ExecutableFileBusy).then_some(kind)
+    });
+    assert_eq!(kind, std::io::ErrorKind::ReadOnlyFilesystem);
     // And nobody but root of the host may even look: it is not dumpable.
     use std::os::unix::fs::MetadataExt;
     assert_eq!(memory.uid(), 0);
