@@ -139,7 +139,10 @@ fn agent(options: &Options) -> Result<()> {
     let number = number.context("the agent is started by the keeper (run `edged`)")?;
     let socket = edged_sys::inherit::take(number).context("the keeper's socket")?;
     // One thread for the loop; what blocks (disk, network) has threads of its own.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build()?;
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    // A thread that has nothing to do for a second ends, and its stack with it: twenty starts at once have sixteen.
+    builder.enable_all().max_blocking_threads(16).thread_keep_alive(std::time::Duration::from_secs(1));
+    let runtime = builder.build()?;
     let ended = runtime.block_on(edged::reconcile::run(places, config, socket, options.device));
     // Nobody waits for what blocks: it is crash-only.
     runtime.shutdown_background();

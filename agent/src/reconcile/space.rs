@@ -228,6 +228,13 @@ impl Agent {
 }
 
 fn collect(context: &StartContext, wish: &Wish) -> Result<(Pruned, Vec<String>), String> {
+    let collected = collect_disk(context, wish);
+    // A generation has just become good, or an hour has gone by: what its staging and its starts took is free now.
+    edged_sys::memory::give_back();
+    collected
+}
+
+fn collect_disk(context: &StartContext, wish: &Wish) -> Result<(Pruned, Vec<String>), String> {
     let collected = reclaim::collect(&context.content, wish).map_err(|error| inline_chain(&error))?;
     if !wish.dry_run {
         let has_copies = |first| context.content.has_copies(first);

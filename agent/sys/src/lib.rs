@@ -13,6 +13,7 @@
 //! | [`fdpass`] | unix(7), SCM_RIGHTS |
 //! | [`pidfd`] | pidfd_send_signal(2), waitid(2) |
 //! | [`device_filter`] | bpf(2) |
+//! | [`memory`] | malloc_trim(3) |
 //! | [`device`] | watchdog-api, finit_module(2), clock_settime(2) |
 //!
 //! And one that is not the kernel's: `unzstd`, a library with the interface of C.
@@ -47,6 +48,9 @@ mod rootfs;
 pub mod fdpass;
 /// Descriptors that an earlier self, or the keeper, left open for us.
 pub mod inherit;
+
+/// Memory that nobody uses.
+pub mod memory;
 
 /// Signals by pidfd.
 pub mod pidfd;
