@@ -1,7 +1,7 @@
 //! What the supervisor costs: proportional set size (proc(5), `smaps_rollup`) of keeper and agent.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use edged_qemu::wait;
@@ -16,7 +16,7 @@ const WORKLOADS: usize = 20;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Longer than a thread waits for work before it ends.
-const BETWEEN_LOOKS: Duration = Duration::from_secs(2);
+const STEADY: Duration = Duration::from_secs(2);
 
 pub fn run() -> Result<()> {
     let mut device = Device::start("bench-memory")?;
@@ -43,13 +43,13 @@ pub fn run() -> Result<()> {
 
 /// Of keeper and agent, once neither changes any more: what a start needed is given back a moment later.
 fn measure(device: &Device) -> Result<[u64; 2]> {
-    let mut last = None;
+    let mut steady = ([0, 0], Instant::now());
     wait::until("memory that does not change", PATIENCE, || {
         let now = [pss_kib(device.keeper)?, pss_kib(device.agent()?)?];
-        let steady = last == Some(now);
-        last = Some(now);
-        std::thread::sleep(BETWEEN_LOOKS);
-        Ok(steady.then_some(now))
+        if steady.0 != now {
+            steady = (now, Instant::now());
+        }
+        Ok((steady.1.elapsed() > STEADY).then_some(now))
     })
 }
 
