@@ -11,6 +11,7 @@ mod faults;
 mod fleet;
 mod frozen;
 mod generations;
+mod idle;
 mod images;
 mod journal;
 mod life;

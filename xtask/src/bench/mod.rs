@@ -4,6 +4,8 @@
 mod boot;
 /// A device on this machine, with a registry of its own.
 mod device;
+/// What an idle device writes to its flash.
+mod idle;
 /// Pull and unpack, against what does the same.
 mod images;
 /// What keeper and agent cost with no workload and with twenty.
@@ -37,6 +39,8 @@ pub enum Bench {
     Recovery,
     /// Pull and unpack of an image of 20,000 files, against podman, skopeo with umoci, and tar
     Images,
+    /// Bytes written by an idle device with 20 workloads that reports to a fleet
+    Idle,
     /// A container from nothing to nothing, against crun, runc and the bare system calls
     Runtime,
     /// A workload from the request to the keeper to exec, against the bare system calls
@@ -54,6 +58,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
         Bench::Runtime,
         Bench::Start,
         Bench::Store,
+        Bench::Idle,
         Bench::Images,
         Bench::Boot,
     ];
@@ -67,6 +72,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
             Bench::Recovery => recovery::run()?,
             Bench::Runtime => runtime::run()?,
             Bench::Start => start::run()?,
+            Bench::Idle => idle::run()?,
             Bench::Images => images::run()?,
             Bench::Store => store::run()?,
         }
