@@ -11,7 +11,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -50,6 +50,8 @@ impl Dropped {
 #[derive(Clone)]
 pub struct Logs {
     queue: SyncSender<Work>,
+    /// Lines in the queue, about.
+    waiting: Arc<AtomicUsize>,
     /// Nothing is read any more: what is in the pipes is for the next agent.
     held: Arc<AtomicBool>,
     followers: broadcast::Sender<(WorkloadName, LogLine)>,
@@ -65,9 +67,12 @@ impl Logs {
         let (followers, _) = broadcast::channel(FOLLOW_LINES);
         let dropped = Dropped::default();
         let lost = dropped.clone();
-        let writer = Writer { dir: dir.clone(), lost, max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
+        let waiting: Arc<AtomicUsize> = Arc::default();
+        let taken = Arc::clone(&waiting);
+        let writer =
+            Writer { dir: dir.clone(), lost, taken, max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
         std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run(&lines))?;
-        Ok(Self { queue, held: Arc::default(), followers, dropped, dir })
+        Ok(Self { queue, waiting, held: Arc::default(), followers, dropped, dir })
     }
 
     /// Reads `fd` to its end on the current runtime. `clock` gives the wall time in milliseconds.
@@ -84,7 +89,11 @@ impl Logs {
                 // Of this turn only: a stream that is silent holds no buffer.
                 let mut buffer = [0_u8; 16 * 1024];
                 match pipe.try_read(&mut buffer) {
-                    Ok(count @ 1..) => lines.feed(&buffer[..count], |text| logs.line(&workload, stream, text, clock())),
+                    Ok(count @ 1..) => {
+                        lines.feed(&buffer[..count], |text| logs.line(&workload, stream, text, clock()));
+                        // A pipe that is never empty: an operator and every probe wait for one such turn, not for the flood.
+                        tokio::task::yield_now().await;
+                    }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Ok(0) | Err(_) => break,
                 }
@@ -95,11 +104,16 @@ impl Logs {
     }
 
     fn line(&self, workload: &WorkloadName, stream: Stream, text: &[u8], at_unix_ms: i64) {
+        // In a flood most lines are lost: that costs no more than the count.
+        if self.waiting.load(Ordering::Relaxed) >= QUEUE_LINES && self.followers.receiver_count() == 0 {
+            return self.dropped.one_more(workload);
+        }
         let line = LogLine { at_unix_ms, stream, text: printable(text) };
         // No follower is the ordinary case, not an error.
         let _ = self.followers.send((workload.clone(), line.clone()));
         match self.queue.try_send(Work::Line(workload.clone(), line)) {
-            Ok(()) | Err(TrySendError::Disconnected(_)) => {}
+            Ok(()) => drop(self.waiting.fetch_add(1, Ordering::Relaxed)),
+            Err(TrySendError::Disconnected(_)) => {}
             Err(TrySendError::Full(_)) => {
                 self.dropped.one_more(workload);
             }
@@ -223,6 +237,7 @@ struct Segment {
 struct Writer {
     dir: PathBuf,
     lost: Dropped,
+    taken: Arc<AtomicUsize>,
     max_segment_bytes: u64,
     open: HashMap<WorkloadName, Segment>,
 }
@@ -231,7 +246,11 @@ impl Writer {
     fn run(mut self, work: &Receiver<Work>) {
         while let Ok(work) = work.recv() {
             let (workload, line) = match work {
-                Work::Line(workload, line) => (workload, line),
+                Work::Line(workload, line) => {
+                    // The sender counts after it has sent: the two may pass each other.
+                    let _ = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+                    (workload, line)
+                }
                 Work::Tell(done) => {
                     // Who asked may have given up waiting.
                     let _ = done.try_send(());
@@ -321,6 +340,47 @@ mod tests {
     #[test]
     fn escape_sequences_do_not_reach_the_reader() {
         assert_eq!(printable(b"a\x1b[2Jb\tc\r"), "a\u{fffd}[2Jb\tc");
+    }
+
+    /// A flood and somebody who asks, on one thread as in the agent: he is answered between two turns of the flood.
+    #[test]
+    fn who_asks_waits_for_one_turn_of_a_flood() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let logs = Logs::start(dir.path().to_owned(), Bytes(64 * 1024)).unwrap();
+        let web = WorkloadName::parse("web").unwrap();
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&read, true).unwrap();
+        std::thread::spawn(move || {
+            let flood = "a line of a flood\n".repeat(3_000);
+            let mut pipe = File::from(write);
+            while pipe.write_all(flood.as_bytes()).is_ok() {}
+        });
+        let (mut asks, answers) = std::os::unix::net::UnixStream::pair().unwrap();
+        answers.set_nonblocking(true).unwrap();
+        let flooded = logs.clone();
+        let asker = std::thread::spawn(move || {
+            wait_until("a loss of lines", || flooded.dropped() > 0);
+            let ask = |_| {
+                let begin = Instant::now();
+                asks.write_all(&[1]).unwrap();
+                io::Read::read_exact(&mut asks, &mut [0]).unwrap();
+                begin.elapsed()
+            };
+            (0..200).map(ask).collect::<Vec<Duration>>()
+        });
+        runtime.block_on(async {
+            logs.pump(&web, Stream::Stdout, read, || 7).unwrap();
+            let mut answers = tokio::net::UnixStream::from_std(answers).unwrap();
+            let mut byte = [0];
+            while tokio::io::AsyncReadExt::read_exact(&mut answers, &mut byte).await.is_ok() {
+                tokio::io::AsyncWriteExt::write_all(&mut answers, &byte).await.unwrap();
+            }
+        });
+        let mut waits = asker.join().unwrap();
+        waits.sort_unstable();
+        println!("half of them within {:?}, all but two within {:?}", waits[100], waits[197]);
+        assert!(waits[197] < Duration::from_millis(500), "{waits:?}");
     }
 
     #[test]
