@@ -116,7 +116,8 @@ pub fn run(options: &Options) -> Result<()> {
         if options.soak {
             command.env(STARTS_ENV, SOAK_STARTS);
         }
-        if std::env::var_os(THREADS_ENV).is_none() {
+        // Said by nobody but .cargo/config.toml.
+        if std::env::var(THREADS_ENV).map_or(true, |said| said == LEAST_THREADS.to_string()) {
             let cores = std::thread::available_parallelism().map_or(1, usize::from);
             command.env(THREADS_ENV, cores.max(LEAST_THREADS).to_string());
         }
