@@ -114,15 +114,16 @@ impl Agent {
         }
     }
 
-    /// Puts a report into the outbox when something changed, or when the last one is old.
+    /// Reports to the fleet when something changed, or when the last report is old.
     pub(super) fn report_if_due(&mut self) {
-        if self.config.fleet.url.is_none() || !self.fleet.is_due(clock::boot_ms(), self.config.fleet.report_interval) {
+        if self.config.fleet.url.is_none() {
             return;
         }
+        let Some(due) = self.fleet.due(clock::boot_ms(), self.config.fleet.report_interval) else { return };
         let status = self.status();
         let fleet = self.fleet.clone();
         let written = self.writes.submit(move |store| {
-            if let Err(why) = fleet.put(store, &status) {
+            if let Err(why) = fleet.put(store, &status, due) {
                 tracing::error!("report: {why}");
             }
         });

@@ -21,7 +21,7 @@ mod roots;
 mod send;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use edged_model::api::{FleetStatus, Status};
@@ -79,6 +79,15 @@ struct Contact {
     problem: Option<Reason>,
 }
 
+/// Why there is a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Due {
+    /// Something is not as the last one said.
+    Change,
+    /// The last one is old.
+    Routine,
+}
+
 /// The line to the fleet, as the agent's loop holds it. Cheap to clone.
 #[derive(Clone)]
 pub struct FleetLine {
@@ -96,7 +105,10 @@ struct Shared {
     failures: AtomicU64,
     /// Version of the trust root in force.
     root_version: AtomicU64,
-    /// Wakes the sender when there is something in the outbox.
+    /// A report that nothing but the time called for. It is kept here alone, for flash wears with each write; one that the
+    /// fleet did not take by the time of the next goes to the outbox.
+    routine: Mutex<Option<Vec<u8>>>,
+    /// Wakes the sender when there is something to send.
     waiting: Mutex<bool>,
     wake: Condvar,
 }
@@ -120,6 +132,7 @@ impl FleetLine {
             contact: Mutex::default(),
             failures: AtomicU64::new(0),
             root_version: AtomicU64::new(0),
+            routine: Mutex::default(),
             waiting: Mutex::new(true),
             wake: Condvar::new(),
         };
@@ -173,27 +186,37 @@ impl FleetLine {
         self.shared.root_version.load(Ordering::Relaxed)
     }
 
-    pub fn is_due(&self, now_boot_ms: u64, interval: Span) -> bool {
+    pub fn due(&self, now_boot_ms: u64, interval: Span) -> Option<Due> {
         let since = now_boot_ms.saturating_sub(self.shared.last_boot_ms.load(Ordering::Relaxed));
-        let changed = self.shared.changed.load(Ordering::Relaxed);
-        let is_due = (changed && since >= LEAST_PAUSE_MS) || since >= interval.ms;
-        if is_due {
-            self.shared.changed.store(false, Ordering::Relaxed);
-            self.shared.last_boot_ms.store(now_boot_ms, Ordering::Relaxed);
-        }
-        is_due
+        let due = match self.shared.changed.load(Ordering::Relaxed) {
+            true if since >= LEAST_PAUSE_MS.min(interval.ms) => Due::Change,
+            false if since >= interval.ms => Due::Routine,
+            _ => return None,
+        };
+        self.shared.changed.store(false, Ordering::Relaxed);
+        self.shared.last_boot_ms.store(now_boot_ms, Ordering::Relaxed);
+        Some(due)
     }
 
-    /// Signs a report and puts it into the outbox. Blocking.
-    pub fn put(&self, store: &Store, status: &Status) -> Result<(), String> {
+    /// Signs a report and has it sent. What tells of a change is on the disk when this comes back. Blocking.
+    pub fn put(&self, store: &Store, status: &Status, due: Due) -> Result<(), String> {
         let number = store.next_report_number().map_err(|error| inline_chain(&error))?;
         crash_point::pass("report-numbered");
         let dropped = store.dropped_reports().map_err(|error| inline_chain(&error))?;
         let report = collect::report(status, self.shared.arch, number, dropped);
         let payload = cbor::encode(&report).map_err(|error| error.to_string())?;
         let signed = envelope::sign1(Kind::Report, payload, &self.shared.key).map_err(|error| error.to_string())?;
-        store.push_report(&signed, Durability::Now).map_err(|error| inline_chain(&error))?;
-        crash_point::pass("report-waiting");
+        let late = self.routine().take();
+        let waiting = store.waiting_reports().map_err(|error| inline_chain(&error))?;
+        if due == Due::Routine && late.is_none() && waiting == 0 {
+            *self.routine() = Some(signed);
+        } else {
+            // In the order of their numbers, else the fleet takes the second for an old one.
+            for report in late.iter().chain([&signed]) {
+                store.push_report(report, Durability::Now).map_err(|error| inline_chain(&error))?;
+            }
+            crash_point::pass("report-waiting");
+        }
         *self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.shared.wake.notify_all();
         Ok(())
@@ -204,7 +227,7 @@ impl FleetLine {
         FleetStatus {
             url,
             last_contact: contact.last,
-            waiting_reports: store.waiting_reports().unwrap_or(0),
+            waiting_reports: store.waiting_reports().unwrap_or(0) + u64::from(self.routine().is_some()),
             dropped_untold: store.untold_dropped().unwrap_or(0),
             problem: contact.problem.clone(),
         }
@@ -213,6 +236,18 @@ impl FleetLine {
     /// Requests that failed since this agent runs.
     pub fn failures(&self) -> u64 {
         self.shared.failures.load(Ordering::Relaxed)
+    }
+
+    fn routine(&self) -> MutexGuard<'_, Option<Vec<u8>>> {
+        self.shared.routine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Need not be sent any more.
+    fn is_through(&self, report: &[u8]) {
+        let mut routine = self.routine();
+        if routine.as_deref() == Some(report) {
+            *routine = None;
+        }
     }
 
     fn reached(&self, at: Timestamp) {

@@ -1,5 +1,5 @@
-//! Takes reports out of the outbox, oldest first. One that the fleet has, or will never take, is removed; any other
-//! waits, and with it all that came later: the fleet takes them in their order.
+//! Takes reports out of the outbox, oldest first, then the routine one that never was in it. One that the fleet has, or
+//! will never take, is removed; any other waits, and with it all that came later: the fleet takes them in their order.
 
 use std::time::Duration;
 
@@ -27,8 +27,12 @@ enum Sent {
 pub(super) fn run(line: &FleetLine, endpoint: &Endpoint, store: &Store, token: Option<&str>) {
     let mut failures = 0;
     loop {
-        let (number, report) = match store.oldest_report() {
-            Ok(Some(waiting)) => waiting,
+        let next = store.oldest_report().map(|oldest| match oldest {
+            Some((place, report)) => Some((Some(place), report)),
+            None => line.routine().clone().map(|report| (None, report)),
+        });
+        let (place, report) = match next {
+            Ok(Some(next)) => next,
             Ok(None) => {
                 line.wait(IDLE);
                 continue;
@@ -48,10 +52,13 @@ pub(super) fn run(line: &FleetLine, endpoint: &Endpoint, store: &Store, token: O
                 crash_point::pass("report-taken");
                 failures = 0;
                 line.reached((endpoint.clock)());
-                let removed = match &sent {
-                    Sent::Taken => store.report_arrived(number, dropped_in(&report)),
-                    Sent::Dropped(_) | Sent::Kept(_) => store.remove_report(number),
+                let removed = match (place, &sent) {
+                    (Some(place), Sent::Taken) => store.report_arrived(place, dropped_in(&report)),
+                    (Some(place), _) => store.remove_report(place),
+                    (None, Sent::Taken) => store.dropped_told(dropped_in(&report)),
+                    (None, _) => Ok(()),
                 };
+                line.is_through(&report);
                 if let Err(error) = removed {
                     tracing::error!("outbox: {}", inline_chain(&error));
                     line.wait(IDLE);

@@ -162,7 +162,7 @@ fn manifest(sequence: u64) -> Vec<u8> {
 #[test]
 fn a_report_of_twenty_workloads_keeps_to_its_two_kibibytes() {
     let device = Device::new(7);
-    device.line.put(&device.store, &status(20)).unwrap();
+    device.line.put(&device.store, &status(20), Due::Change).unwrap();
     let (_, envelope) = device.store.oldest_report().unwrap().unwrap();
     assert!(envelope.len() <= 2048, "{} bytes", envelope.len());
 }
@@ -173,7 +173,7 @@ fn a_device_enrols_itself_and_its_reports_arrive_in_order_over_an_outage() {
     let fleet = Fleet_::start(directory.path(), 0);
     let token: Token = fleet.operator(directory.path(), "POST", "/v1/tokens", b"");
     let device = Device::new(7);
-    device.line.put(&device.store, &status(1)).unwrap();
+    device.line.put(&device.store, &status(1), Due::Change).unwrap();
     let token_file = directory.path().join("token");
     std::fs::write(&token_file, format!("{}\n", token.token)).unwrap();
     let _offers = device.start(&fleet, directory.path(), Some(token_file.display().to_string()), None);
@@ -184,7 +184,7 @@ fn a_device_enrols_itself_and_its_reports_arrive_in_order_over_an_outage() {
     let port = fleet.address.port();
     fleet.stop();
     for _ in 0..3 {
-        device.line.put(&device.store, &status(1)).unwrap();
+        device.line.put(&device.store, &status(1), Due::Change).unwrap();
     }
     let problem = until("the outage is noticed", || device.line.status(None, &device.store).problem);
     assert_eq!(problem.code, Code::FleetUnavailable);
@@ -199,23 +199,54 @@ fn a_device_enrols_itself_and_its_reports_arrive_in_order_over_an_outage() {
 }
 
 #[test]
+fn a_routine_report_costs_no_write_unless_the_fleet_did_not_take_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let fleet = Fleet_::start(directory.path(), 0);
+    let token: Token = fleet.operator(directory.path(), "POST", "/v1/tokens", b"");
+    let device = Device::new(7);
+    let put = |due| device.line.put(&device.store, &status(1), due).unwrap();
+    let unsent = || device.line.status(None, &device.store).waiting_reports;
+    put(Due::Routine);
+    let numbers_promised = device.store.flushes();
+    assert_eq!((device.waiting(), unsent()), (0, 1));
+    // Nobody sends yet: it is late when the next one comes.
+    put(Due::Routine);
+    assert_eq!(device.waiting(), 2);
+    assert!(device.store.flushes() > numbers_promised);
+
+    let _offers = device.start(&fleet, directory.path(), Some(token.token), None);
+    until("both arrive", || (unsent() == 0).then_some(()));
+    let flushes = device.store.flushes();
+    for _ in 0..3 {
+        put(Due::Routine);
+        until("it arrives", || (unsent() == 0).then_some(()));
+    }
+    assert_eq!((device.store.flushes(), device.waiting()), (flushes, 0));
+    put(Due::Change);
+    until("the change arrives", || (unsent() == 0).then_some(()));
+    let got: Vec<ReceivedReport> = fleet.operator(directory.path(), "GET", "/v1/devices/pump-1/reports", b"");
+    let numbers: Vec<u64> = got.iter().rev().map(|received| received.report.number).collect();
+    assert_eq!(numbers, [1, 2, 3, 4, 5, 6]);
+}
+
+#[test]
 fn a_replayed_report_leaves_the_outbox_and_a_stranger_keeps_his() {
     let directory = tempfile::tempdir().unwrap();
     let fleet = Fleet_::start(directory.path(), 0);
     let token: Token = fleet.operator(directory.path(), "POST", "/v1/tokens", b"{}");
     let first = Device::new(7);
-    first.line.put(&first.store, &status(1)).unwrap();
+    first.line.put(&first.store, &status(1), Due::Change).unwrap();
     let _first = first.start(&fleet, directory.path(), Some(token.token.clone()), None);
     until("the report arrives", || (first.waiting() == 0).then_some(()));
 
     // The same device after its store was lost: its numbers begin again.
     let again = Device::new(7);
-    again.line.put(&again.store, &status(1)).unwrap();
+    again.line.put(&again.store, &status(1), Due::Change).unwrap();
     let _again = again.start(&fleet, directory.path(), None, None);
     until("the replayed report is dropped", || (again.waiting() == 0).then_some(()));
 
     let stranger = Device::new(8);
-    stranger.line.put(&stranger.store, &status(1)).unwrap();
+    stranger.line.put(&stranger.store, &status(1), Due::Change).unwrap();
     let _stranger = stranger.start(&fleet, directory.path(), Some(token.token), None);
     let problem = until("he is told", || stranger.line.status(None, &stranger.store).problem);
     assert!(problem.text.contains("another key"), "{problem}");

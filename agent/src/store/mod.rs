@@ -142,6 +142,8 @@ struct Inner {
 struct Writer {
     next_event: u64,
     next_report: u64,
+    /// `None`: none since this store was opened.
+    last_report_number: Option<u64>,
 }
 
 impl Store {

@@ -2,9 +2,10 @@
 
 use super::record::{Blob, number_key};
 use super::trees::{self, meta};
-use super::{Durability, Store, StoreError, put, record, remove};
+use super::{Change, Durability, Store, StoreError, put, record, remove};
 
-/// Report numbers promised at once to `keep/`, so that a rebuilt store never uses one again: the fleet refuses those.
+/// Report numbers promised to the disk at once. An agent begins above what was promised, whatever was used of it: the fleet
+/// refuses a number that it has seen.
 const NUMBERS_AHEAD: u64 = 1000;
 
 impl Store {
@@ -45,10 +46,22 @@ impl Store {
     pub fn report_arrived(&self, number: u64, told_dropped: u64) -> Result<(), StoreError> {
         let one = self.lock();
         let mut changes = vec![remove(trees::OUTBOX, &number_key(number))];
-        if told_dropped > self.told_dropped()? {
-            changes.push(put(trees::META, meta::DROPPED_TOLD, &told_dropped)?);
-        }
+        changes.extend(self.newly_told(told_dropped)?);
         self.commit(&one, &changes, Durability::Soon)
+    }
+
+    /// A report that never was in the outbox told the fleet this.
+    pub fn dropped_told(&self, told_dropped: u64) -> Result<(), StoreError> {
+        let one = self.lock();
+        match self.newly_told(told_dropped)? {
+            None => Ok(()),
+            Some(change) => self.commit(&one, &[change], Durability::Soon),
+        }
+    }
+
+    fn newly_told(&self, told_dropped: u64) -> Result<Option<Change>, StoreError> {
+        let is_news = told_dropped > self.told_dropped()?;
+        is_news.then(|| put(trees::META, meta::DROPPED_TOLD, &told_dropped)).transpose()
     }
 
     /// The fleet will never take it.
@@ -74,18 +87,16 @@ impl Store {
         Ok(self.dropped_reports()?.saturating_sub(self.told_dropped()?))
     }
 
-    /// A number for the next report: higher than any before, over all boots and rebuilds. It is on the disk no later
-    /// than the report itself, if that is pushed durably.
+    /// A number for the next report: higher than any before, over all boots and rebuilds. That it is used is on the disk
+    /// before it is.
     pub fn next_report_number(&self) -> Result<u64, StoreError> {
-        let one = self.lock();
-        let next = self.get::<u64>(trees::META, meta::REPORT_NUMBER)?.unwrap_or(0) + 1;
-        let number = put(trees::META, meta::REPORT_NUMBER, &next)?;
-        if next > self.get::<u64>(trees::META, meta::REPORT_CEILING)?.unwrap_or(0) {
-            let ceiling = put(trees::META, meta::REPORT_CEILING, &(next + NUMBERS_AHEAD))?;
-            self.commit_kept(&one, vec![number, ceiling])?;
-        } else {
-            self.commit(&one, &[number], Durability::Soon)?;
+        let mut one = self.lock();
+        let ceiling = self.get::<u64>(trees::META, meta::REPORT_CEILING)?.unwrap_or(0);
+        let next = one.last_report_number.unwrap_or(ceiling) + 1;
+        if next > ceiling {
+            self.commit_kept(&one, vec![put(trees::META, meta::REPORT_CEILING, &(next + NUMBERS_AHEAD))?])?;
         }
+        one.last_report_number = Some(next);
         Ok(next)
     }
 }

@@ -251,8 +251,6 @@ impl Store {
         let mut changes = vec![
             put(trees::META, meta::POINTERS, &pointers)?,
             put(trees::META, meta::TIME_FLOOR, &kept.summary.time_floor)?,
-            // Some numbers below it may be in use: the next ones begin there.
-            put(trees::META, meta::REPORT_NUMBER, &kept.summary.report_ceiling)?,
             put(trees::META, meta::REPORT_CEILING, &kept.summary.report_ceiling)?,
             put(trees::META, meta::REVISION, &kept.summary.revision)?,
         ];

@@ -33,7 +33,6 @@ pub mod meta {
     /// How many of them the fleet has been told of.
     pub const DROPPED_TOLD: &str = "dropped-reports-told";
     pub const SURVIVED: &str = "survived";
-    pub const REPORT_NUMBER: &str = "report-number";
-    /// Report numbers below it may be given out before `keep/` is written again.
+    /// Report numbers up to it may be given out before this is written again.
     pub const REPORT_CEILING: &str = "report-ceiling";
 }
