@@ -153,7 +153,8 @@ pub enum Act {
     EndAgent {
         pid: i32,
     },
-    KillAgent {
+    /// The agent, or the child that tries a newer program.
+    KillProcess {
         pid: i32,
     },
     KeepTimeFloor {
@@ -356,7 +357,7 @@ fn kill_agent(table: &mut Table, why: &str, now: u64, acts: &mut Vec<Act>) {
         return;
     };
     acts.push(Act::Say(format!("the agent {why}: it is killed")));
-    acts.push(Act::KillAgent { pid });
+    acts.push(Act::KillProcess { pid });
     table.agent.life = AgentLife::Dying { pid, started_boot_ms, since_boot_ms: now };
 }
 
@@ -485,7 +486,7 @@ fn go_down(table: &mut Table, way: Way, now: u64, acts: &mut Vec<Act>) {
             // First the agent, or it would start again what we stop. It is crash-only: nothing is lost.
             match table.agent.life {
                 AgentLife::Running { pid, started_boot_ms, .. } | AgentLife::Closed { pid, started_boot_ms, .. } => {
-                    acts.push(Act::KillAgent { pid });
+                    acts.push(Act::KillProcess { pid });
                     table.agent.life = AgentLife::Dying { pid, started_boot_ms, since_boot_ms: now };
                 }
                 AgentLife::Waiting { .. } => table.agent.life = AgentLife::Retired,

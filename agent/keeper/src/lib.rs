@@ -114,7 +114,7 @@ pub fn run(config: KeeperConfig) -> ExitCode {
 /// [`run`] is to be done before this too, so that what would fail fails here.
 pub fn rehearse() -> ExitCode {
     match resume::rehearse() {
-        Ok(_) => {
+        Ok(()) => {
             println!("{}{}", trial::READY, trial::version());
             ExitCode::SUCCESS
         }

@@ -66,8 +66,8 @@ pub struct Child {
     pub words: File,
 }
 
-/// Looks at the program that lies in our place, and has a child try it if it is another one. `memfd`: the table, for it to
-/// read.
+/// Looks at the program that lies in our place, and has a child try it if it is another one. `table`: a copy of the
+/// keeper's, for it to read.
 pub fn look(
     place: &Path,
     agent_args: &[String],

@@ -146,11 +146,11 @@ pub fn for_rehearsal(command: &mut Command, table: &File) {
     command.env(RESUME_ENV, table.as_raw_fd().to_string());
 }
 
-/// In a program that is tried: how many children the table has, if it can be read.
-pub fn rehearse() -> io::Result<usize> {
+/// In a program that is tried: whether the table can be read.
+pub fn rehearse() -> io::Result<()> {
     let number = std::env::var(RESUME_ENV).ok().and_then(|text| text.parse().ok());
     let memfd = take(number.ok_or_else(|| io::Error::other("there is no table"))?)?;
-    Ok(read(&mut File::from(memfd))?.table.children.len())
+    read(&mut File::from(memfd)).map(drop)
 }
 
 fn read(memfd: &mut File) -> io::Result<Saved> {

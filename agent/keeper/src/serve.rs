@@ -423,7 +423,7 @@ impl Keeper {
             }
             Act::StartAgent => return Some(self.start_agent()),
             Act::EndAgent { pid } => signal_process(pid, rustix::process::Signal::TERM),
-            Act::KillAgent { pid } => signal_process(pid, rustix::process::Signal::KILL),
+            Act::KillProcess { pid } => signal_process(pid, rustix::process::Signal::KILL),
             Act::KeepTimeFloor { unix_seconds } => boot::keep_time_floor(&self.config.data, unix_seconds),
             Act::MoveClock { unix_ms } => {
                 if let Err(error) = edged_sys::device::raise_clock_ms(unix_ms) {

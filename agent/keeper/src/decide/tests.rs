@@ -139,7 +139,7 @@ fn a_silent_agent_is_killed_and_another_one_started_at_once() {
     let acts = request(&mut table, 1, RequestBody::Heartbeat, HEARTBEAT_TIMEOUT_MS);
     assert!(acts.is_empty());
     let late = 2 * HEARTBEAT_TIMEOUT_MS + 1;
-    assert!(decide(&mut table, Event::Tick, late).contains(&Act::KillAgent { pid: 10 }));
+    assert!(decide(&mut table, Event::Tick, late).contains(&Act::KillProcess { pid: 10 }));
     let killed = End { code: None, signal: Some(9), core_dumped: false };
     let acts = decide(&mut table, Event::Reaped { pid: 10, end: killed }, late);
     assert!(acts.contains(&Act::StartAgent), "{acts:?}");
@@ -150,7 +150,7 @@ fn an_agent_that_closes_its_socket_may_end_by_itself_first() {
     let mut table = running_table(false);
     assert!(decide(&mut table, Event::AgentClosed, 100).is_empty());
     assert!(decide(&mut table, Event::Tick, 99 + CLOSING_MS).is_empty());
-    assert!(decide(&mut table, Event::Tick, 100 + CLOSING_MS).contains(&Act::KillAgent { pid: 10 }));
+    assert!(decide(&mut table, Event::Tick, 100 + CLOSING_MS).contains(&Act::KillProcess { pid: 10 }));
     let mut table = running_table(false);
     let _ = decide(&mut table, Event::AgentClosed, 100);
     let acts = decide(&mut table, Event::Reaped { pid: 10, end: code(1) }, 101);
@@ -162,7 +162,7 @@ fn a_device_goes_down_in_order_and_a_second_wish_is_haste() {
     let mut table = running_table(true);
     run_child(&mut table, "web", 20, 0);
     let acts = decide(&mut table, Event::Asked(Wish::PowerOff), 1);
-    assert_eq!(acts[1..], [Act::KillAgent { pid: 10 }, Act::End { key: "web".into(), signal: 15 }]);
+    assert_eq!(acts[1..], [Act::KillProcess { pid: 10 }, Act::End { key: "web".into(), signal: 15 }]);
     let _ = decide(&mut table, Event::Reaped { pid: 10, end: code(0) }, 2);
     assert!(decide(&mut table, Event::Tick, 3).is_empty());
     assert_eq!(decide(&mut table, Event::Asked(Wish::PowerOff), 4), [Act::SignalChildren { signal: KILL }]);
@@ -320,7 +320,7 @@ fn agents_that_only_hang_have_the_machine_reset_in_the_end() {
         while let Some(act) = acts.pop() {
             match act {
                 Act::StartAgent => acts.extend(decide(&mut table, Event::AgentStarted { pid: 10 }, now)),
-                Act::KillAgent { pid } => {
+                Act::KillProcess { pid } => {
                     hung += 1;
                     acts.extend(decide(&mut table, Event::Reaped { pid, end: code(1) }, now));
                 }

@@ -72,7 +72,7 @@ fn a_hang_is_a_fall_and_so_is_a_start_that_fails() {
     for pid in [11, 12] {
         live(&mut table, pid, now);
         now += edged_model::keeper::HEARTBEAT_TIMEOUT_MS + 1;
-        assert!(decide(&mut table, Event::Tick, now).contains(&Act::KillAgent { pid }));
+        assert!(decide(&mut table, Event::Tick, now).contains(&Act::KillProcess { pid }));
         let killed = End { code: None, signal: Some(9), core_dumped: false };
         let _ = decide(&mut table, Event::Reaped { pid, end: killed }, now);
         now += 500;
@@ -115,7 +115,7 @@ fn what_cannot_take_over_is_refused_with_its_words() {
     // One at a time.
     let busy = request(&mut table, RequestBody::Rehearse { again: false }, 6);
     assert!(matches!(&busy[..], [Act::Send { body: ReplyBody::Refused { .. }, .. }]), "{busy:?}");
-    assert_eq!(decide(&mut table, Event::Tick, 5 + TRY_MS), [Act::KillAgent { pid: 50 }]);
+    assert_eq!(decide(&mut table, Event::Tick, 5 + TRY_MS), [Act::KillProcess { pid: 50 }]);
     assert_eq!(decide(&mut table, Event::Tick, 6 + TRY_MS), [], "once");
     let killed = End { code: None, signal: Some(9), core_dumped: false };
     let acts = decide(&mut table, Event::Tried { end: killed, words: "hm\n".to_owned() }, 7 + TRY_MS);
