@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitStatus, Stdio};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -125,11 +126,34 @@ pub fn run(options: &Options) -> Result<()> {
     });
     summary.stage("licences, sources, bans", || deny(&["bans", "licenses", "sources"]));
     summary.stage("advisories", advisories);
-    for arch in arches {
-        summary.stage(&format!("device for {arch}"), || device(*arch));
-        summary.stage(&format!("stories on {arch}"), || stories(*arch, options.soak));
-    }
+    devices(&mut summary, arches, options.soak);
     summary.finish()
+}
+
+/// The stories of each architecture. An emulated device is one thread: what the next architecture boots is built beside
+/// it, with what it leaves.
+fn devices(summary: &mut Summary, arches: &[Arch], soak: bool) {
+    std::thread::scope(|scope| {
+        let mut built_beside = None;
+        for (position, arch) in arches.iter().enumerate() {
+            summary.stage(&format!("device for {arch}"), || match built_beside.take() {
+                Some(built) => joined(built),
+                None => device(*arch),
+            });
+            built_beside = arches.get(position + 1).map(|next| scope.spawn(|| device_beside_stories(*next)));
+            summary.stage(&format!("stories on {arch}"), || stories(*arch, soak));
+        }
+    });
+}
+
+fn device_beside_stories(arch: Arch) -> Result<Outcome> {
+    // Of this thread alone, and of the programs it starts: setpriority(2), NOTES.
+    rustix::process::setpriority_process(None, 19).context("cannot step back behind the stories")?;
+    device(arch)
+}
+
+fn joined(built: ScopedJoinHandle<Result<Outcome>>) -> Result<Outcome> {
+    built.join().unwrap_or_else(|_| bail!("the build beside the stories panicked"))
 }
 
 fn cargo() -> Command {
