@@ -238,6 +238,11 @@ pub struct LaunchSpec {
     pub seccomp: Vec<u8>,
     /// SECCOMP_FILTER_FLAG_*.
     pub seccomp_flags: u32,
+    /// Index of a connected socket, for a filter that asks somebody outside (seccomp_unotify(2)): the filter's descriptor
+    /// goes there, beside words that whoever launches has sent the child.
+    pub seccomp_listener_fd: Option<u32>,
+    /// The only processors it may run on, as far as its cgroup has them; empty: no wish.
+    pub cpus: Vec<u32>,
     pub stdio: Stdio,
     /// Descriptors 3 and up that go through exec: this many.
     pub kept_fds: u32,

@@ -14,6 +14,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use crate::arguments::Parsed;
 use crate::cgroup::Groups;
 use crate::error::{OciError, warn};
+use crate::notifier::Notifier;
 use crate::spec::{LaunchPlace, Translated, bits, translate};
 use crate::state::{self, Home, Record, Status};
 use crate::{bundle, life, manage, seccomp, terminal, wait};
@@ -85,7 +86,8 @@ fn bring_up(parsed: &Parsed, purpose: Purpose) -> Result<Up, OciError> {
     let resources = linux.and_then(|linux| linux.resources().as_ref());
     let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_deref()).map(Path::to_string_lossy);
     let groups = Groups::place(cgroups_path.as_deref(), &home.id, resources)?;
-    let filter = linux.and_then(|linux| linux.seccomp().as_ref()).map(seccomp::compile).transpose()?;
+    let profile = linux.and_then(|linux| linux.seccomp().as_ref());
+    let filter = profile.map(seccomp::compile).transpose()?;
     let rootfs = root_directory(&spec, &bundle)?;
     let place = LaunchPlace {
         key: home.id.clone(),
@@ -107,8 +109,9 @@ fn bring_up(parsed: &Parsed, purpose: Purpose) -> Result<Up, OciError> {
         poststart: life::hooks(&spec, |hooks| hooks.poststart())?,
         poststop: life::hooks(&spec, |hooks| hooks.poststop())?,
     };
+    let notifier = profile.map(Notifier::connect).transpose()?.flatten();
     home.make()?;
-    let job = Job { parsed, purpose, home: &home, bundle, rootfs, spec: &spec, groups: &groups };
+    let job = Job { parsed, purpose, home: &home, bundle, rootfs, spec: &spec, groups: &groups, notifier };
     let result = job.keep_copies(&bytes, filter.as_deref()).and_then(|()| {
         groups.create(resources)?;
         job.launch(translated, hooks)
@@ -136,6 +139,7 @@ struct Job<'j> {
     rootfs: PathBuf,
     spec: &'j Spec,
     groups: &'j Groups,
+    notifier: Option<Notifier>,
 }
 
 impl Job<'_> {
@@ -202,12 +206,18 @@ impl Job<'_> {
                 stderr_fd: put(own(rustix::stdio::stderr())?, fds),
             };
         }
+        if let Some(notifier) = &self.notifier {
+            let socket =
+                notifier.socket.try_clone().map_err(|error| OciError::system("the listener's socket", error))?;
+            launch.seccomp_listener_fd = Some(put(socket, fds));
+        }
         let (entry, cgroup_fds) = self.groups.entry(fds.len())?;
         launch.cgroup = entry;
         fds.extend(cgroup_fds);
         launch.kept_fds = preserved(self.parsed)?;
         launch.keep_keyring = self.parsed.has("no-new-keyring");
         launch.hold = launch.namespaces & bits(CloneFlags::CLONE_NEWUSER) != 0
+            || self.notifier.is_some()
             || !time_offsets.is_empty()
             || !hooks.prestart.is_empty()
             || !hooks.create_runtime.is_empty()
@@ -298,7 +308,12 @@ impl Job<'_> {
             hook::run(one, state.as_bytes())?;
         }
         let state = record.as_state(Status::Created).to_string();
-        spawn::go_on(launching.talk.as_fd(), state.as_bytes()).map_err(|error| OciError::system("the child", error))
+        let say = |words: &str| {
+            spawn::go_on(launching.talk.as_fd(), words.as_bytes()).map_err(|error| OciError::system("the child", error))
+        };
+        say(&state)?;
+        let notifier = self.notifier.as_ref();
+        notifier.map_or(Ok(()), |notifier| say(&notifier.words(record, Status::Creating, launching.pid)))
     }
 }
 

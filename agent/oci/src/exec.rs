@@ -5,15 +5,17 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use edged_model::keeper::{LaunchSpec, Stdio};
+use edged_sys::privilege;
 use edged_sys::spawn::{self, Heard, SingleThread};
-use oci_spec::runtime::Process;
+use oci_spec::runtime::{Process, Spec};
 
 use crate::arguments::Parsed;
 use crate::create::preserved;
 use crate::error::OciError;
-use crate::spec::launch_process;
+use crate::notifier::Notifier;
+use crate::spec::{SpecError, launch_process};
 use crate::state::{self, Home, Record, Status};
-use crate::{bundle, caps, terminal, wait};
+use crate::{bundle, caps, seccomp, terminal, wait};
 
 pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
     let (home, record) = state::find(&parsed.global.root, parsed.id()?)?;
@@ -30,20 +32,34 @@ pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
         _ => return Err(wrong()),
     }
     let init = record.process().ok_or_else(wrong)?;
-    let mut launch = launch_process(&process(parsed, &home)?)?;
+    let process = process(parsed, &home)?;
+    let mut launch = launch_process(&process)?;
     if launch.stdio == Stdio::Pipes && parsed.path("console-socket").is_some() {
         let text = "--console-socket is given, but there is no terminal: --tty, or process.terminal".to_owned();
         return Err(OciError::Usage { text });
     }
-    let filter = home.filter();
-    if filter.exists() {
-        launch.seccomp = std::fs::read(&filter).map_err(OciError::file(&filter))?;
+    let notifier = same_filter(&home, &mut launch)?;
+    let cpus = process.exec_cpu_affinity().as_ref();
+    if let Some(initial) = cpus.and_then(|cpus| cpus.initial().as_deref()) {
+        let own = privilege::set_cpus(&cpu_list(initial)?);
+        own.map_err(|error| OciError::system("process.execCPUAffinity.initial", error))?;
     }
+    launch.cpus = cpus.and_then(|cpus| cpus.cpu_affinity_final().as_deref()).map_or(Ok(Vec::new()), cpu_list)?;
     let signals = if parsed.has("detach") { None } else { Some(wait::Signals::block()?) };
-    let fds = prepare(parsed, &record, &mut launch)?;
+    let mut fds = prepare(parsed, &record, &mut launch)?;
+    if let Some(notifier) = &notifier {
+        launch.seccomp_listener_fd = Some(u32::try_from(fds.len()).unwrap_or(u32::MAX));
+        let socket = notifier.socket.try_clone();
+        fds.push(socket.map_err(|error| OciError::system("the listener's socket", error))?);
+    }
     let proof = SingleThread::prove().map_err(|error| OciError::system("threads", error))?;
     let launching = spawn::launch(&proof, &launch, &fds, Some(init.as_fd()))?;
     drop(fds);
+    if let Some(notifier) = notifier {
+        let words = notifier.words(&record, Status::Running, launching.pid);
+        // A child that has failed by now says why, below.
+        let _ = spawn::go_on(launching.talk.as_fd(), words.as_bytes());
+    }
     let mut own_master = None;
     loop {
         let heard = spawn::hear(launching.talk.as_fd());
@@ -67,6 +83,45 @@ pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
     }
 }
 
+/// The container's own filter; somebody outside decides for it as for the container's first program.
+fn same_filter(home: &Home, launch: &mut LaunchSpec) -> Result<Option<Notifier>, OciError> {
+    let filter = home.filter();
+    if !filter.exists() {
+        return Ok(None);
+    }
+    launch.seccomp = std::fs::read(&filter).map_err(OciError::file(&filter))?;
+    let spec = own_spec(home)?;
+    let Some(profile) = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref()) else { return Ok(None) };
+    launch.seccomp_flags = seccomp::flags(profile);
+    Notifier::connect(profile)
+}
+
+fn own_spec(home: &Home) -> Result<Spec, OciError> {
+    let path = home.config();
+    let config = |(place, why)| OciError::Config { path: path.clone(), place, why };
+    let (spec, _) = bundle::parse(&bundle::read(&path)?).map_err(config)?;
+    Ok(spec)
+}
+
+/// `0-3,7` (cpuset(7), "List format").
+fn cpu_list(text: &str) -> Result<Vec<u32>, OciError> {
+    let wrong = || SpecError::Invalid { field: "process.execCPUAffinity", value: text.to_owned() };
+    let number = |text: &str| text.trim().parse::<u32>().ok().filter(|cpu| *cpu < MOST_CPUS).ok_or_else(wrong);
+    let mut cpus = Vec::new();
+    for part in text.split(',').filter(|part| !part.trim().is_empty()) {
+        let (from, to) = part.split_once('-').unwrap_or((part, part));
+        let (from, to) = (number(from)?, number(to)?);
+        if from > to {
+            return Err(wrong().into());
+        }
+        cpus.extend(from..=to);
+    }
+    Ok(cpus)
+}
+
+/// What a mask of sched_setaffinity(2) holds in every libc.
+const MOST_CPUS: u32 = 1024;
+
 fn prepare(parsed: &Parsed, record: &Record, launch: &mut LaunchSpec) -> Result<Vec<std::os::fd::OwnedFd>, OciError> {
     let (entry, mut fds) = record.groups.entry(0)?;
     launch.cgroup = entry;
@@ -87,11 +142,10 @@ fn process(parsed: &Parsed, home: &Home) -> Result<Process, OciError> {
     if let Some(path) = parsed.path("process") {
         return bundle::parse_as(&path, &bundle::read(&path)?);
     }
-    let path = home.config();
-    let config = |(place, why)| OciError::Config { path: path.clone(), place, why };
-    let (spec, _) = bundle::parse(&bundle::read(&path)?).map_err(config)?;
-    let mut process =
-        spec.process().clone().ok_or(OciError::Spec(crate::spec::SpecError::Missing { field: "process" }))?;
+    let mut process = own_spec(home)?
+        .process()
+        .clone()
+        .ok_or(OciError::Spec(crate::spec::SpecError::Missing { field: "process" }))?;
     let words = &parsed.words[1..];
     if words.is_empty() {
         return Err(OciError::Usage { text: "exec needs a command, or --process".to_owned() });

@@ -18,6 +18,7 @@ pub mod caps;
 pub mod cgroup;
 /// Mounts: option words, cgroup views.
 pub mod mounts;
+mod notifier;
 /// System call filters.
 pub mod seccomp;
 /// Specification to launch: pure.

@@ -139,6 +139,13 @@ fn interval_ms(text: &str) -> Result<u64, OciError> {
     Some(number.saturating_mul(factor)).filter(|ms| *ms > 0).ok_or_else(bad)
 }
 
+const SECCOMP_FLAGS: [&str; 4] = [
+    "SECCOMP_FILTER_FLAG_TSYNC",
+    "SECCOMP_FILTER_FLAG_LOG",
+    "SECCOMP_FILTER_FLAG_SPEC_ALLOW",
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
+];
+
 /// features.md of the specification.
 pub fn features() -> Result<(), OciError> {
     let native = match std::env::consts::ARCH {
@@ -154,6 +161,7 @@ pub fn features() -> Result<(), OciError> {
         LinuxSeccompAction::ScmpActKillProcess,
         LinuxSeccompAction::ScmpActKillThread,
         LinuxSeccompAction::ScmpActLog,
+        LinuxSeccompAction::ScmpActNotify,
         LinuxSeccompAction::ScmpActTrace,
         LinuxSeccompAction::ScmpActTrap,
     ];
@@ -173,9 +181,8 @@ pub fn features() -> Result<(), OciError> {
                 "operators": ["SCMP_CMP_EQ", "SCMP_CMP_GE", "SCMP_CMP_GT", "SCMP_CMP_LE", "SCMP_CMP_LT",
                     "SCMP_CMP_MASKED_EQ", "SCMP_CMP_NE"],
                 "archs": native.iter().flatten().collect::<Vec<_>>(),
-                "knownFlags": ["SECCOMP_FILTER_FLAG_TSYNC", "SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW"],
-                "supportedFlags":
-                    ["SECCOMP_FILTER_FLAG_TSYNC", "SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW"],
+                "knownFlags": SECCOMP_FLAGS,
+                "supportedFlags": SECCOMP_FLAGS,
             },
             "apparmor": { "enabled": has("/sys/kernel/security/apparmor") },
             "selinux": { "enabled": has("/sys/fs/selinux/enforce") },

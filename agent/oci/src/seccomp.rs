@@ -77,18 +77,42 @@ pub fn flags(profile: &LinuxSeccomp) -> u32 {
             LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 1,
             LinuxSeccompFilterFlag::SeccompFilterFlagLog => 2,
             LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => 4,
-            // It means something only with a listener, which is refused.
-            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+            // The kernel refuses it where there is no listener; it would mean nothing there.
+            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv if !asks_a_listener(profile) => 0,
+            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 32,
         }
     })
 }
 
+/// Whether it leaves the decision about some call to a listener (seccomp_unotify(2)).
+pub fn asks_a_listener(profile: &LinuxSeccomp) -> bool {
+    let notify = LinuxSeccompAction::ScmpActNotify;
+    profile.default_action() == notify || profile.syscalls().iter().flatten().any(|group| group.action() == notify)
+}
+
+/// The filter's descriptor must reach the listener through the filter.
+fn check_notifications(profile: &LinuxSeccomp) -> Result<(), SeccompError> {
+    let refused = |what: &str| Err(SeccompError::Unsupported { what: what.to_owned() });
+    let notify = LinuxSeccompAction::ScmpActNotify;
+    let groups = || profile.syscalls().iter().flatten();
+    if profile.default_action() == notify {
+        return refused(
+            "SCMP_ACT_NOTIFY as the default action (nobody could answer for the call that makes the listener known)",
+        );
+    }
+    if groups().any(|group| group.action() == notify && group.names().iter().any(|name| name == "sendmsg")) {
+        return refused("SCMP_ACT_NOTIFY for sendmsg (with which the listener is made known)");
+    }
+    if asks_a_listener(profile) && profile.listener_path().is_none() {
+        return refused("SCMP_ACT_NOTIFY without a listenerPath");
+    }
+    Ok(())
+}
+
 /// A profile as an array of `struct sock_filter`.
 pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<u8>, SeccompError> {
-    if profile.listener_path().is_some() {
-        return Err(SeccompError::Unsupported { what: "listenerPath (a user-space notifier)".to_owned() });
-    }
-    let default = action(profile.default_action(), profile.default_errno_ret())?;
+    check_notifications(profile)?;
+    let default = action(profile.default_action(), profile.default_errno_ret());
     let mut arches = vec![NATIVE];
     for arch in profile.architectures().iter().flatten() {
         if !arches.contains(arch) {
@@ -112,7 +136,7 @@ pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<u8>, SeccompError> {
 fn calls(profile: &LinuxSeccomp, abi: &Abi, default: u32) -> Result<BTreeMap<u32, Decision>, SeccompError> {
     let mut calls: BTreeMap<u32, Decision> = BTreeMap::new();
     for group in profile.syscalls().iter().flatten() {
-        let verdict = action(group.action(), group.errno_ret())?;
+        let verdict = action(group.action(), group.errno_ret());
         if verdict == default {
             continue;
         }
@@ -160,10 +184,10 @@ fn condition(arg: &LinuxSeccompArg) -> Result<Condition, SeccompError> {
 }
 
 /// SECCOMP_RET_* with its data (linux/seccomp.h).
-fn action(action: LinuxSeccompAction, number: Option<u32>) -> Result<u32, SeccompError> {
+fn action(action: LinuxSeccompAction, number: Option<u32>) -> u32 {
     const EPERM: u32 = 1;
     let data = number.unwrap_or(EPERM) & 0xffff;
-    Ok(match action {
+    match action {
         LinuxSeccompAction::ScmpActKill | LinuxSeccompAction::ScmpActKillThread => 0,
         LinuxSeccompAction::ScmpActKillProcess => 0x8000_0000,
         LinuxSeccompAction::ScmpActTrap => 0x0003_0000,
@@ -171,10 +195,8 @@ fn action(action: LinuxSeccompAction, number: Option<u32>) -> Result<u32, Seccom
         LinuxSeccompAction::ScmpActTrace => 0x7ff0_0000 | data,
         LinuxSeccompAction::ScmpActLog => 0x7ffc_0000,
         LinuxSeccompAction::ScmpActAllow => 0x7fff_0000,
-        LinuxSeccompAction::ScmpActNotify => {
-            return Err(SeccompError::Unsupported { what: "SCMP_ACT_NOTIFY".to_owned() });
-        }
-    })
+        LinuxSeccompAction::ScmpActNotify => 0x7fc0_0000,
+    }
 }
 
 #[cfg(test)]

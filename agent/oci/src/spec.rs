@@ -160,9 +160,6 @@ pub fn launch_process(process: &Process) -> Result<LaunchSpec, SpecError> {
     } else {
         Stdio::Pipes
     };
-    if process.exec_cpu_affinity().is_some() {
-        return Err(SpecError::Unsupported { field: "process.execCPUAffinity", value: "a CPU list".to_owned() });
-    }
     Ok(LaunchSpec {
         argv: args.ok_or(SpecError::Missing { field: "process.args" })?,
         env: process.env().clone().unwrap_or_default(),

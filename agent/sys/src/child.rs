@@ -60,7 +60,7 @@ stages! {
     Terminal "terminal",
     Stdio "standard streams",
     WorkingDirectory "working directory",
-    Scheduling "scheduler, I/O priority, personality",
+    Scheduling "scheduler, CPUs, I/O priority, personality",
     Gate "waiting for start",
     User "user",
     Capabilities "capabilities",
@@ -169,6 +169,7 @@ fn steps(
         }
         None => make_container(spec, fds, talk)?,
     };
+    let notifier = at(Stage::Hold, Notifier::hear(spec, fds, talk))?;
     if join.is_none() && !spec.keep_keyring {
         at(Stage::Session, privilege::new_session_keyring())?;
     }
@@ -193,7 +194,28 @@ fn steps(
     if let Some(index) = spec.gate_fd {
         *starter = Some(at(Stage::Gate, wait_at_gate(fds, index, talk))?);
     }
-    become_the_program(spec, talk, starter.as_ref(), &state, &program)
+    become_the_program(spec, talk, starter.as_ref(), &Words { state, notifier }, &program)
+}
+
+/// What the parent has said.
+struct Words<'a> {
+    /// The container's state as hooks read it; empty where nobody held the child.
+    state: Vec<u8>,
+    notifier: Option<Notifier<'a>>,
+}
+
+/// Who decides about system calls that the filter does not decide about, and what that one is to know of this container.
+struct Notifier<'a> {
+    socket: &'a OwnedFd,
+    words: Vec<u8>,
+}
+
+impl<'a> Notifier<'a> {
+    fn hear(spec: &LaunchSpec, fds: &'a [OwnedFd], talk: &OwnedFd) -> Result<Option<Self>, Errno> {
+        let Some(index) = spec.seccomp_listener_fd else { return Ok(None) };
+        let socket = fds.get(index as usize).ok_or(Errno::BADF)?;
+        Ok(Some(Self { socket, words: hear(talk)? }))
+    }
 }
 
 /// From here on power is only given away.
@@ -201,18 +223,18 @@ fn become_the_program(
     spec: &LaunchSpec,
     talk: &OwnedFd,
     starter: Option<&OwnedFd>,
-    state: &[u8],
+    words: &Words<'_>,
     program: &Program,
 ) -> Step<Infallible> {
     if !spec.no_new_privs {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is gone a few lines below (seccomp(2)).
-        at(Stage::Seccomp, seccomp(spec))?;
+        at(Stage::Seccomp, seccomp(spec, words.notifier.as_ref()))?;
     }
     at(Stage::Capabilities, privilege::drop_bounding(spec.capabilities.bounding))?;
     at(Stage::User, privilege::set_ids(spec.uid, spec.gid, &spec.additional_gids))?;
     at(Stage::Capabilities, privilege::set_capabilities(&spec.capabilities))?;
     for one in &spec.start_container_hooks {
-        about(Stage::StartContainerHooks, &one.path, hook::run(one, state).map_err(|error| error.errno()))?;
+        about(Stage::StartContainerHooks, &one.path, hook::run(one, &words.state).map_err(|error| error.errno()))?;
     }
     at(Stage::Exec, privilege::cloexec_from(3 + spec.kept_fds))?;
     if spec.init {
@@ -223,7 +245,7 @@ fn become_the_program(
     }
     if spec.no_new_privs {
         at(Stage::Seccomp, privilege::set_no_new_privs())?;
-        at(Stage::Seccomp, seccomp(spec))?;
+        at(Stage::Seccomp, seccomp(spec, words.notifier.as_ref()))?;
     }
     about(Stage::Exec, spec.argv.first().map_or("", String::as_str), program.exec())
 }
@@ -262,6 +284,9 @@ fn scheduling(spec: &LaunchSpec) -> Result<(), Errno> {
     if let Some(scheduler) = &spec.scheduler {
         privilege::set_scheduler(scheduler)?;
     }
+    if !spec.cpus.is_empty() {
+        privilege::set_cpus(&spec.cpus)?;
+    }
     if let Some(priority) = spec.io_priority {
         privilege::set_io_priority(priority)?;
     }
@@ -297,8 +322,16 @@ fn reset_signals() -> Result<(), Errno> {
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(errno)
 }
 
-fn seccomp(spec: &LaunchSpec) -> Result<(), Errno> {
-    if spec.seccomp.is_empty() { Ok(()) } else { privilege::install_seccomp(&spec.seccomp, spec.seccomp_flags) }
+fn seccomp(spec: &LaunchSpec, notifier: Option<&Notifier<'_>>) -> Result<(), Errno> {
+    if spec.seccomp.is_empty() {
+        return Ok(());
+    }
+    let Some(Notifier { socket, words }) = notifier else {
+        return privilege::install_seccomp(&spec.seccomp, spec.seccomp_flags);
+    };
+    let listener = privilege::install_seccomp_with_listener(&spec.seccomp, spec.seccomp_flags)?;
+    // The one call that the filter must not ask about: nobody could answer yet.
+    fdpass::send(socket.as_fd(), words, &[listener.as_fd()]).map_err(|error| io_errno(&error))
 }
 
 fn oom_score(spec: &LaunchSpec) -> Result<(), Errno> {
@@ -358,6 +391,10 @@ fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd) -> Step<Ve
 /// Says that the namespaces are there; the answer is the container's state.
 fn hold(talk: &OwnedFd) -> Result<Vec<u8>, Errno> {
     fdpass::send(talk.as_fd(), HOLDING, &[]).map_err(|error| io_errno(&error))?;
+    hear(talk)
+}
+
+fn hear(talk: &OwnedFd) -> Result<Vec<u8>, Errno> {
     let mut word = vec![0; MAX_STATE_BYTES];
     let (count, _) = fdpass::recv(talk.as_fd(), &mut word).map_err(|error| io_errno(&error))?;
     // Whoever cloned us has died.

@@ -1,5 +1,6 @@
 //! Giving up power: capabilities(7), credentials(7), no_new_privs and seccomp(2). Called by the child alone, on itself.
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::OnceLock;
 
 use edged_model::keeper::{CapabilitySets, Scheduler};
@@ -142,6 +143,21 @@ pub fn become_subreaper() -> Result<(), Errno> {
 
 /// Installs a filter with SECCOMP_FILTER_FLAG_*: `program` is an array of `struct sock_filter` (8 bytes each, native endian).
 pub fn install_seccomp(program: &[u8], flags: u32) -> Result<(), Errno> {
+    set_filter(program, flags).map(drop)
+}
+
+/// As [`install_seccomp`]; the descriptor hears of the calls that the filter does not decide about (seccomp_unotify(2)).
+pub fn install_seccomp_with_listener(program: &[u8], flags: u32) -> Result<OwnedFd, Errno> {
+    const TSYNC: u32 = 1;
+    const NEW_LISTENER: u32 = 8;
+    // There is no other thread, and the kernel does not take the two together.
+    let fd = set_filter(program, flags & !TSYNC | NEW_LISTENER)?;
+    // SAFETY: with NEW_LISTENER the answer is a descriptor that was just made, close-on-exec, and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The number is what seccomp(2) answers.
+fn set_filter(program: &[u8], flags: u32) -> Result<libc::c_int, Errno> {
     const INSTRUCTION_BYTES: usize = size_of::<libc::sock_filter>();
     if program.is_empty() || program.len() % INSTRUCTION_BYTES != 0 {
         return Err(Errno::INVAL);
@@ -160,7 +176,18 @@ pub fn install_seccomp(program: &[u8], flags: u32) -> Result<(), Errno> {
     // SAFETY: `prog` points at `filter`, which lives to the end of this function and has `len` entries; the kernel
     // copies it and checks every instruction.
     let result = unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const prog) };
-    if result == 0 { Ok(()) } else { Err(last_errno()) }
+    // A descriptor, or 0.
+    if result >= 0 { Ok(result as libc::c_int) } else { Err(last_errno()) }
+}
+
+/// sched_setaffinity(2): the kernel leaves out what the cgroup does not have.
+pub fn set_cpus(cpus: &[u32]) -> Result<(), Errno> {
+    let mut set = rustix::thread::CpuSet::new();
+    for cpu in cpus {
+        let cpu = usize::try_from(*cpu).ok().filter(|cpu| *cpu < rustix::thread::CpuSet::MAX_CPU);
+        set.set(cpu.ok_or(Errno::INVAL)?);
+    }
+    rustix::thread::sched_setaffinity(None, &set)
 }
 
 /// A session keyring that nobody else has (keyctl(2)). A kernel without keys has nothing to share.

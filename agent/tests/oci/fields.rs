@@ -1,7 +1,10 @@
 //! Field by field of the runtime-spec: what the configuration says is what the container has.
 
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
 use crate::rig::{Bundle, is_cgroup_v2};
@@ -366,6 +369,97 @@ fn a_filter_of_system_calls_holds() {
     }
 }
 
+/// Somebody outside hears of a call and lets it wait until he has decided; one who is gone has the kernel say ENOSYS.
+#[test]
+fn a_listener_decides_what_the_filter_leaves_to_it() {
+    for no_new_privileges in [true, false] {
+        let mut bundle = Bundle::new("mkdir /tmp/a 2>&1; echo ended; while :; do sleep 0.05; done");
+        let path = bundle.dir.path().join("listener");
+        let listener = UnixListener::bind(&path).unwrap();
+        bundle.config["process"]["noNewPrivileges"] = no_new_privileges.into();
+        bundle.config["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
+            "listenerPath": path,
+            "listenerMetadata": "what it was told",
+            "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_NOTIFY" }],
+        });
+        let told = || {
+            let (socket, _) = listener.accept().unwrap();
+            let mut words = vec![0; 16 * 1024];
+            let (count, mut fds) = edged_sys::fdpass::recv(socket.as_fd(), &mut words).unwrap();
+            let words: serde_json::Value = serde_json::from_slice(&words[..count]).unwrap();
+            assert_eq!((&words["fds"], &words["metadata"]), (&json!(["seccompFd"]), &json!("what it was told")));
+            assert_eq!(words["state"]["id"], json!(bundle.id));
+            (words["pid"].clone(), fds.pop().unwrap(), words["state"]["status"].clone())
+        };
+        let wait_for_a_call = |notify: &OwnedFd| {
+            let mut polled = [PollFd::new(notify, PollFlags::IN)];
+            let patience = Timespec { tv_sec: 30, tv_nsec: 0 };
+            assert_eq!(poll(&mut polled, Some(&patience)).unwrap(), 1, "no call was announced");
+        };
+        bundle.create().good();
+        bundle.start();
+        let (pid, notify, status) = told();
+        assert_eq!((pid, status), (bundle.state()["pid"].clone(), json!("creating")));
+        wait_for_a_call(&notify);
+        assert_eq!(bundle.out(), "");
+        drop(notify);
+        bundle.wait_for_out("ended");
+        assert!(bundle.out().contains("Function not implemented"), "{}", bundle.out());
+
+        std::thread::scope(|scope| {
+            let exec = scope.spawn(|| bundle.call(&["exec", &bundle.id, "mkdir", "/tmp/b"]));
+            let (pid, notify, status) = told();
+            assert_eq!(status, json!("running"));
+            assert_ne!(pid, bundle.state()["pid"]);
+            wait_for_a_call(&notify);
+            drop(notify);
+            assert!(exec.join().unwrap().bad().contains("Function not implemented"));
+        });
+    }
+}
+
+#[test]
+fn a_listener_that_nobody_can_reach_is_told() {
+    let mut bundle = Bundle::new("true");
+    let seccomp = |path: Option<&str>, call: &str| {
+        json!({ "defaultAction": "SCMP_ACT_ALLOW", "listenerPath": path,
+            "syscalls": [{ "names": [call], "action": "SCMP_ACT_NOTIFY" }] })
+    };
+    for (path, call, word) in [
+        (Some("/nobody/listens"), "mkdir", "/nobody/listens"),
+        (Some("/x"), "sendmsg", "sendmsg"),
+        (None, "mkdir", "listenerPath"),
+    ] {
+        bundle.config["linux"]["seccomp"] = seccomp(path, call);
+        let text = bundle.run().bad();
+        assert!(text.contains(word), "{text}");
+    }
+}
+
+#[test]
+fn exec_runs_on_the_processors_it_is_given() {
+    let mut bundle = Bundle::new("echo up; while :; do sleep 0.05; done");
+    bundle.create().good();
+    bundle.start();
+    bundle.wait_for_out("up");
+    let mut process = bundle.config["process"].take();
+    process["args"] = json!(["sh", "-c", "grep Cpus_allowed_list /proc/self/status"]);
+    let allowed = fs::read_to_string("/proc/self/status").unwrap();
+    let allowed = allowed.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap().trim();
+    let last = allowed.rsplit(['-', ',']).next().unwrap();
+    let file = bundle.dir.path().join("process.json");
+    let mut exec = |affinity: serde_json::Value| {
+        process["execCPUAffinity"] = affinity;
+        fs::write(&file, process.to_string()).unwrap();
+        bundle.call(&["exec", "--process", file.to_str().unwrap(), &bundle.id])
+    };
+    assert_eq!(exec(json!({ "initial": last, "final": last })).good(), format!("Cpus_allowed_list:\t{last}\n"));
+    assert_eq!(exec(json!({})).good(), format!("Cpus_allowed_list:\t{allowed}\n"));
+    assert!(exec(json!({ "final": "3-1" })).bad().contains("execCPUAffinity"));
+}
+
 #[test]
 fn paths_are_masked_or_read_only() {
     let script = "cat /proc/keys | wc -c; ls /sys/firmware | wc -l; echo 1 > /proc/sys/net/ipv4/ip_forward || echo ro; \
@@ -470,7 +564,6 @@ fn labels_of_modules_that_are_not_here_are_refused() {
 #[test]
 fn a_bpf_program_keeps_devices_away() {
     use edged_sys::device_filter::{DeviceRule, attach};
-    use std::os::fd::AsFd;
     let top = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(std::path::Path::new);
     let top = top.into_iter().find(|path| path.join("cgroup.procs").exists()).expect("a cgroup v2 mount on this host");
     let group = top.join(format!("edged-devices-{}", std::process::id()));

@@ -111,11 +111,21 @@ fn actions_architectures_and_conditions() {
 }
 
 #[test]
-fn what_is_not_done_is_named() {
-    let notify = profile(
-        r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["mount"], "action": "SCMP_ACT_NOTIFY"}]}"#,
-    );
-    assert!(compile(&notify).unwrap_err().to_string().contains("SCMP_ACT_NOTIFY"));
+fn a_listener_must_be_able_to_answer() {
+    let notify = |default: &str, path: &str, call: &str| {
+        profile(&format!(
+            r#"{{"defaultAction": "{default}", {path} "syscalls": [{{"names": ["{call}"], "action": "SCMP_ACT_NOTIFY"}}]}}"#
+        ))
+    };
+    let path = r#""listenerPath": "/run/listener","#;
+    let refused = |profile: &LinuxSeccomp| compile(profile).unwrap_err().to_string();
+    assert!(refused(&notify("SCMP_ACT_ALLOW", "", "mount")).contains("listenerPath"));
+    assert!(refused(&notify("SCMP_ACT_ALLOW", path, "sendmsg")).contains("sendmsg"));
+    assert!(refused(&notify("SCMP_ACT_NOTIFY", path, "mount")).contains("default"));
+    let asks = notify("SCMP_ACT_ALLOW", path, "mkdir");
+    assert!(asks_a_listener(&asks));
+    #[cfg(target_arch = "x86_64")]
+    assert_eq!(play(&compile(&asks).unwrap(), X86_64, 83, [0; 6]), 0x7fc0_0000);
 }
 
 fn holds(op: u8, argument: u64, value: u64, two: u64) -> bool {
