@@ -81,6 +81,8 @@ fn items(need: Need) -> Vec<Item> {
             ("runc", "runc"),
             ("podman", "podman"),
             ("conmon", "conmon"),
+            ("containerd", "containerd"),
+            ("script", "bsdutils"),
             ("nft", "nftables"),
             ("/bin/busybox", "busybox-static"),
             ("curl", "curl"),

@@ -5,7 +5,7 @@ use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use edged_model::keeper::LaunchSpec;
-use rustix::fs::{Access, AtFlags};
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use crate::child::{DEFAULT_PATH, errno};
@@ -34,16 +34,23 @@ impl Program {
                 .collect::<Result<_, _>>()?
         };
         let made = Self { candidates, argv, env };
-        if made.is_anywhere() { Ok(made) } else { Err(Errno::NOENT) }
+        made.find()?;
+        Ok(made)
     }
 
-    /// Said now rather than at exec, so that `create` fails where there is nothing to start.
-    fn is_anywhere(&self) -> bool {
-        let there = |path: &CString| {
-            let found = rustix::fs::accessat(rustix::fs::CWD, path, Access::EXISTS, AtFlags::empty());
-            !matches!(found, Err(Errno::NOENT | Errno::NOTDIR))
-        };
-        self.candidates.iter().any(there)
+    /// Said now rather than at exec, so that `create` fails where there is nothing to start. What only exec can tell (a
+    /// right of the user that it is not yet, a file of another machine) is left to it.
+    fn find(&self) -> Result<(), Errno> {
+        let mut result = Err(Errno::NOENT);
+        for path in &self.candidates {
+            match rustix::fs::stat(path) {
+                Err(Errno::NOENT | Errno::NOTDIR) => {}
+                Err(_) => return Ok(()),
+                Ok(found) if can_be_executed(found.st_mode) => return Ok(()),
+                Ok(_) => result = Err(Errno::ACCESS),
+            }
+        }
+        result
     }
 
     /// Tries each candidate as execvp(3) does: a file that is not there, or is no directory, lets the next one try.
@@ -59,6 +66,11 @@ impl Program {
         }
         Err(result)
     }
+}
+
+/// By somebody.
+fn can_be_executed(mode: u32) -> bool {
+    FileType::from_raw_mode(mode) == FileType::RegularFile && mode & 0o111 != 0
 }
 
 /// Forks: the child comes back and goes on to exec; the parent stays, passes signals on, reaps what ends, and leaves as

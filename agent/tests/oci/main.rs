@@ -2,6 +2,7 @@
 //! what other runtimes show it for the same bundle.
 
 mod attacks;
+mod containerd;
 mod engine;
 mod fields;
 mod life;
