@@ -190,7 +190,7 @@ const KILL: i32 = 9;
 
 /// What a message on the agent's socket says: a request, or why it is none.
 pub fn heard(bytes: &[u8]) -> Event {
-    match edged_model::cbor::read(bytes) {
+    match edged_model::cbor::read_quickly(bytes) {
         Ok(request) => Event::Request(request),
         Err(error) => Event::Unreadable { why: format!("not a request: {error}") },
     }

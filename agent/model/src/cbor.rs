@@ -98,6 +98,12 @@ pub fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CborError> {
     })
 }
 
+/// As [`read`], for what is nearly always right and has to be quick: no tree of values in between, which for a launch is
+/// hundreds of small pieces of memory. Only what is wrong is read once more, to say where.
+pub fn read_quickly<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CborError> {
+    serde_cbor::from_slice(bytes).or_else(|_| read(bytes))
+}
+
 /// Where the document is not as it should be, and how: `workloads.web.imgae: unknown field; did you mean `image`?`
 pub fn shape_text(error: &ValueError) -> String {
     let text = crate::validate::explain(error.text());

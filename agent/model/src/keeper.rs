@@ -335,31 +335,47 @@ pub enum Rootfs {
 #[serde(default)]
 pub struct MountStep {
     /// A path of the host for a bind, else the source name (`proc`, `tmpfs`).
+    #[serde(skip_serializing_if = "is_default")]
     pub source: String,
     /// Absolute path inside the new root; made if missing (a file for a file, else a directory).
+    #[serde(skip_serializing_if = "is_default")]
     pub target: String,
+    #[serde(skip_serializing_if = "is_default")]
     pub fstype: String,
     /// MS_* flags of the mount itself.
+    #[serde(skip_serializing_if = "is_default")]
     pub flags: u64,
     /// MS_* flags that were asked not to be (`exec`, `suid`): what a bind brings along is cleared.
+    #[serde(skip_serializing_if = "is_default")]
     pub clear: u64,
     /// The same for every mount below as well (`rro`).
+    #[serde(skip_serializing_if = "is_default")]
     pub flags_below: u64,
+    #[serde(skip_serializing_if = "is_default")]
     pub clear_below: u64,
+    #[serde(skip_serializing_if = "is_default")]
     pub data: String,
+    #[serde(skip_serializing_if = "is_default")]
     pub bind: bool,
+    #[serde(skip_serializing_if = "is_default")]
     pub recursive: bool,
     /// Change the mount that is at `target`, make none.
+    #[serde(skip_serializing_if = "is_default")]
     pub remount: bool,
     /// Fill the new file system with what the root has at `target` (`tmpcopyup`).
+    #[serde(skip_serializing_if = "is_default")]
     pub copy_up: bool,
     /// Do not follow a link at the end of `source`.
+    #[serde(skip_serializing_if = "is_default")]
     pub source_no_follow: bool,
     /// Index of a descriptor of a ready, detached mount (an idmapped one): `source` is for messages only.
+    #[serde(skip_serializing_if = "is_default")]
     pub tree_fd: Option<u32>,
     /// MS_PRIVATE and the like; 0 leaves it.
+    #[serde(skip_serializing_if = "is_default")]
     pub propagation: u64,
     /// Failing is no reason to stop (e.g. a mqueue the kernel lacks).
+    #[serde(skip_serializing_if = "is_default")]
     pub optional: bool,
 }
 
@@ -398,6 +414,11 @@ pub enum Stdio {
 
 /// The agent must be heard of this often.
 pub const HEARTBEAT_TIMEOUT_MS: u64 = 30_000;
+
+/// What says nothing need not be sent: of a mount's fields most do not, and a launch has two dozen mounts.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
 
 /// Bytes as a CBOR byte string instead of an array of numbers.
 pub(crate) mod serde_bytes_vec {

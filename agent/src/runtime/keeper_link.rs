@@ -111,7 +111,7 @@ impl KeeperLink {
                 Ok((0, _)) | Err(_) => break,
                 Ok(received) => received,
             };
-            let Ok(reply) = edged_model::cbor::read::<Reply>(&buffer[..count]) else { continue };
+            let Ok(reply) = edged_model::cbor::read_quickly::<Reply>(&buffer[..count]) else { continue };
             if let ReplyBody::Exited(exit) = reply.body {
                 if exits.send(exit).await.is_err() {
                     break;

@@ -17,6 +17,7 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
+use crate::beside::Network;
 use crate::program::Program;
 use crate::resolve;
 use crate::spawn::Failure;
@@ -87,6 +88,8 @@ pub(crate) struct Plumbing {
     /// Where a failure, and before it a terminal's master, is told.
     pub talk: OwnedFd,
     pub stdio: Streams,
+    /// The child was born in the network namespace of its parent, and makes its own (`beside`).
+    pub network_beside: bool,
 }
 
 #[derive(Debug)]
@@ -131,9 +134,9 @@ pub(crate) fn io_errno(error: &std::io::Error) -> Errno {
 
 /// Runs the steps; does not come back.
 pub(crate) fn run(spec: &LaunchSpec, fds: &[OwnedFd], join: Option<BorrowedFd<'_>>, plumbing: Plumbing) -> Infallible {
-    let Plumbing { talk, stdio } = plumbing;
+    let Plumbing { talk, stdio, network_beside } = plumbing;
     let mut starter = None;
-    let fault = match steps(spec, fds, join, &talk, stdio, &mut starter) {
+    let fault = match steps(spec, fds, join, &talk, stdio, network_beside, &mut starter) {
         Ok(never) => match never {},
         Err(fault) => fault,
     };
@@ -152,10 +155,13 @@ fn steps(
     join: Option<BorrowedFd<'_>>,
     talk: &OwnedFd,
     stdio: Streams,
+    network_beside: bool,
     starter: &mut Option<OwnedFd>,
 ) -> Step<Infallible> {
     at(Stage::Signals, reset_signals())?;
     at(Stage::Cgroup, enter_v1_cgroups(spec, fds))?;
+    // From here on the memory is the container's.
+    let network = network_beside.then(Network::begin);
     // Now, while /proc is the host's: a container's may be missing, or something else.
     at(Stage::OomScore, oom_score(spec))?;
     at(Stage::Session, nix::unistd::setsid().map_err(errno))?;
@@ -167,7 +173,7 @@ fn steps(
             at(Stage::Join, enter::container(target))?;
             Vec::new()
         }
-        None => make_container(spec, fds, talk)?,
+        None => make_container(spec, fds, talk, network)?,
     };
     let notifier = at(Stage::Hold, Notifier::hear(spec, fds, talk))?;
     if join.is_none() && !spec.keep_keyring {
@@ -350,7 +356,7 @@ fn enter_v1_cgroups(spec: &LaunchSpec, fds: &[OwnedFd]) -> Result<(), Errno> {
 }
 
 /// Namespaces and file system. Gives back what the parent said when it let us go on: the container's state.
-fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd) -> Step<Vec<u8>> {
+fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd, mut network: Option<Network>) -> Step<Vec<u8>> {
     let wants = |flag: CloneFlags| spec.namespaces & u64::from(flag.bits() as u32) != 0;
     let inside = enter::is_childs_own_way(spec);
     let procfs = if inside { enter::own_ids(spec, fds)? } else { None };
@@ -368,6 +374,8 @@ fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd) -> Step<Ve
     let new_user = wants(CloneFlags::CLONE_NEWUSER);
     let mut state = Vec::new();
     if spec.hold || new_user {
+        // Whoever lets us go on looks at the namespaces.
+        enter_network(&mut network)?;
         state = at(Stage::Hold, hold(talk))?;
     }
     if new_user {
@@ -383,9 +391,15 @@ fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd) -> Step<Ve
         at(Stage::Hostname, rustix::system::setdomainname(domainname.as_bytes()))?;
     }
     if let Some(rootfs) = &spec.rootfs {
-        rootfs::make(spec, rootfs, fds, procfs.as_ref(), &state)?;
+        rootfs::make(spec, rootfs, fds, procfs.as_ref(), &mut network, &state)?;
     }
+    enter_network(&mut network)?;
     Ok(state)
+}
+
+/// Once; then there is nothing more to enter.
+pub(crate) fn enter_network(network: &mut Option<Network>) -> Step {
+    network.take().map_or(Ok(()), |network| at(Stage::NetworkNamespace, network.enter()))
 }
 
 /// Says that the namespaces are there; the answer is the container's state.

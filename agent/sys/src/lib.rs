@@ -4,7 +4,7 @@
 //! | door | man page |
 //! |---|---|
 //! | [`spawn`] | clone(2) (clone3), pidfd_open(2) |
-//! | [`child`], `enter`, `program`, `rootfs` | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
+//! | [`child`], `beside`, `enter`, `program`, `rootfs` | execve(2), namespaces(7), pivot_root(2), capabilities(7) |
 //! | [`mount`] | open_tree(2), fsopen(2), move_mount(2), mount_setattr(2) |
 //! | [`owned`] | user_namespaces(7), ioctl_ns(2) |
 //! | [`own_program`] | execveat(2), statx(2) |
@@ -21,6 +21,8 @@
 /// Starting a child: clone3 with a pidfd, into its cgroup.
 pub mod spawn;
 
+/// A network namespace, made while the mounts are.
+mod beside;
 /// Everything between clone and exec.
 pub mod child;
 /// A new file system with what was there before.

@@ -55,6 +55,14 @@ pub fn clone_tree(source: BorrowedFd<'_>, recursive: bool) -> Result<OwnedFd, Er
     open_tree(source, "", flags)
 }
 
+/// As [`clone_tree`], of what is at `path` on the host, looked up once. `no_follow`: a link at its end is not followed.
+pub(crate) fn clone_tree_at(path: &str, recursive: bool, no_follow: bool) -> Result<OwnedFd, Errno> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    flags.set(OpenTreeFlags::AT_SYMLINK_NOFOLLOW, no_follow);
+    open_tree(rustix::fs::CWD, path, flags)
+}
+
 /// A new, detached mount of a file system. `data` is the option list of mount(8): `size=64k,mode=755`.
 pub fn new_filesystem(fstype: &str, source: &str, data: &str, attributes: u64) -> Result<OwnedFd, Errno> {
     let options: Vec<_> = data

@@ -11,7 +11,8 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
-use crate::child::{Stage, Step, about, at};
+use crate::beside::{self, Network};
+use crate::child::{Stage, Step, about, at, enter_network};
 use crate::mount::{self, Attributes};
 use crate::resolve::{self, Want};
 use crate::{copy_up, hook};
@@ -23,10 +24,14 @@ pub(crate) fn make(
     rootfs: &Rootfs,
     fds: &[OwnedFd],
     procfs: Option<&OwnedFd>,
+    network: &mut Option<Network>,
     state: &[u8],
 ) -> Step {
     let root = make_root(spec, rootfs, fds)?;
     for step in &spec.mounts {
+        if !beside::has_no_use_for_it(step) {
+            enter_network(network)?;
+        }
         match mount_step(root.as_fd(), step, fds, procfs) {
             Err(_) if step.optional => {}
             result => about(Stage::Mounts, &format!("{} at {}", step.source, step.target), result)?,
@@ -42,6 +47,7 @@ pub(crate) fn make(
         about(Stage::Links, link, symlink(&mut parents, link, target))?;
     }
     drop(parents);
+    enter_network(network)?;
     for one in &spec.create_container_hooks {
         about(Stage::CreateContainerHooks, &one.path, hook::run(one, state).map_err(|error| error.errno()))?;
     }
@@ -175,9 +181,7 @@ fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd], procfs: O
         return attach_bind(root, tree.as_fd(), step);
     }
     if step.bind {
-        let follow = if step.source_no_follow { OFlags::NOFOLLOW } else { OFlags::empty() };
-        let source = rustix::fs::open(step.source.as_str(), OFlags::PATH | OFlags::CLOEXEC | follow, Mode::empty())?;
-        let tree = mount::clone_tree(source.as_fd(), step.recursive)?;
+        let tree = mount::clone_tree_at(&step.source, step.recursive, step.source_no_follow)?;
         return attach_bind(root, tree.as_fd(), step);
     }
     let tree = match procfs.filter(|_| step.fstype == "proc") {

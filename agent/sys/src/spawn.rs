@@ -7,7 +7,7 @@ use edged_model::keeper::{CgroupEntry, IdMapping, LaunchSpec, Stdio};
 use nix::sched::CloneFlags;
 
 use crate::child::{self, Plumbing, Stage, Streams};
-use crate::enter;
+use crate::{beside, enter};
 
 /// Proof that this process has one thread. Only then may the child between clone and exec allocate and use the whole
 /// standard library: no other thread can have held a lock at the moment of the clone.
@@ -157,6 +157,9 @@ pub fn launch(
     // set.
     let late = to_flags(CloneFlags::CLONE_NEWCGROUP) | to_flags(enter::CLONE_NEWTIME);
     let mut flags = spec.namespaces & !late;
+    if plumbing.network_beside {
+        flags &= !to_flags(CloneFlags::CLONE_NEWNET);
+    }
     let restore = match (join, of(CloneFlags::CLONE_NEWPID)) {
         (Some(target), _) => {
             flags = 0;
@@ -273,19 +276,21 @@ fn talk() -> Result<(OwnedFd, OwnedFd), SpawnError> {
 fn plumbing(spec: &LaunchSpec, fds: &[OwnedFd], talk: OwnedFd) -> Result<(Plumbing, Vec<OwnedFd>), SpawnError> {
     let copy = |index: u32| descriptor(fds, index)?.try_clone_to_owned().map_err(SpawnError::Pipes);
     let null = || std::fs::File::open("/dev/null").map(OwnedFd::from).map_err(SpawnError::Pipes);
+    let network_beside = beside::is_wanted(spec);
     match &spec.stdio {
         Stdio::Pipes => {
             let (out_read, out_write) = pipe()?;
             let (err_read, err_write) = pipe()?;
             let stdio = Streams::Ready([null()?, out_write, err_write]);
-            Ok((Plumbing { talk, stdio }, vec![out_read, err_read]))
+            Ok((Plumbing { talk, stdio, network_beside }, vec![out_read, err_read]))
         }
         Stdio::Given { stdin_fd, stdout_fd, stderr_fd } => {
             let stdio = Streams::Ready([copy(*stdin_fd)?, copy(*stdout_fd)?, copy(*stderr_fd)?]);
-            Ok((Plumbing { talk, stdio }, Vec::new()))
+            Ok((Plumbing { talk, stdio, network_beside }, Vec::new()))
         }
         Stdio::Terminal { rows, columns } => {
-            Ok((Plumbing { talk, stdio: Streams::Terminal { rows: *rows, columns: *columns } }, Vec::new()))
+            let stdio = Streams::Terminal { rows: *rows, columns: *columns };
+            Ok((Plumbing { talk, stdio, network_beside }, Vec::new()))
         }
     }
 }
