@@ -183,6 +183,18 @@ pub enum DeviceNodes {
     Allow,
 }
 
+/// Whether the kernel protects the files of layers (fs-verity).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FsVerity {
+    /// Where kernel and file system can.
+    #[default]
+    Auto,
+    Off,
+    /// What cannot be protected is not unpacked.
+    Required,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Images {
@@ -198,6 +210,7 @@ pub struct Images {
     pub keep_unused: Span,
     /// After an unclean stop the layers about to be used are checked; contents are read for so long at most.
     pub check_time: Span,
+    pub fs_verity: FsVerity,
     /// Bytes per second from all registries together.
     pub rate_max: Option<Bytes>,
     /// Bytes a day (UTC) from all registries together.
@@ -216,6 +229,7 @@ impl Default for Images {
             parallel: 3,
             keep_unused: Span::from_secs(86_400),
             check_time: Span::from_secs(30),
+            fs_verity: FsVerity::Auto,
             rate_max: None,
             daily_max: None,
             keep_partial_after: Span::from_secs(30),

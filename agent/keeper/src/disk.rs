@@ -44,11 +44,25 @@ impl Filesystem {
         }
     }
 
-    fn make(self) -> Tool {
-        match self {
-            Self::Ext4 => ("/sbin/mkfs.ext4", &["-q", "-L", "edged-data", "-E", "lazy_itable_init=1"]),
-            Self::F2fs => ("/sbin/mkfs.f2fs", &["-q", "-l", "edged-data"]),
+    /// `protects`: with its feature `verity`, by which the agent has the kernel check layers whenever they are read
+    /// (filesystems/fsverity.rst). Older kernels want blocks of a page then (ext4 before Linux 6.3).
+    fn make(self, protects: bool) -> Tool {
+        match (self, protects) {
+            (Self::Ext4, false) => ("/sbin/mkfs.ext4", &["-q", "-L", "edged-data", "-E", "lazy_itable_init=1"]),
+            (Self::Ext4, true) => (
+                "/sbin/mkfs.ext4",
+                &["-q", "-L", "edged-data", "-E", "lazy_itable_init=1", "-O", "verity", "-b", "4096"],
+            ),
+            (Self::F2fs, false) => ("/sbin/mkfs.f2fs", &["-q", "-l", "edged-data"]),
+            (Self::F2fs, true) => ("/sbin/mkfs.f2fs", &["-q", "-l", "edged-data", "-O", "verity"]),
         }
+    }
+
+    /// Whether the running kernel knows this file system's feature `verity`: one that does not might not mount it.
+    fn protects(self) -> bool {
+        const PAGE_BYTES: usize = 4096;
+        Path::new("/sys/fs").join(self.name()).join("features/verity").exists()
+            && rustix::param::page_size() == PAGE_BYTES
     }
 
     /// What an ordinary start asks for, and what is done when that gives up. Nobody is here to be asked, and every file
@@ -130,7 +144,9 @@ fn mount_disk(device: &Path, data: &Path) -> io::Result<()> {
         Content::Empty => {
             let filesystem = Filesystem::named(&parameter("edged.data-type").unwrap_or_else(|| "ext4".to_owned()))?;
             log::line(&format!("{} is empty: formatting it as {}", device.display(), filesystem.name()));
-            run(filesystem.make(), device, &[0])?;
+            // What it can is known when it is there.
+            load(filesystem);
+            run(filesystem.make(filesystem.protects()), device, &[0])?;
             filesystem
         }
         Content::Ours(filesystem) => {
@@ -141,10 +157,14 @@ fn mount_disk(device: &Path, data: &Path) -> io::Result<()> {
             return Err(io::Error::other(format!("{} holds something that is not ours", device.display())));
         }
     };
+    load(filesystem);
+    mount_with_what_it_knows(filesystem, device, data)
+}
+
+fn load(filesystem: Filesystem) {
     if let Err(error) = modules::load(filesystem.name()) {
         log::line(&format!("{}: {error}", filesystem.name()));
     }
-    mount_with_what_it_knows(filesystem, device, data)
 }
 
 fn mount_with_what_it_knows(filesystem: Filesystem, device: &Path, data: &Path) -> io::Result<()> {
@@ -224,14 +244,16 @@ mod tests {
     fn real_file_systems_are_recognised() {
         let dir = std::env::temp_dir().join(format!("edged-disk-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
-        for filesystem in [Filesystem::Ext4, Filesystem::F2fs] {
+        let all = [Filesystem::Ext4, Filesystem::F2fs].into_iter();
+        for (filesystem, protects) in all.flat_map(|filesystem| [(filesystem, false), (filesystem, true)]) {
             let disk = dir.join(filesystem.name());
             fs::File::create(&disk).unwrap().set_len(128 << 20).unwrap();
-            run(filesystem.make(), &disk, &[0]).unwrap();
+            run(filesystem.make(protects), &disk, &[0]).unwrap();
             let mut head = vec![0; PROBE_BYTES];
             fs::File::open(&disk).unwrap().read_exact(&mut head).unwrap();
             assert_eq!(content(&head), Content::Ours(filesystem));
             check_disk(filesystem, &disk).unwrap();
+            fs::remove_file(&disk).unwrap();
         }
         fs::remove_dir_all(&dir).unwrap();
     }

@@ -220,6 +220,9 @@ pub struct DiskUse {
     pub free: Bytes,
     /// What no pull may take.
     pub reserve: Bytes,
+    /// Of the layers, what the kernel checks whenever it is read (fs-verity); nothing where it checks none.
+    #[serde(default)]
+    pub protected: Option<Bytes>,
     pub parts: Vec<DiskPart>,
 }
 

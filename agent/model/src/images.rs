@@ -40,6 +40,9 @@ pub struct LayerInfo {
     /// Chain id: the name of its directory.
     pub chain: Digest,
     pub size: Bytes,
+    /// Of that, what the kernel checks whenever it is read (fs-verity).
+    #[serde(default)]
+    pub protected: Bytes,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +77,9 @@ pub struct CheckedLayer {
     pub entries: u64,
     /// Of contents that were read.
     pub read: Bytes,
+    /// Of files that the kernel checks whenever it reads them (fs-verity), by what was made when they were unpacked.
+    #[serde(default)]
+    pub protected: Bytes,
     /// What is not as it was unpacked; at most a few are named. Empty: all is.
     pub damage: Vec<String>,
     /// Not all contents were read: there was no time, or an older edged unpacked it and wrote no table.

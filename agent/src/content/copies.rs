@@ -135,7 +135,7 @@ impl Content {
         &self,
         chain: Digest,
         first: u32,
-        may_read: &mut dyn FnMut(u64) -> bool,
+        may_read: &mut dyn FnMut(table::Asked) -> bool,
     ) -> Result<Found, ContentError> {
         let copy = self.copy(chain, first);
         table::check(&copy, &self.copy_table(chain, first), may_read).map_err(at(&copy))

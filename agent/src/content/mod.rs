@@ -20,13 +20,13 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
 use edged_model::id::Digest;
 
-use crate::config::Places;
+use crate::config::{FsVerity, Places};
 use crate::crash_point;
-use table::{Found, Sums};
+use table::{Asked, Found, Sums};
 
 /// A tar archive as a stream of entries.
 pub mod archive;
@@ -48,6 +48,8 @@ pub mod table;
 pub mod unpack;
 /// What the disk holds, and what may go.
 pub mod usage;
+/// Files that the kernel checks whenever they are read.
+pub mod verity;
 /// Zstandard frames as one stream.
 pub mod zstd;
 
@@ -70,15 +72,17 @@ pub struct Content {
     tables: PathBuf,
     partials: PathBuf,
     layers: PathBuf,
+    fs_verity: FsVerity,
     in_work: Arc<InWork>,
 }
 
 /// Layers that some thread is unpacking or copying, by their names in `ingest`. Two images of one generation share their
-/// lower layers: each is fetched once.
+/// lower layers: each is fetched once. And what all threads have found out of the disk.
 #[derive(Debug, Default)]
 struct InWork {
     names: Mutex<BTreeSet<String>>,
     done: Condvar,
+    can_protect: OnceLock<bool>,
 }
 
 impl Content {
@@ -90,6 +94,7 @@ impl Content {
             tables: places.content().join("tables"),
             partials: places.content().join("partial"),
             layers: places.layers(),
+            fs_verity: FsVerity::default(),
             in_work: Arc::default(),
         };
         let staging = content.staging();
@@ -117,6 +122,25 @@ impl Content {
             }
         }
         Ok(content)
+    }
+
+    /// Whether the kernel is asked to protect what is unpacked from now on.
+    #[must_use]
+    pub fn with_fs_verity(mut self, fs_verity: FsVerity) -> Self {
+        self.fs_verity = fs_verity;
+        self
+    }
+
+    /// Whether files of layers are protected as they are unpacked. Asked of the kernel once.
+    pub fn protects(&self) -> bool {
+        let look = || {
+            let is_possible = verity::is_possible(&self.staging());
+            if !is_possible {
+                tracing::info!("layers are not under fs-verity: the kernel, or the file system they are on, has none");
+            }
+            is_possible
+        };
+        self.fs_verity != FsVerity::Off && *self.in_work.can_protect.get_or_init(look)
     }
 
     /// Where all but the layers lies.
@@ -165,13 +189,19 @@ impl Content {
     pub fn check_layer(
         &self,
         chain: Digest,
-        may_read: &mut dyn FnMut(u64) -> bool,
+        may_read: &mut dyn FnMut(Asked) -> bool,
     ) -> Result<Option<Found>, ContentError> {
         let (layer, path) = (self.layer(chain), self.table(chain));
         if !path.exists() {
             return Ok(None);
         }
         table::check(&layer, &path, may_read).map(Some).map_err(at(&layer))
+    }
+
+    /// How much of a layer the kernel checks whenever it is read (fs-verity).
+    pub fn protected_bytes(&self, chain: Digest) -> u64 {
+        // Without a table, or with one that is damaged, nobody knows of any.
+        table::protected_bytes(&self.table(chain)).unwrap_or(0)
     }
 
     pub fn has_layer(&self, chain: Digest) -> bool {
@@ -191,6 +221,9 @@ impl Content {
         }
         if target.is_dir() {
             return Ok(None);
+        }
+        if self.fs_verity == FsVerity::Required && !self.protects() {
+            return Err(at(&self.layers)(io::Error::from(io::ErrorKind::Unsupported)));
         }
         names.insert(name.clone());
         drop(names);
@@ -220,7 +253,8 @@ impl Staged<'_> {
 
     /// Makes the layer visible: its data and its table first, then its name.
     pub fn publish(self, sums: &Sums) -> Result<(), ContentError> {
-        table::write(&self.path, sums, &self.table).map_err(at(&self.table))?;
+        let fs_verity = if self.content.protects() { self.content.fs_verity } else { FsVerity::Off };
+        table::write(&self.path, sums, &self.table, fs_verity).map_err(at(&self.table))?;
         let dir = File::open(&self.path).map_err(at(&self.path))?;
         crash_point::pass("layer-unpacked");
         // One layer is thousands of files: one syncfs(2) is cheaper than an fsync for each.

@@ -2,10 +2,13 @@
 //! beside the layer and synced with it. After an unclean stop the layer is held against it.
 //!
 //! ```text
-//! <path> TAB <kind, mode, owner, time, size or target> TAB <attributes> TAB <sum of the content>
+//! <path> TAB <kind, mode, owner, time, size or target> TAB <attributes> TAB <sum of the content> [TAB <fs-verity digest>]
 //! …
 //! end TAB <entries> TAB <sum of all lines above>
 //! ```
+//! A file with the last field is protected by the kernel (`verity`): it is enough to ask by what. An edged that does not know
+//! the field reads the rest of the line as ever, and lines without it are those of files that are not protected.
+//!
 //! The sum is xxHash (XXH64): it finds what a disk does to bytes, at the speed of memory. It keeps nobody out: who can
 //! write to the disk could write the table too. What an image is was settled by its digests before the table was made.
 
@@ -20,6 +23,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, readlinkat, statat};
 use rustix::io::Errno;
 use twox_hash::XxHash64;
+
+use super::verity;
+use crate::config::FsVerity;
 
 /// Longer than any line that is written: two names of 4 KiB, four characters for each byte.
 const LINE_MAX_BYTES: u64 = 64 << 10;
@@ -80,14 +86,25 @@ impl Sum {
 pub struct Found {
     pub entries: u64,
     pub read_bytes: u64,
+    /// Of files that the kernel checks whenever it reads them, by what was made when they were unpacked.
+    pub protected_bytes: u64,
     /// What is not as it was; at most a few.
     pub damage: Vec<String>,
     /// Contents that were not read because there was no time for it.
     pub unread: u64,
 }
 
-/// Writes the table of the layer that lies at `layer` to `path`. Syncing is the caller's.
-pub fn write(layer: &Path, sums: &Sums, path: &Path) -> io::Result<()> {
+/// A content that could be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    pub bytes: u64,
+    /// The kernel will refuse whatever of it is not as it was.
+    pub is_protected: bool,
+}
+
+/// Writes the table of the layer that lies at `layer` to `path`, and has the kernel protect what it can. Syncing is the
+/// caller's.
+pub fn write(layer: &Path, sums: &Sums, path: &Path, fs_verity: FsVerity) -> io::Result<()> {
     let mut out = BufWriter::with_capacity(READ_BYTES, File::create(path)?);
     let mut all = Sum::default();
     let (mut entries, mut buffer) = (0_u64, vec![0; READ_BYTES]);
@@ -98,7 +115,8 @@ pub fn write(layer: &Path, sums: &Sums, path: &Path) -> io::Result<()> {
             (true, Some(sum)) => Some(*sum),
             (true, None) => Some(walk.content_sum(&entry, &mut buffer)?.0),
         };
-        let line = entry.line(sum);
+        let protected = walk.protect(&entry, fs_verity)?;
+        let line = entry.line(sum, protected);
         all.add(line.as_bytes());
         out.write_all(line.as_bytes())?;
         entries += 1;
@@ -107,8 +125,19 @@ pub fn write(layer: &Path, sums: &Sums, path: &Path) -> io::Result<()> {
     out.into_inner().map_err(io::IntoInnerError::into_error).map(drop)
 }
 
-/// Holds the layer against its table. `may_read` is asked before each content, with its size.
-pub fn check(layer: &Path, path: &Path, may_read: &mut dyn FnMut(u64) -> bool) -> io::Result<Found> {
+/// How much of a layer the kernel checks whenever it is read, by its table.
+pub fn protected_bytes(path: &Path) -> io::Result<u64> {
+    let (mut table, mut bytes) = (Table::open(path)?, 0);
+    while let Some(line) = table.next()? {
+        if !line.protected().is_empty() {
+            bytes += line.size();
+        }
+    }
+    Ok(bytes)
+}
+
+/// Holds the layer against its table. `may_read` is asked before each content.
+pub fn check(layer: &Path, path: &Path, may_read: &mut dyn FnMut(Asked) -> bool) -> io::Result<Found> {
     let mut found = Found::default();
     let mut table = Table::open(path)?;
     let (mut walk, mut buffer) = (Walk::new(layer)?, vec![0; READ_BYTES]);
@@ -145,7 +174,7 @@ fn compare(
     entry: &Entry,
     walk: &Walk,
     buffer: &mut [u8],
-    may_read: &mut dyn FnMut(u64) -> bool,
+    may_read: &mut dyn FnMut(Asked) -> bool,
 ) {
     found.entries += 1;
     let same_attributes =
@@ -156,8 +185,15 @@ fn compare(
     if !entry.is_file() {
         return;
     }
-    if !may_read(entry.size()) {
-        found.unread += 1;
+    let is_protected = match walk.is_protected(was, entry) {
+        Ok(is_protected) => is_protected,
+        Err(why) => return note(found, format!("{} {why}", entry.escaped)),
+    };
+    if is_protected {
+        found.protected_bytes += entry.size();
+    }
+    if !may_read(Asked { bytes: entry.size(), is_protected }) {
+        found.unread += u64::from(!is_protected);
         return;
     }
     match walk.content_sum(entry, buffer) {
@@ -207,6 +243,14 @@ impl Line {
     }
     fn sum(&self) -> &str {
         self.field(3)
+    }
+    /// By what the kernel protects it; empty if it does not.
+    fn protected(&self) -> &str {
+        self.field(4)
+    }
+    /// Of a file.
+    fn size(&self) -> u64 {
+        self.meta().rsplit(' ').next().and_then(|size| size.parse().ok()).unwrap_or(0)
     }
     fn order(&self) -> Vec<&str> {
         order(self.path())
@@ -263,6 +307,8 @@ pub(super) struct Entry {
     meta: String,
     attributes: String,
 }
+
+type Protection = [u8; edged_sys::verity::DIGEST_BYTES];
 
 const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
@@ -365,6 +411,34 @@ impl Walk {
         if names.is_empty() { String::new() } else { format!("{:016x}", sum.value()) }
     }
 
+    /// Has the kernel protect a file that is worth it. Where it may be done without, what cannot be protected (a file too
+    /// large, a disk too full for its tree) has its sum.
+    fn protect(&self, entry: &Entry, fs_verity: FsVerity) -> io::Result<Option<Protection>> {
+        if fs_verity == FsVerity::Off || !entry.is_file() || entry.size() < verity::LEAST_BYTES {
+            return Ok(None);
+        }
+        match verity::protect(&self.top, &entry.path, &entry.stat) {
+            Ok(digest) => Ok(Some(digest)),
+            Err(errno) if fs_verity == FsVerity::Required || errno == Errno::IO => Err(errno.into()),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Whether the kernel holds a file against what it was protected by when it was unpacked; an error says what is wrong.
+    fn is_protected(&self, was: &Line, entry: &Entry) -> Result<bool, String> {
+        if was.protected().is_empty() {
+            return Ok(false);
+        }
+        match verity::measured(&self.top, &entry.path) {
+            Ok(Some(digest)) if hex::encode(digest) == was.protected() => Ok(true),
+            Ok(Some(_)) => Err("has another fs-verity digest".to_owned()),
+            Ok(None) => Ok(false),
+            Err(Errno::NODATA) => Err("has lost its fs-verity".to_owned()),
+            // A kernel without it does not even open the file (EOPNOTSUPP).
+            Err(errno) => Err(format!("cannot be opened: {}", io::Error::from(errno))),
+        }
+    }
+
     fn content_sum(&self, entry: &Entry, buffer: &mut [u8]) -> io::Result<(u64, u64)> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut file = File::from(openat(&self.top, &entry.path, flags, Mode::empty())?);
@@ -394,9 +468,10 @@ impl Entry {
         u64::try_from(self.stat.st_size).unwrap_or(0)
     }
 
-    fn line(&self, sum: Option<u64>) -> String {
+    fn line(&self, sum: Option<u64>, protected: Option<Protection>) -> String {
         let sum = sum.map(|sum| format!("{sum:016x}")).unwrap_or_default();
-        format!("{}\t{}\t{}\t{sum}\n", self.escaped, self.meta, self.attributes)
+        let protected = protected.map(|digest| format!("\t{}", hex::encode(digest))).unwrap_or_default();
+        format!("{}\t{}\t{}\t{sum}{protected}\n", self.escaped, self.meta, self.attributes)
     }
 }
 
@@ -480,7 +555,7 @@ mod tests {
         for (what, harm, said) in harms {
             let _ = fs::remove_dir_all(&root);
             layer(&root);
-            write(&root, &Sums::default(), &table).unwrap();
+            write(&root, &Sums::default(), &table, FsVerity::Auto).unwrap();
             let whole = checked(&root, &table);
             assert_eq!((whole.damage, whole.entries, whole.read_bytes), (Vec::new(), 9, 300_024), "{what}");
             harm(&root);
@@ -494,7 +569,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
         layer(&root);
-        write(&root, &Sums::default(), &table).unwrap();
+        write(&root, &Sums::default(), &table, FsVerity::Auto).unwrap();
         let bytes = fs::read(&table).unwrap();
         for at in (0..bytes.len()).step_by(7) {
             let mut damaged = bytes.clone();
@@ -511,8 +586,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
         layer(&root);
-        write(&root, &Sums::default(), &table).unwrap();
-        let found = check(&root, &table, &mut |size| size < 1000).unwrap();
+        write(&root, &Sums::default(), &table, FsVerity::Auto).unwrap();
+        let found = check(&root, &table, &mut |asked| asked.bytes < 1000).unwrap();
         assert_eq!((found.unread, found.read_bytes, found.damage), (1, 24, Vec::new()));
         fs::remove_file(root.join("bin/app")).unwrap();
         assert!(!check(&root, &table, &mut |_| false).unwrap().damage.is_empty());
@@ -523,7 +598,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
         layer(&root);
-        write(&root, &Sums::default(), &table).unwrap();
+        write(&root, &Sums::default(), &table, FsVerity::Auto).unwrap();
         // As f2fs does when a directory comes under another one.
         File::open(&root).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
         assert_eq!(checked(&root, &table).damage, [""; 0]);
@@ -539,18 +614,18 @@ mod tests {
         let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(root.join("last")).unwrap());
         let mut sums = Sums::default();
         sums.note(inode, 7, false);
-        write(&root, &sums, &table).unwrap();
+        write(&root, &sums, &table, FsVerity::Auto).unwrap();
         assert_eq!(checked(&root, &table).damage, ["./last has another content"], "the sum was wrong, and was taken");
         // So are attributes: a file that was made without any is not asked for them.
         rustix::fs::setxattr(root.join("last"), "user.test", b"1", rustix::fs::XattrFlags::empty()).unwrap();
-        write(&root, &sums, &table).unwrap();
+        write(&root, &sums, &table, FsVerity::Auto).unwrap();
         assert!(checked(&root, &table).damage[0].starts_with("./last is"), "it has one after all");
         sums.note(inode, XxHash64::oneshot(0, b"y"), true);
-        write(&root, &sums, &table).unwrap();
+        write(&root, &sums, &table, FsVerity::Auto).unwrap();
         assert_eq!(checked(&root, &table).damage, [""; 0]);
         sums.forget();
         sums.note(inode, 7, false);
-        write(&root, &sums, &table).unwrap();
+        write(&root, &sums, &table, FsVerity::Auto).unwrap();
         assert_eq!(checked(&root, &table).damage, Vec::<String>::new());
     }
 }

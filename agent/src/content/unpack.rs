@@ -22,6 +22,7 @@ use rustix::io::Errno;
 
 use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, Segment, printable};
 use super::table::{Sum, Sums};
+use super::verity;
 use crate::config::DeviceNodes;
 use nodes::{Below, MadeWay};
 
@@ -36,6 +37,8 @@ pub struct Bounds<'a> {
     /// What may still be written to the disk, shared by all layers that are unpacked at the same time.
     pub disk_left: &'a AtomicU64,
     pub device_nodes: DeviceNodes,
+    /// Large files get a tree of hashes beside them (`verity`).
+    pub is_protected: bool,
 }
 
 /// The directories of the layers below, lowest first: asked for only when an entry needs them, since they may still be
@@ -116,7 +119,8 @@ pub fn unpack(
         if bytes > bounds.bytes_max {
             return Err(UnpackError::TooLarge { name, max: bounds.bytes_max });
         }
-        let size = stored_bytes(&item).saturating_add(DISK_BLOCK);
+        let tree = if bounds.is_protected { verity::extra_bytes(item.size) } else { 0 };
+        let size = stored_bytes(&item).saturating_add(DISK_BLOCK).saturating_add(tree);
         let take = |left: u64| left.checked_sub(size);
         if bounds.disk_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
             return Err(UnpackError::DiskFull { name, size });

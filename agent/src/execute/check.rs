@@ -11,7 +11,7 @@ use edged_model::images::CheckedLayer;
 use edged_model::quantity::Bytes;
 
 use super::pull::ReadyImage;
-use crate::content::table::Found;
+use crate::content::table::{Asked, Found};
 use crate::content::{Content, ContentError};
 
 /// Which images have which layer.
@@ -25,11 +25,11 @@ pub fn by_layer(images: &BTreeMap<String, ReadyImage>) -> BTreeMap<Digest, Vec<S
     all
 }
 
-/// Looks at each layer. `may_read` is asked before each content, with its size; metadata are always looked at.
+/// Looks at each layer. `may_read` is asked before each content, metadata are always looked at.
 pub fn layers(
     content: &Content,
     layers: &BTreeMap<Digest, Vec<String>>,
-    may_read: &mut dyn FnMut(u64) -> bool,
+    may_read: &mut dyn FnMut(Asked) -> bool,
 ) -> Vec<CheckedLayer> {
     let check = |(chain, images): (&Digest, &Vec<String>)| {
         let found = content.check_layer(*chain, may_read);
@@ -42,7 +42,7 @@ pub fn layers(
 pub fn copies(
     content: &Content,
     layers: &BTreeMap<Digest, Vec<String>>,
-    may_read: &mut dyn FnMut(u64) -> bool,
+    may_read: &mut dyn FnMut(Asked) -> bool,
 ) -> Vec<CheckedLayer> {
     let mut list = Vec::new();
     for first in content.copy_ranges() {
@@ -66,6 +66,7 @@ fn checked(
         images: images.to_vec(),
         entries: 0,
         read: Bytes(0),
+        protected: Bytes(0),
         damage: Vec::new(),
         unread: false,
     };
@@ -73,6 +74,7 @@ fn checked(
         Ok(Some(found)) => {
             checked.entries = found.entries;
             checked.read = Bytes(found.read_bytes);
+            checked.protected = Bytes(found.protected_bytes);
             checked.unread = found.unread > 0;
             checked.damage = found.damage;
         }

@@ -123,7 +123,19 @@ pub fn netns_path(places: &Places, name: &WorkloadName, mode: NetworkMode) -> Op
 }
 
 pub(super) fn failed(name: &WorkloadName, error: &dyn std::error::Error) -> Reason {
-    Reason::new(Code::StartFailed, format!("{name} could not be started: {}", inline_chain(error)))
+    let code = if is_unread(error) { Code::LayerDamaged } else { Code::StartFailed };
+    Reason::new(code, format!("{name} could not be started: {}", inline_chain(error)))
+}
+
+/// Whether the disk did not give what it has. A kernel without fs-verity does not open what another one has protected.
+fn is_unread(error: &dyn std::error::Error) -> bool {
+    use rustix::io::Errno;
+    let mut causes = std::iter::successors(error.source(), |error| error.source());
+    causes.any(|cause| {
+        let of_io = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        let errno = of_io.map(Errno::from_raw_os_error).or_else(|| cause.downcast_ref::<Errno>().copied());
+        matches!(errno, Some(Errno::IO | Errno::BADMSG | Errno::UCLEAN | Errno::OPNOTSUPP))
+    })
 }
 
 /// What is prepared.

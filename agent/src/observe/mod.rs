@@ -6,6 +6,8 @@ use edged_model::keeper::ChildExit;
 
 /// Space on the data disk.
 pub mod disk;
+/// What the kernel says of damaged files.
+pub mod kernel_log;
 /// The locks with which workloads ask for peace.
 pub mod locks;
 /// The workload's output: bounded segments on disk, followers in memory.

@@ -12,7 +12,7 @@ use edged_plan::transition;
 use edged_plan::world::Began;
 
 use super::store_thread::Busy;
-use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, resize};
+use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, resize, suspect};
 use crate::crash_point;
 use crate::execute::{copies, isolate, place, pull, start, stop};
 use crate::report::Taken;
@@ -192,6 +192,7 @@ impl Agent {
                 }
             }
             Err(failure) => {
+                let is_unread = suspect::is_unread(&failure);
                 let (stage, errno) = match failure {
                     // An end has no room for what to do about it but its words.
                     StartFailure::Reason(reason) if reason.next.is_empty() => (reason.text, 0),
@@ -205,6 +206,9 @@ impl Agent {
                 let cause = ExitCause::NotStarted { stage, errno };
                 let exit = Exit { cause, at: now.wall, at_boot_ms: now.boot_ms, ran_ms: 0, peak_memory: None };
                 self.ended(&name, exit);
+                if is_unread {
+                    self.suspect(&name);
+                }
             }
         }
     }

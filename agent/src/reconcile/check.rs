@@ -1,6 +1,6 @@
-//! After an unclean stop the layers of what is about to run are held against what was unpacked, image by image: a workload
-//! starts when its own image has been looked at. A damaged layer is taken away, and the planner has its image fetched
-//! again, of which nothing else is missing.
+//! Layers are held against what was unpacked, image by image: after an unclean stop those of what is about to run, where a
+//! workload starts when its own image has been looked at, and later those that a workload could not be given (`suspect`). A
+//! damaged layer is taken away, and the planner has its image fetched again, of which nothing else is missing.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use super::{Agent, Message, clock};
 use crate::content::Content;
+use crate::content::table::Asked;
 use crate::crash_point;
 use crate::execute::check;
 use crate::execute::pull::ReadyImage;
@@ -58,7 +59,9 @@ impl Agent {
         let until = clock::boot_ms().saturating_add(self.config.images.check_time.ms);
         let inbox = self.inbox.clone();
         tokio::task::spawn_blocking(move || {
-            let ended = look(&content, images, &in_use, until, &inbox);
+            // What the kernel checks by itself need not be read now.
+            let may_read = |asked: Asked| !asked.is_protected && clock::boot_ms() < until;
+            let ended = look(&content, images, InUse::Unseen(&in_use), &may_read, "after an unclean stop", &inbox);
             end(&content, &in_use, &boot_id);
             crash_point::pass("check-done");
             // The loop has ended only when the agent ends.
@@ -67,10 +70,12 @@ impl Agent {
     }
 
     /// Of the images that what runs may have been started from.
-    fn layers_in_use(&self) -> BTreeSet<Digest> {
+    pub(super) fn layers_in_use(&self) -> BTreeSet<Digest> {
         let runs = |name: &WorkloadName| {
             let instance = self.world.observed.workloads.get(name);
-            instance.is_some_and(|instance| matches!(instance.state, InstanceState::Running { .. }))
+            let runs =
+                |state: &InstanceState| matches!(state, InstanceState::Running { .. } | InstanceState::Stopping { .. });
+            instance.is_some_and(|instance| runs(&instance.state))
         };
         let generations = self.world.desired.generations.values();
         let workloads = generations.flat_map(|generation| &generation.manifest.workloads);
@@ -94,36 +99,67 @@ impl Agent {
         self.warn_if_busy(written);
     }
 
-    pub(super) fn layers_checked(&mut self, layers: &[CheckedLayer], took_ms: u64) {
+    pub(super) fn layers_checked(&mut self, checked: &Checked) {
         self.collected.under_way = false;
-        for _ in layers.iter().filter(|layer| !layer.damage.is_empty()) {
+        if checked.layers.iter().any(|layer| !layer.damage.is_empty()) {
+            self.suspects.found();
+        }
+        for _ in checked.layers.iter().filter(|layer| !layer.damage.is_empty()) {
             self.count(|survived| &mut survived.layers_damaged);
         }
-        for why in told(layers, took_ms) {
+        for why in told(checked) {
             self.tell(None, None, &why, "agent");
         }
     }
 }
 
+/// What a check has found.
+pub struct Checked {
+    layers: Vec<CheckedLayer>,
+    /// Damaged, and not taken away because something runs on them.
+    kept: BTreeSet<Digest>,
+    took_ms: u64,
+    /// When it was, or why: the beginning of a sentence.
+    when: String,
+}
+
+/// Layers that something runs on.
+pub(super) enum InUse<'l> {
+    /// Not looked at.
+    Unseen(&'l BTreeSet<Digest>),
+    /// Looked at, and left where they are.
+    Kept(&'l BTreeSet<Digest>),
+}
+
 /// On a thread of its own. The loop has ended only when the agent ends.
-fn look(
+pub(super) fn look(
     content: &Content,
     images: BTreeMap<String, ReadyImage>,
-    in_use: &BTreeSet<Digest>,
-    until: u64,
+    in_use: InUse<'_>,
+    may_read: &dyn Fn(Asked) -> bool,
+    when: &str,
     inbox: &mpsc::Sender<Message>,
 ) -> Message {
+    let nothing = BTreeSet::new();
+    let (unseen, keep) = match in_use {
+        InUse::Unseen(layers) => (layers, &nothing),
+        InUse::Kept(layers) => (&nothing, layers),
+    };
+    let mut kept = BTreeSet::new();
     let began = clock::boot_ms();
     let mut layers: BTreeMap<Digest, CheckedLayer> = BTreeMap::new();
     let mut copies = Vec::new();
     let names = check::by_layer(&images);
     for (name, image) in images {
-        let unseen = image.layers.iter().filter(|chain| !layers.contains_key(chain) && !in_use.contains(chain));
-        let unseen: BTreeMap<_, _> =
-            unseen.map(|chain| (*chain, names.get(chain).cloned().unwrap_or_default())).collect();
-        copies.extend(check_copies(content, &unseen, until));
-        for layer in check::layers(content, &unseen, &mut |_| clock::boot_ms() < until) {
-            if !layer.damage.is_empty() {
+        let chains = image.layers.iter().filter(|chain| !layers.contains_key(chain) && !unseen.contains(chain));
+        let chains: BTreeMap<_, _> =
+            chains.map(|chain| (*chain, names.get(chain).cloned().unwrap_or_default())).collect();
+        copies.extend(check_copies(content, &chains, keep, may_read));
+        for layer in check::layers(content, &chains, &mut |asked| may_read(asked)) {
+            let is_damaged = !layer.damage.is_empty();
+            if is_damaged && keep.contains(&layer.chain) {
+                kept.insert(layer.chain);
+            } else if is_damaged {
                 crash_point::pass("check-found");
                 if let Err(error) = content.remove_layer(layer.chain) {
                     tracing::error!("a damaged layer: {}", inline_chain(&error));
@@ -132,13 +168,20 @@ fn look(
             }
             layers.insert(layer.chain, layer);
         }
-        let is_damaged = |chain| layers.get(chain).is_some_and(|layer| !layer.damage.is_empty());
+        let is_damaged =
+            |chain| layers.get(chain).is_some_and(|layer| !layer.damage.is_empty() && !kept.contains(chain));
         let is_whole = !image.layers.iter().any(is_damaged);
         let _ = inbox.blocking_send(Message::ImageChecked { name, image: Box::new(image), is_whole });
     }
+    if !kept.is_empty() {
+        // Replaced before anything runs on it again, at the next start.
+        if let Err(error) = check::mark_unclean(content) {
+            tracing::error!("{}", inline_chain(&error));
+        }
+    }
     let took_ms = clock::boot_ms().saturating_sub(began);
     let layers = layers.into_values().chain(copies).collect();
-    Message::LayersChecked { layers, took_ms }
+    Message::LayersChecked(Checked { layers, kept, took_ms, when: when.to_owned() })
 }
 
 /// Nobody looks again in this boot; but what was left out is looked at in the next.
@@ -152,8 +195,15 @@ fn end(content: &Content, left_out: &BTreeSet<Digest>, boot_id: &str) {
 }
 
 /// A damaged copy is taken away; the next start makes it again, of layers that were looked at.
-fn check_copies(content: &Content, layers: &BTreeMap<Digest, Vec<String>>, until: u64) -> Vec<CheckedLayer> {
-    let copies = check::copies(content, layers, &mut |_| clock::boot_ms() < until);
+fn check_copies(
+    content: &Content,
+    layers: &BTreeMap<Digest, Vec<String>>,
+    keep: &BTreeSet<Digest>,
+    may_read: &dyn Fn(Asked) -> bool,
+) -> Vec<CheckedLayer> {
+    let layers = layers.iter().filter(|(chain, _)| !keep.contains(chain));
+    let layers = layers.map(|(chain, images)| (*chain, images.clone())).collect();
+    let copies = check::copies(content, &layers, &mut |asked| may_read(asked));
     for copy in copies.iter().filter(|copy| !copy.damage.is_empty()) {
         if let Err(error) = content.remove_copy(copy.chain, copy.copy.unwrap_or_default()) {
             tracing::error!("a damaged copy of a layer: {}", inline_chain(&error));
@@ -162,17 +212,21 @@ fn check_copies(content: &Content, layers: &BTreeMap<Digest, Vec<String>>, until
     copies
 }
 
-/// For the events: what a check at the start has found.
-fn told(layers: &[CheckedLayer], took_ms: u64) -> Vec<Reason> {
+/// For the events: what a check has found.
+fn told(checked: &Checked) -> Vec<Reason> {
+    let Checked { layers, kept, took_ms, when } = checked;
     let damaged = layers.iter().filter(|layer| !layer.damage.is_empty());
     let mut list: Vec<Reason> = damaged
         .map(|layer| {
             let (what, again) = match layer.copy {
-                Some(first) => (format!("the copy for the ids from {first} of layer"), "made"),
-                None => ("layer".to_owned(), "fetched"),
+                Some(first) => (format!("the copy for the ids from {first} of layer"), "made again"),
+                None if kept.contains(&layer.chain) => {
+                    ("layer".to_owned(), "fetched again at the next boot, because something runs on it")
+                }
+                None => ("layer".to_owned(), "fetched again"),
             };
             let text = format!(
-                "{what} {} of {} is damaged ({}) and is {again} again",
+                "{what} {} of {} is damaged ({}) and is {again}",
                 layer.chain.short(),
                 layer.images.join(", "),
                 layer.damage.join("; ")
@@ -180,16 +234,17 @@ fn told(layers: &[CheckedLayer], took_ms: u64) -> Vec<Reason> {
             Reason::new(Code::LayerDamaged, text).next("if this comes back, the disk is failing")
         })
         .collect();
-    let read: u64 = layers.iter().map(|layer| layer.read.0).sum();
+    let sum = |of: fn(&CheckedLayer) -> Bytes| Bytes(layers.iter().map(|layer| of(layer).0).sum()).human();
     let unread = layers.iter().filter(|layer| layer.unread).count();
     let rest = match unread {
         0 => String::new(),
         n => format!("; {n} of them not in full (no time left, or unpacked by an older edged)"),
     };
     let text = format!(
-        "after an unclean stop {} layers were checked in {took_ms} ms, {} read: {} damaged{rest}",
+        "{when} {} layers were checked in {took_ms} ms, {} read and {} under fs-verity: {} damaged{rest}",
         layers.len(),
-        Bytes(read).human(),
+        sum(|layer| layer.read),
+        sum(|layer| layer.protected),
         list.len()
     );
     list.push(Reason::new(Code::LayersChecked, text));

@@ -8,7 +8,7 @@ use edged_model::quantity::Bytes;
 use edged_model::workload::{Exit, ExitCause};
 use edged_plan::restart;
 
-use super::{Agent, Message, health};
+use super::{Agent, Message, health, suspect};
 use crate::crash_point;
 use crate::store::{Durability, inline_chain};
 
@@ -43,7 +43,11 @@ impl Agent {
                     ran_ms: exit.boot_ms.saturating_sub(since),
                     peak_memory: peak,
                 };
+                let may_be_unread = suspect::may_be_unread(&exit.cause);
                 self.ended(&name, exit);
+                if may_be_unread {
+                    self.suspect(&name);
+                }
                 if !self.starts_at_once(&name) {
                     return self.forget_when_written(name).await;
                 }

@@ -211,7 +211,10 @@ fn image_list(
                 layers: image
                     .layers
                     .iter()
-                    .map(|chain| LayerInfo { chain: *chain, size: Bytes(size(chain)) })
+                    .map(|chain| {
+                        let protected = Bytes(content.protected_bytes(*chain));
+                        LayerInfo { chain: *chain, size: Bytes(size(chain)), protected }
+                    })
                     .collect(),
                 generations: all.generations.into_iter().collect(),
                 workloads: all.workloads.into_iter().collect(),

@@ -40,6 +40,8 @@ mod status;
 mod store_thread;
 /// What was survived, counted.
 mod survived;
+/// Layers that could not be read.
+mod suspect;
 /// The clock, its floor, and what others say.
 mod time;
 /// The trust root in force, and the next one.
@@ -128,10 +130,9 @@ enum Message {
         image: Box<ReadyImage>,
         is_whole: bool,
     },
-    LayersChecked {
-        layers: Vec<edged_model::images::CheckedLayer>,
-        took_ms: u64,
-    },
+    LayersChecked(check::Checked),
+    /// Which file fs-verity refused to read.
+    KernelSays(String),
     /// Images that an operator brought, or why not.
     Loaded(Box<images::LoadEnded>),
     Collected {
@@ -231,6 +232,7 @@ struct Agent {
     collected: space::Collected,
     leases: moment::Leases,
     counters: survived::Counters,
+    suspects: suspect::Suspects,
     /// Failed tries of images that are being fetched again.
     pull_attempts: BTreeMap<String, u32>,
     pull_context: Arc<PullContext>,
@@ -316,6 +318,8 @@ impl Agent {
         }
         self.look_at_program().await;
         self.sample();
+        self.look_at_suspects();
+        self.look_at_what_the_kernel_said();
         self.collect_if_due();
         self.floor_if_due();
         self.look_at_expiry();

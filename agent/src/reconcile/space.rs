@@ -263,6 +263,8 @@ fn use_of(
     };
     let (layers, documents, partials) = (content.layers()?, content.documents()?, content.partials()?);
     let copies = content.copies()?;
+    let protected: u64 = layers.iter().map(|layer| content.protected_bytes(layer.digest)).sum();
+    let protected = (content.protects() || protected > 0).then_some(Bytes(protected));
     let sum = |items: &[crate::content::usage::Item]| items.iter().map(|item| item.bytes).sum();
     let mut parts = vec![
         part("layers", layers.len(), sum(&layers), reclaimable("layer")),
@@ -283,5 +285,5 @@ fn use_of(
     }
     let space = disk::space(places.data());
     let (total, free) = space.map_or((Bytes(0), Bytes(0)), |space| (space.total, space.free));
-    Ok(DiskUse { total, free, reserve, parts })
+    Ok(DiskUse { total, free, reserve, protected, parts })
 }

@@ -28,7 +28,7 @@ use crate::execute::pull::{self, PullContext, ReadyImage, is_whole};
 use crate::execute::start::StartContext;
 use crate::execute::user_ids::Ranges;
 use crate::network::{interface, ports::Ports};
-use crate::observe::{logs::Logs, pressure};
+use crate::observe::{kernel_log, logs::Logs, pressure};
 use crate::registry::traffic::{Clock, Limits, Traffic};
 use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
@@ -63,7 +63,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     crash_point::pass("root-taken");
     let instance = (!is_device).then(|| Digest::of(places.data().as_os_str().as_encoded_bytes()).short());
     let cgroups = CgroupRoot::detect(instance.as_deref())?;
-    let content = Content::open(&places)?;
+    let content = Content::open(&places)?.with_fs_verity(config.images.fs_verity);
     crash_point::pass("content-opened");
     let capacity = capacity(&config);
     if is_device {
@@ -112,6 +112,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         collected: super::space::Collected::default(),
         leases: super::moment::Leases::default(),
         pull_attempts: BTreeMap::new(),
+        suspects: super::suspect::Suspects::default(),
         pull_context: Arc::new(pull_context),
         start_context: StartContext {
             places: places.clone(),
@@ -280,6 +281,17 @@ impl Agent {
     }
 
     /// Everything that listens or asks outside.
+    fn listen_to_the_kernel(&self) {
+        let inbox = self.inbox.clone();
+        tokio::spawn(async move {
+            // A file that finds no room is told by the next that cannot be read.
+            let tell = |file| drop(inbox.try_send(Message::KernelSays(file)));
+            if let Err(error) = kernel_log::follow(tell).await {
+                tracing::info!("what the kernel says of damaged files is not heard: {error}");
+            }
+        });
+    }
+
     async fn open_doors(&mut self, places: &Places, is_device: bool) -> anyhow::Result<mpsc::Receiver<api::Call>> {
         let (calls, receiver) = mpsc::channel(CALLS_DEPTH);
         let allowed = api::peer::Allowed::group_named(&self.config.api.group);
@@ -324,6 +336,7 @@ impl Agent {
             };
             tokio::spawn(interface::run(self.config.network.clone(), "/etc/resolv.conf".into(), tell));
         }
+        self.listen_to_the_kernel();
         Ok(receiver)
     }
 }

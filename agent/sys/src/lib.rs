@@ -14,6 +14,7 @@
 //! | [`pidfd`] | pidfd_send_signal(2), waitid(2) |
 //! | [`device_filter`] | bpf(2) |
 //! | [`memory`] | malloc_trim(3) |
+//! | [`verity`] | ioctl(2), filesystems/fsverity.rst |
 //! | [`device`] | watchdog-api, finit_module(2), clock_settime(2) |
 //!
 //! And one that is not the kernel's: `unzstd`, a library with the interface of C.
@@ -53,6 +54,9 @@ pub mod inherit;
 
 /// Memory that nobody uses.
 pub mod memory;
+
+/// Files that the kernel checks.
+pub mod verity;
 
 /// Signals by pidfd.
 pub mod pidfd;

@@ -105,6 +105,42 @@ fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_s
 }
 
 #[test]
+fn a_workload_that_could_not_read_its_program_has_its_damaged_layer_fetched_again() {
+    let factory = Factory::start();
+    let own = factory.path("own");
+    fs::create_dir_all(own.join("opt")).unwrap();
+    fs::write(own.join("opt/tool"), vec![7; 100_000]).unwrap();
+    let image = factory.publish_over_busybox("app", &own);
+    let device = factory.device("");
+    // As a shell tells of a program that the kernel ended by SIGBUS; on the host no file can be had to fail so.
+    let script = "if [ -e /data/bad ]; then rm /data/bad; exit 135; fi; exec sleep 10000";
+    let manifest = sleeper(1, &image).replace("[/bin/sleep, \"10000\"]", &format!("[/bin/sh, -c, '{script}']"));
+    device.take(&factory.sign("one", &manifest));
+    device.wait_for_generation(1, "good");
+    let bad = device.data().join("volumes/data/bad");
+    let looked = |device: &Device| device.events().into_iter().filter(|text| text.contains("could not read")).count();
+
+    let tool = find(&device, "opt/tool");
+    let (file, before) = (fs::File::options().write(true).open(&tool).unwrap(), fs::metadata(&tool).unwrap());
+    file.write_all_at(&[8], 50_000).unwrap();
+    file.set_modified(before.modified().unwrap()).unwrap();
+    fs::write(&bad, "").unwrap();
+    device.ask(&["restart", "app"]);
+    until("the check", || (looked(&device) == 1).then_some(()));
+    let damage = device.events().into_iter().find(|text| text.contains("is damaged")).expect("an event");
+    assert!(damage.contains("./opt/tool has another content") && damage.contains("fetched again"), "{damage}");
+    until("the layer again", || (fs::read(&tool).ok()? == vec![7; 100_000]).then_some(()));
+    device.running("app");
+
+    // Whose fault it was is known now: it is not looked at each time.
+    fs::write(&bad, "").unwrap();
+    device.ask(&["restart", "app"]);
+    until("another run", || (!bad.exists()).then_some(()));
+    device.running("app");
+    assert_eq!(looked(&device), 1, "{:?}", device.events());
+}
+
+#[test]
 fn an_agent_that_is_killed_in_the_middle_of_a_slow_layer_costs_none_of_it() {
     let factory = Factory::start();
     let image = noise(&factory, "large", 6);

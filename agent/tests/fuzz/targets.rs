@@ -380,6 +380,7 @@ impl Place {
             entries_max: 200,
             disk_left: &disk_left,
             device_nodes: DeviceNodes::default(),
+            is_protected: true,
         };
         let expected = Expected { digest: Digest::of(bytes), diff_id: Digest::of(bytes), compression };
         if let Err(error) = unpack_stream(bytes, &expected, &root, &Vec::new, bounds) {

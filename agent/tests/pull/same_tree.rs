@@ -168,7 +168,13 @@ fn archive(entries: &[Entry]) -> Vec<u8> {
 fn unpack(archive: &[u8], dir: &Path, below: &[PathBuf]) -> Result<(), String> {
     fs::create_dir_all(dir).unwrap();
     let left = AtomicU64::new(1 << 30);
-    let bounds = Bounds { bytes_max: 1 << 30, entries_max: 1_000, disk_left: &left, device_nodes: DeviceNodes::Refuse };
+    let bounds = Bounds {
+        bytes_max: 1 << 30,
+        entries_max: 1_000,
+        disk_left: &left,
+        device_nodes: DeviceNodes::Refuse,
+        is_protected: false,
+    };
     let digest = Digest::of(archive);
     let expected = Expected { digest, diff_id: digest, compression: Compression::None };
     let unpacked = unpack_stream(archive, &expected, dir, &|| below.to_vec(), bounds);

@@ -1,11 +1,15 @@
 //! What the data disk of a device is formatted as.
 
 use std::fmt;
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::process;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Filesystem {
@@ -47,6 +51,64 @@ impl Filesystem {
         let (program, _) = self.checker();
         Ok(Command::new(program).args(["-f", "-y"]).arg(disk).output()?.status.success())
     }
+}
+
+/// A file on an ext4 disk that nobody has mounted, looked up and harmed by its path there (debugfs(8)).
+#[derive(Debug)]
+pub struct FileOnDisk {
+    disk: PathBuf,
+    path: String,
+    bytes: u64,
+}
+
+impl FileOnDisk {
+    /// The file of that name in whichever layer has it. Mends the disk first: what is in its journal alone is not found.
+    pub fn in_a_layer(disk: &Path, name: &str) -> Result<Self> {
+        ensure!(Filesystem::Ext4.mend(disk)? || Filesystem::Ext4.mend(disk)?, "{} cannot be mended", disk.display());
+        let list = debugfs(disk, false, "ls -p /layers")?;
+        let layers = list.lines().filter_map(|line| line.split('/').nth(5)).filter(|name| name.len() == 64);
+        for layer in layers {
+            let path = format!("/layers/{layer}/{name}");
+            let stat = debugfs(disk, false, &format!("stat {path}"))?;
+            let size = stat.split("Size: ").nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+            if let Some(bytes) = size {
+                return Ok(Self { disk: disk.to_owned(), path, bytes });
+            }
+        }
+        bail!("no layer on {} has {name}", disk.display())
+    }
+
+    /// Changes a byte of each block but the first: with that, a program is started, and then has not what it needs.
+    pub fn harm_all_but_the_first_block(&self) -> Result<()> {
+        let blocks = debugfs(&self.disk, false, &format!("blocks {}", self.path))?;
+        let blocks: Vec<u64> = blocks.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+        let stats = debugfs(&self.disk, false, "stats -h")?;
+        let block_bytes = stats.lines().find_map(|line| line.strip_prefix("Block size:")).context("no block size")?;
+        let block_bytes: u64 = block_bytes.trim().parse()?;
+        // Behind its end may be what fs-verity keeps of it.
+        let count = usize::try_from(self.bytes.div_ceil(block_bytes))?;
+        ensure!(count > 1 && blocks.len() >= count, "{} has {count} blocks, or holes", self.path);
+        let disk = File::options().read(true).write(true).open(&self.disk)?;
+        for block in &blocks[1..count] {
+            let (at, mut byte) = (block * block_bytes + 1, [0]);
+            disk.read_exact_at(&mut byte, at)?;
+            disk.write_all_at(&[byte[0] ^ 0x20], at)?;
+        }
+        disk.sync_all().map_err(Into::into)
+    }
+
+    /// Gives it another time of change.
+    pub fn harm_metadata(&self) -> Result<()> {
+        debugfs(&self.disk, true, &format!("set_inode_field {} mtime 20010101", self.path)).map(drop)
+    }
+}
+
+fn debugfs(disk: &Path, writes: bool, request: &str) -> Result<String> {
+    let mut command = Command::new("debugfs");
+    if writes {
+        command.arg("-w");
+    }
+    process::read(command.args(["-R", request]).arg(disk))
 }
 
 impl fmt::Display for Filesystem {

@@ -65,6 +65,27 @@ impl Site {
         self.registry.push(&Artifacts::find().image(self.arch, name), name, "latest")
     }
 
+    /// Pushes what one of the built images has, and a file of noise of so many MiB beside it, as one layer, and signs it.
+    pub fn publish_large(&self, from: &str, name: &str, mib: usize) -> Result<String> {
+        let (root, layout) = (self.dir.join(name), self.dir.join(format!("{name}.layout")));
+        fs::create_dir_all(&root)?;
+        for blob in fs::read_dir(Artifacts::find().image(self.arch, from).join("blobs/sha256"))? {
+            let blob = blob?.path();
+            // The others are documents.
+            if fs::read(&blob)?.starts_with(&[0x1f, 0x8b]) {
+                process::run(Command::new("tar").arg("-xzf").arg(&blob).arg("-C").arg(&root))?;
+            }
+        }
+        let mut rng = fastrand::Rng::with_seed(1);
+        fs::write(root.join("noise"), (0..mib << 20).map(|_| rng.u8(..)).collect::<Vec<u8>>())?;
+        let mut build = self.keys.edgectl();
+        build.args(["image", "build", "--arch", self.arch.oci().0, "--output"]).arg(&layout).arg(&root);
+        process::run(&mut build)?;
+        let digest = self.registry.push(&layout, name, "latest")?;
+        self.registry.sign(name, &digest, &self.keys.private("image"), SignatureForm::Bundle)?;
+        Ok(self.image(name, &digest))
+    }
+
     /// An image as the device names it.
     pub fn image(&self, name: &str, digest: &str) -> String {
         format!("{}/{name}@{digest}", self.registry.seen_from_guest())

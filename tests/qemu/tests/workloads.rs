@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
+use edged_qemu::arch::Arch;
+use edged_qemu::filesystem::FileOnDisk;
 use edged_qemu::machine::Machine;
 use edged_qemu::power;
-use edged_qemu::site::{Site, console_shows};
+use edged_qemu::site::{PROMPT, Site, console_shows};
 use edged_qemu::story;
 use edged_qemu::wait::{self, LONG};
 
@@ -94,16 +97,20 @@ fn what_is_not_signed_by_us_does_not_run() {
     });
 }
 
+/// The size of the layer that is cut, in MiB: more than is synced at a time.
+const LARGE_MIB: usize = 7;
+
 #[test]
 #[ignore = "needs QEMU: cargo xtask test"]
 fn what_a_database_acknowledged_is_there_after_a_power_cut() {
     story::tell("redis", |firmware, dir| {
         const PORT: u16 = 6379;
         let site = Site::start(dir, firmware.arch)?;
-        let (redis, busybox) = (site.publish("redis")?, site.publish("busybox")?);
+        let (redis, busybox) = (site.publish("redis")?, site.publish_large("busybox", "large", LARGE_MIB)?);
         let mut setup = site.device(&dir.join("device"))?;
         setup.forward.push(PORT);
-        let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
+        let on_a_slow_link = setup.clone().configure("\n[images]\nrate-max = \"2Mi\"\nkeep-partial-after = \"1s\"\n");
+        let mut device = Machine::boot(firmware, &dir.join("device"), &on_a_slow_link)?;
         let manifest = format!(
             "{HEAD}sequence: 1\nvolumes: {{ db: {{}} }}\nworkloads:\n  \
              redis:\n    image: {redis}\n    resources: {{ memory: 48Mi, cpu: 400m }}\n    \
@@ -113,19 +120,66 @@ fn what_a_database_acknowledged_is_there_after_a_power_cut() {
              dependsOn: {{ redis: healthy }}\n    resources: {{ memory: 8Mi, cpu: 100m }}\n"
         );
         site.push(&device, &site.keys.sign("first", &manifest)?)?;
+        // In the middle of a large layer the power goes: what is on the disk does not come again.
+        wait::until("most of the large layer", LONG, || Ok((fetched_mib(&mut device)? > 4.7).then_some(())))?;
+        let mut device = power::cut(device, firmware, &setup)?;
         console_shows(&mut device, "logs shell", "hello from busybox", 3 * LONG)?;
+        let blob_bytes = blob_bytes_of_last_answer(&site.registry.service.said(), "large")?;
+        // The layer has a MiB besides, and a little.
+        let at_most = ((LARGE_MIB + 2) as u64 - 4) << 20;
+        assert!(blob_bytes < at_most, "{blob_bytes} bytes came again, {at_most} were still to come");
         let port = device.port(PORT)?;
         let answer = redis_says(port, "SET pumped 42\r\n")?;
         assert!(answer.starts_with("+OK"), "{answer}");
 
-        let mut device = power::cut(device, firmware, &setup)?;
+        // The power goes, and the disk comes back damaged: the metadata of a file, and all but the first page of a program.
+        let disk = setup.disk.clone().unwrap_or_default();
+        let mut device = power::cut_and(device, firmware, &setup, || {
+            if firmware.arch != Arch::X86_64 {
+                return Ok(());
+            }
+            FileOnDisk::in_a_layer(&disk, "lib/x86_64-linux-gnu/libm.so.6")?.harm_metadata()?;
+            // The server by another name.
+            FileOnDisk::in_a_layer(&disk, "usr/bin/redis-check-rdb")?.harm_all_but_the_first_block()
+        })?;
         console_shows(&mut device, "ps", "healthy", 3 * LONG)?;
         let port = device.port(PORT)?;
-        let answer = wait::until("answer of redis", LONG, || Ok(Some(redis_says(port, "GET pumped\r\n")?)))?;
+        let answer = wait::until("answer of redis", LONG, || {
+            let answer = redis_says(port, "GET pumped\r\n")?;
+            Ok((!answer.starts_with("-LOADING")).then_some(answer))
+        })?;
         assert_eq!(answer, "$2\r\n42\r\n");
+        if firmware.arch == Arch::X86_64 {
+            let events = device.console.ask("events --tail 60 -o json", PROMPT, LONG)?;
+            for told in ["libm.so.6 is `", "redis-check-rdb cannot be read", "after an unclean stop", "because"] {
+                assert!(events.contains(told), "{told}: {events}");
+            }
+            let df = device.console.ask("df", PROMPT, LONG)?;
+            assert!(df.contains("under fs-verity") && !df.contains("no layer"), "{df}");
+            for told in events.lines().filter(|line| line.contains("layers were checked")) {
+                println!("{told}");
+            }
+        }
         device.console.say("poweroff")?;
         device.wait_for_power_off(LONG)
     });
+}
+
+/// How far the large image is, by the device's own list: `…/large  -  4.8Mi of 8Mi  0  shell [1]`.
+fn fetched_mib(device: &mut Machine) -> anyhow::Result<f64> {
+    let list = device.console.ask("images", PROMPT, LONG)?;
+    let line = list.lines().find(|line| line.contains("/large")).unwrap_or_default();
+    let done = line.split_once("Mi of ").and_then(|(done, _)| done.rsplit(' ').next()?.parse().ok());
+    Ok(done.unwrap_or(0.0))
+}
+
+/// The bytes that the registry sent last of the only large blob, of which it was asked for a part.
+fn blob_bytes_of_last_answer(log: &str, repository: &str) -> anyhow::Result<u64> {
+    let path = format!("\"GET /v2/{repository}/blobs/sha256:");
+    let answers = log.lines().filter_map(|line| line.split_once(&path)?.1.split_once("\" 206 "));
+    let mut bytes = answers.filter_map(|(_, rest)| rest.split(' ').next()?.parse::<u64>().ok());
+    // A few bytes are asked for to learn how large it unpacks.
+    bytes.rfind(|bytes| *bytes > 1000).with_context(|| format!("nothing was asked for in part:\n{log}"))
 }
 
 /// One inline command (redis protocol), and the first bytes of its answer.

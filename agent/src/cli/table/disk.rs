@@ -18,6 +18,10 @@ pub fn used(used: &DiskUse) -> String {
     for row in [&header].into_iter().chain(&rows) {
         line(&mut out, &aligned(row, &widths));
     }
+    let _ = match used.protected {
+        Some(bytes) => writeln!(out, "{} of the layers are under fs-verity", bytes.human()),
+        None => writeln!(out, "no layer is under fs-verity: switched off, or kernel or disk have none"),
+    };
     let _ = writeln!(
         out,
         "{} free of {}; no pull takes the last {}",

@@ -2,6 +2,7 @@
 
 use edged_model::id::{Sequence, WorkloadName};
 use edged_model::images::{CheckedLayer, ImageInfo, ImageState, LoadedImage, VolumeInfo};
+use edged_model::quantity::Bytes;
 
 use super::{aligned, cut, line, reason, widths};
 
@@ -87,7 +88,13 @@ pub fn checked(list: &[CheckedLayer]) -> String {
         };
         let read = layer.read.human();
         let copy = layer.copy.map(|first| format!(" (copy for the ids from {first})")).unwrap_or_default();
-        line(&mut out, &format!("{}{copy}  {verdict}: {} entries, {read} read", layer.chain.short(), layer.entries));
+        let protected = match layer.protected {
+            Bytes(0) => String::new(),
+            bytes => format!(", {} under fs-verity", bytes.human()),
+        };
+        let said =
+            format!("{}{copy}  {verdict}: {} entries, {read} read{protected}", layer.chain.short(), layer.entries);
+        line(&mut out, &said);
         for damage in &layer.damage {
             line(&mut out, &format!("  {damage}"));
         }

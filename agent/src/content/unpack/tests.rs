@@ -15,7 +15,8 @@ fn unpack_with_nodes(
     device_nodes: DeviceNodes,
 ) -> Result<(), UnpackError> {
     let disk_left = AtomicU64::new(100 << 20);
-    let bounds = Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left, device_nodes };
+    let bounds =
+        Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left, device_nodes, is_protected: false };
     unpack(archive, dir, &|| below.to_vec(), bounds).map(drop)
 }
 
@@ -383,8 +384,13 @@ impl Read for Endless {
 #[test]
 fn headers_that_claim_to_be_huge_cost_nothing() {
     let disk_left = AtomicU64::new(100 << 20);
-    let bounds =
-        Bounds { bytes_max: 10 << 20, entries_max: 1000, disk_left: &disk_left, device_nodes: DeviceNodes::Refuse };
+    let bounds = Bounds {
+        bytes_max: 10 << 20,
+        entries_max: 1000,
+        disk_left: &disk_left,
+        device_nodes: DeviceNodes::Refuse,
+        is_protected: false,
+    };
     for kind in [EntryType::GNULongName, EntryType::GNULongLink, EntryType::XHeader, Regular] {
         let mut huge = header(kind, 1 << 40);
         huge.set_cksum();

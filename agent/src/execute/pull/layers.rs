@@ -14,6 +14,7 @@ use edged_model::reason::{Code, Reason};
 use super::resume::Resumed;
 use super::room::{Disk, Promise, Ticket};
 use super::{Progress, PullContext, PullFailure, size};
+use crate::content::ContentError;
 use crate::content::layer::{Compression, Expected, LayerError, unpack_stream};
 use crate::content::unpack::{Bounds, UnpackError};
 use crate::registry::{BlobStream, Source};
@@ -155,7 +156,7 @@ impl Work<'_> {
 
     fn try_one(&self, index: usize, progress: &SyncSender<u64>) -> Result<Unpacked, Stopped> {
         let layer = &self.layers[index];
-        let disk = |error| PullFailure::passing(Code::DiskFull, format!("{}: {}", self.image, inline_chain(&error)));
+        let disk = |error| self.disk(&error);
         let Some(staged) = self.ctx.content.stage(layer.chain).map_err(disk)? else { return Ok(Unpacked::Whole) };
         let (blob, left) = ((layer.digest, layer.size), self.promise.left());
         let stream = Resumed::open(self.ctx, self.source, blob, left).map_err(PullFailure::from)?;
@@ -164,7 +165,8 @@ impl Work<'_> {
         let images = &self.ctx.images;
         let (bytes_max, entries_max) = (images.layer_max.0, images.layer_entries_max);
         let device_nodes = self.ctx.device_nodes(self.image);
-        let bounds = Bounds { bytes_max, entries_max, disk_left: self.promise.left(), device_nodes };
+        let is_protected = self.ctx.content.protects();
+        let bounds = Bounds { bytes_max, entries_max, disk_left: self.promise.left(), device_nodes, is_protected };
         match unpack_stream(&mut reader, &expected, staged.path(), &|| self.below(index), bounds) {
             Ok(sums) => {
                 staged.publish(&sums).map_err(disk)?;
@@ -193,6 +195,20 @@ impl Work<'_> {
             done = self.changed.wait(done).unwrap_or_else(PoisonError::into_inner);
         }
         self.layers[..index].iter().map(|layer| self.ctx.content.layer(layer.chain)).collect()
+    }
+
+    fn disk(&self, error: &ContentError) -> PullFailure {
+        if error.source.kind() == io::ErrorKind::Unsupported {
+            let at = error.path.display();
+            let text = format!(
+                "{}: `images.fs-verity` is `required`, and the kernel cannot protect files in {at}",
+                self.image
+            );
+            let next =
+                "a kernel with CONFIG_FS_VERITY, and a file system with its feature `verity` (tune2fs -O verity)";
+            return PullFailure::permanent(Reason::new(Code::NotAllowedHere, text).next(next));
+        }
+        PullFailure::passing(Code::DiskFull, format!("{}: {}", self.image, inline_chain(error)))
     }
 
     fn refused(&self, layer: &Layer, error: &LayerError) -> PullFailure {

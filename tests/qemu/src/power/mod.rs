@@ -16,9 +16,20 @@ use crate::artifacts::Firmware;
 use crate::machine::{Machine, Setup};
 
 /// Pulls the plug and switches the same device on again, with the same disk.
-pub fn cut(mut machine: Machine, firmware: &Firmware, setup: &Setup) -> Result<Machine> {
+pub fn cut(machine: Machine, firmware: &Firmware, setup: &Setup) -> Result<Machine> {
+    cut_and(machine, firmware, setup, || Ok(()))
+}
+
+/// The same, with something done while the device is off.
+pub fn cut_and(
+    mut machine: Machine,
+    firmware: &Firmware,
+    setup: &Setup,
+    meanwhile: impl FnOnce() -> Result<()>,
+) -> Result<Machine> {
     machine.kill()?;
     let dir = machine.dir().to_owned();
     drop(machine);
+    meanwhile()?;
     Machine::boot(firmware, &dir, setup)
 }

@@ -1,0 +1,150 @@
+//! A workload could not be given what its image has: the disk, or fs-verity, refused to read it. It is seen by how the
+//! workload ended, and by what the kernel says of files that fs-verity guards (`observe::kernel_log`). All of its layers are
+//! then read and held against what was unpacked, and what is damaged is fetched again, it alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use edged_model::id::WorkloadName;
+use edged_model::observed::ImageStatus;
+use edged_model::quantity::Bytes;
+use edged_model::reason::Code;
+use edged_model::workload::ExitCause;
+use edged_plan::garbage::needed_images;
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+
+use super::check::{self, InUse};
+use super::{Agent, StartFailure, clock};
+use crate::execute::pull::ReadyImage;
+use crate::runtime::keeper_link::LaunchError;
+
+/// A workload may end so by its own fault, again and again: its image is not read more often than this.
+const AGAIN_MS: u64 = 3_600_000;
+
+/// Whether a start failed because something could not be read. A kernel without fs-verity does not open what another one
+/// has protected (`EOPNOTSUPP`).
+pub(super) fn is_unread(failure: &StartFailure) -> bool {
+    const OF_THE_DISK: [Errno; 4] = [Errno::EIO, Errno::EBADMSG, Errno::EUCLEAN, Errno::EOPNOTSUPP];
+    match failure {
+        StartFailure::Reason(reason) => reason.code == Code::LayerDamaged,
+        StartFailure::Launch(LaunchError::Failed { errno, .. }) => OF_THE_DISK.contains(&Errno::from_raw(*errno)),
+        StartFailure::Launch(LaunchError::Link(_)) => false,
+    }
+}
+
+/// Whether a run may have ended because a page of its program could not be read: by SIGBUS, or as a shell or an init tells
+/// of one that did.
+pub(super) fn may_be_unread(cause: &ExitCause) -> bool {
+    const SIGBUS: i32 = Signal::SIGBUS as i32;
+    match cause {
+        ExitCause::Signal { signal, .. } => *signal == SIGBUS,
+        ExitCause::Code { code } => *code == 128 + SIGBUS,
+        _ => false,
+    }
+}
+
+/// What is to be looked at.
+#[derive(Debug, Default)]
+pub struct Suspects {
+    workloads: BTreeSet<WorkloadName>,
+    /// A file that fs-verity refused to read.
+    kernel_said: Option<String>,
+    /// Images that were looked at, and when.
+    looked_at_boot_ms: BTreeMap<String, u64>,
+}
+
+impl Suspects {
+    fn was_looked_at(&self, image: &str, now: u64) -> bool {
+        self.looked_at_boot_ms.get(image).is_some_and(|at| now.saturating_sub(*at) < AGAIN_MS)
+    }
+
+    /// Damage was found: what the kernel said is explained.
+    pub(super) fn found(&mut self) {
+        self.kernel_said = None;
+    }
+}
+
+impl Agent {
+    /// Has the image of a workload looked at, now or at a heartbeat.
+    pub(super) fn suspect(&mut self, name: &WorkloadName) {
+        self.suspects.workloads.insert(name.clone());
+        self.look_at_suspects();
+    }
+
+    pub(super) fn look_at_suspects(&mut self) {
+        for name in self.suspects.workloads.clone() {
+            if self.look_at_image_of(&name) {
+                self.suspects.workloads.remove(&name);
+            }
+        }
+    }
+
+    /// False: not now.
+    fn look_at_image_of(&mut self, name: &WorkloadName) -> bool {
+        let workload = self.active().and_then(|active| active.manifest.workloads.get(name));
+        let Some(image) = workload.map(|workload| workload.image.clone()) else { return true };
+        let now = clock::boot_ms();
+        // What is not here is fetched and checked as it comes.
+        let Some(layers) = self.images.get(&image).map(|ready| ready.layers.clone()) else { return true };
+        if self.suspects.was_looked_at(&image, now) {
+            return true;
+        }
+        let shares = |other: &ReadyImage| other.layers.iter().any(|layer| layers.contains(layer));
+        // What shares a layer may not start meanwhile either.
+        let images = self.images.iter().filter(|(_, other)| shares(other)).map(|(name, _)| name.clone()).collect();
+        let is_looked_at = self.look_at(&images, &format!("because {name} could not read its files"));
+        if is_looked_at {
+            self.suspects.looked_at_boot_ms.insert(image, now);
+        }
+        is_looked_at
+    }
+
+    /// The kernel has refused to read a file of the data disk. Looked into at a heartbeat: whoever read it may be about to
+    /// end of it, and what nobody runs on can be replaced at once.
+    pub(super) fn kernel_says(&mut self, file: String) {
+        self.suspects.kernel_said.get_or_insert(file);
+    }
+
+    pub(super) fn look_at_what_the_kernel_said(&mut self) {
+        const ALL: &str = "(all)";
+        let Some(file) = self.suspects.kernel_said.clone() else { return };
+        let now = clock::boot_ms();
+        if self.suspects.was_looked_at(ALL, now) {
+            return self.suspects.found();
+        }
+        let needed = needed_images(&self.world.desired).into_iter().map(str::to_owned).collect();
+        let when = format!("because fs-verity refused to read a file ({file})");
+        if self.look_at(&needed, &when) {
+            self.suspects.found();
+            self.suspects.looked_at_boot_ms.insert(ALL.to_owned(), now);
+        }
+    }
+
+    /// False: not now; whoever has a reason has it again.
+    fn look_at(&mut self, names: &BTreeSet<String>, when: &str) -> bool {
+        // Nobody may be pulling, starting or collecting while layers are taken away.
+        if self.collected.under_way || !self.under_way.pulls.is_empty() || !self.under_way.starts.is_empty() {
+            return false;
+        }
+        let in_use = self.layers_in_use();
+        let mut images = BTreeMap::new();
+        for name in names {
+            if let Some(image) = self.images.remove(name) {
+                let status = ImageStatus::Pulling { done: Bytes(0), total: Bytes(0) };
+                self.world.observed.images.insert(name.clone(), status);
+                images.insert(name.clone(), image);
+            }
+        }
+        if images.is_empty() {
+            return false;
+        }
+        self.collected.under_way = true;
+        let (content, inbox, when) = (self.start_context.content.clone(), self.inbox.clone(), when.to_owned());
+        tokio::task::spawn_blocking(move || {
+            let ended = check::look(&content, images, InUse::Kept(&in_use), &|_| true, &when, &inbox);
+            // The loop has ended only when the agent ends.
+            let _ = inbox.blocking_send(ended);
+        });
+        true
+    }
+}
