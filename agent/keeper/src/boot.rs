@@ -27,11 +27,12 @@ type Step = (&'static str, fn(&KeeperConfig) -> io::Result<()>);
 const FIRST: [Step; 2] =
     [("a root that can be pivoted", |_| leave_rootfs()), ("kernel file systems", |_| kernel_filesystems())];
 
-const REST: [Step; 9] = [
+const REST: [Step; 10] = [
     ("ctrl-alt-del", |_| nix::sys::reboot::set_cad_enabled(false).map_err(Into::into)),
     ("modules", |_| modules::load_listed()),
     ("last words of the kernel", |_| last_words()),
     ("cgroups", |_| cgroups()),
+    ("kernel limits", |_| kernel_limits()),
     ("loopback", |_| loopback()),
     ("hostname", |_| hostname()),
     ("data disk", disk::mount_data),
@@ -138,6 +139,27 @@ fn cgroups() -> io::Result<()> {
         put(&format!("{group}/cpu.weight"), "10000");
     }
     put("edged/workloads/cpu.idle", "1");
+    if failed.is_empty() { Ok(()) } else { Err(io::Error::other(failed.join("; "))) }
+}
+
+/// What the kernel has only so much of for the whole machine, or for one user, who is the same for all workloads: whoever
+/// takes it all leaves its neighbours none. Each of these costs memory, and that is counted against who takes it
+/// (`memory.max`): that wall is enough, and these numbers are put out of reach.
+const SHARED: [(&str, &str); 4] = [
+    // The kernel's own choice is a tenth of the memory (fs.rst).
+    ("/proc/sys/fs/file-max", "1073741824"),
+    // inotify(7): 128 for all workloads together.
+    ("/proc/sys/fs/inotify/max_user_instances", "1048576"),
+    ("/proc/sys/fs/inotify/max_user_watches", "1073741824"),
+    // io_setup(2).
+    ("/proc/sys/fs/aio-max-nr", "1073741824"),
+];
+
+fn kernel_limits() -> io::Result<()> {
+    let failed: Vec<_> = SHARED
+        .iter()
+        .filter_map(|(path, value)| fs::write(path, value).err().map(|error| format!("{path}: {error}")))
+        .collect();
     if failed.is_empty() { Ok(()) } else { Err(io::Error::other(failed.join("; "))) }
 }
 

@@ -39,7 +39,7 @@ type Step = (&'static str, fn(&Path) -> nix::Result<()>);
 /// A file in `keep/` that says: the last boot ended in order. The agent of the next one takes it away.
 pub const FAREWELL: &str = "farewell";
 
-const STEPS: [Step; 5] = [
+const STEPS: [Step; 6] = [
     ("farewell", |data| {
         let path = data.join("keep").join(FAREWELL);
         std::fs::write(path, "").map_err(|error| nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)))
@@ -53,6 +53,8 @@ const STEPS: [Step; 5] = [
         Ok(())
     }),
     ("data disk", leave_disk),
+    // The system's own, where it is on a disk and can be written: an upgrade in place writes there.
+    ("system", |_| make_read_only(Path::new("/"))),
     ("sync", |_| {
         nix::unistd::sync();
         Ok(())
@@ -63,9 +65,13 @@ const STEPS: [Step; 5] = [
 fn leave_disk(data: &Path) -> nix::Result<()> {
     nix::mount::umount2(data, MntFlags::empty()).or_else(|errno| {
         log::line(&format!("{} stays mounted ({errno}): made read-only", data.display()));
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        nix::mount::mount(None::<&str>, data, None::<&str>, flags, None::<&str>)
+        make_read_only(data)
     })
+}
+
+fn make_read_only(place: &Path) -> nix::Result<()> {
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    nix::mount::mount(None::<&str>, place, None::<&str>, flags, None::<&str>)
 }
 
 /// Takes the machine down; comes back only when the kernel refuses.
@@ -90,6 +96,6 @@ mod tests {
 
     #[test]
     fn the_disk_is_left_between_two_syncs() {
-        assert_eq!(STEPS.map(|(name, _)| name), ["farewell", "time floor", "sync", "data disk", "sync"]);
+        assert_eq!(STEPS.map(|(name, _)| name), ["farewell", "time floor", "sync", "data disk", "system", "sync"]);
     }
 }

@@ -278,6 +278,9 @@ pub struct Status {
     pub disk: DiskReport,
     pub memory_total: Bytes,
     pub memory_available: Bytes,
+    /// Absent on a host, where edged has no group of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub supervisor: Option<OwnMemory>,
     pub pressure: Option<Pressure>,
     pub refused: Option<Refusal>,
     /// A newer edged that is on trial, or was not taken.
@@ -287,6 +290,17 @@ pub struct Status {
     pub trust: TrustReport,
     #[serde(default)]
     pub survived: Survived,
+}
+
+/// What the agent itself takes of its own limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OwnMemory {
+    /// What cannot be taken back, and so not the caches of files.
+    pub memory: Bytes,
+    /// With all caches, since its group was made, which is since the boot.
+    pub memory_peak: Option<Bytes>,
+    pub memory_max: Option<Bytes>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -368,6 +382,20 @@ pub struct Inspect {
     pub cgroup: Option<String>,
     /// The limits as the kernel has them: file name to content.
     pub limits: BTreeMap<String, String>,
+    /// How long its probe took, of the last times it passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Took>,
+}
+
+/// How long something took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Took {
+    /// All there were; the last 256 of them count for the rest.
+    pub times: u64,
+    pub median_us: u64,
+    /// Ninety-nine of a hundred took no longer.
+    pub p99_us: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

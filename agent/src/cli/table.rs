@@ -288,6 +288,11 @@ fn inspect(inspect: &Inspect, style: Style) -> String {
         let ran = Span::from_ms(exit.ran_ms).human();
         let _ = writeln!(out, "{:<10}{} at {} after {ran}, peak memory {peak}", "last exit", exit.cause, exit.at);
     }
+    if let Some(took) = &inspect.probe {
+        let ms = |us: u64| us as f64 / 1000.0;
+        let (median, p99) = (ms(took.median_us), ms(took.p99_us));
+        let _ = writeln!(out, "{:<10}{median:.1} ms, 99 of 100 within {p99:.1} ms ({} in all)", "probe", took.times);
+    }
     for (file, value) in &inspect.limits {
         let _ = writeln!(out, "{file:<28}{value}");
     }

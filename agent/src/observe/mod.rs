@@ -16,6 +16,8 @@ pub mod logs;
 pub mod pressure;
 /// Whether a workload answers.
 pub mod probes;
+/// How long things took.
+pub mod took;
 
 /// What the world may say.
 #[derive(Debug)]

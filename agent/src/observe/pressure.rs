@@ -1,6 +1,7 @@
 //! Pressure stall information and memory of the machine: /proc/pressure/* (Documentation/accounting/psi.rst) and
-//! /proc/meminfo (proc(5)).
+//! /proc/meminfo (proc(5)); and what the agent takes of it.
 
+use edged_model::api::OwnMemory;
 use edged_model::quantity::Bytes;
 use edged_model::report::Pressure;
 
@@ -38,6 +39,21 @@ fn parse_meminfo(text: &str) -> Option<Memory> {
         Some(Bytes(kib << 10))
     };
     Some(Memory { total: field("MemTotal")?, available: field("MemAvailable")? })
+}
+
+/// What the group of this very process takes (cgroup-v2.rst, "Memory Interface Files"); `None` without cgroup v2.
+pub fn own() -> Option<OwnMemory> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let group = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let group = std::path::Path::new("/sys/fs/cgroup").join(group);
+    let bytes = |file: &str| std::fs::read_to_string(group.join(file)).ok()?.trim().parse().ok().map(Bytes);
+    let stat = std::fs::read_to_string(group.join("memory.stat")).ok()?;
+    Some(OwnMemory {
+        memory: Bytes(stat.lines().find_map(|line| line.strip_prefix("anon ")?.parse().ok())?),
+        memory_peak: bytes("memory.peak"),
+        // The word `max` is no number.
+        memory_max: bytes("memory.max"),
+    })
 }
 
 #[cfg(test)]

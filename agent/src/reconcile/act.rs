@@ -234,7 +234,15 @@ impl Agent {
         let cgroup = self.start_context.cgroups.open(name.as_str());
         let oom_kills_before = oom_kills_before.unwrap_or_else(|| cgroup.usage().oom_kills);
         let probe = self.probe_task(name, pid);
-        let run = Run { cgroup, oom_kills_before, stop_signal, probe, cpu: None, cpu_milli: None };
+        let run = Run {
+            cgroup,
+            oom_kills_before,
+            stop_signal,
+            probe,
+            cpu: None,
+            cpu_milli: None,
+            probes: crate::observe::took::Times::default(),
+        };
         if let Some(old) = self.runs.insert(name.clone(), run) {
             old.probe.inspect(tokio::task::JoinHandle::abort);
         }

@@ -68,6 +68,7 @@ impl Agent {
             interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 interval.tick().await;
+                let begin = tokio::time::Instant::now();
                 let outcome = match &exec {
                     Some(exec) => exec.run(&health).await,
                     None => match probes::ask(&health, &target).await {
@@ -75,7 +76,7 @@ impl Agent {
                         None => return,
                     },
                 };
-                let message = Message::Probed { workload: name.clone(), pid, outcome };
+                let message = Message::Probed { workload: name.clone(), pid, outcome, took: begin.elapsed() };
                 if inbox.send(message).await.is_err() {
                     return;
                 }

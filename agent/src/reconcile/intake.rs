@@ -42,7 +42,10 @@ impl Agent {
             Message::EndWritten { workload } => self.end_written(&workload).await,
             Message::Resized { workload, spec, result } => self.resized(workload, &spec, result).await,
             Message::Removed { workload, failed } => self.removed(&workload, failed),
-            Message::Probed { workload, pid, outcome } => self.probed(&workload, pid, &outcome),
+            Message::Probed { workload, pid, outcome, took } => {
+                self.took(&workload, &outcome, took);
+                self.probed(&workload, pid, &outcome);
+            }
             Message::Offer(offer) => self.offer(offer),
             Message::Again(again) => self.again(*again),
             Message::TimeHeard(heard) => self.time_heard(heard).await,

@@ -74,6 +74,7 @@ use crate::network::ports::Ports;
 use crate::network::sntp::{Heard, NobodyAnswers};
 use crate::observe::ProbeOutcome;
 use crate::observe::logs::Logs;
+use crate::observe::took::Times;
 use crate::report::{FleetLine, Offer, Taken};
 use crate::runtime::cgroup::Cgroup;
 use crate::runtime::keeper_link::{KeeperLink, LaunchError, Launched};
@@ -149,6 +150,7 @@ enum Message {
         workload: WorkloadName,
         pid: i32,
         outcome: ProbeOutcome,
+        took: Duration,
     },
     Offer(Box<Offer>),
     Again(Box<generations::Again>),
@@ -210,6 +212,8 @@ struct Run {
     /// CPU time at the last look, and when that was.
     cpu: Option<(u64, u64)>,
     cpu_milli: Option<u64>,
+    /// Of the probes that it answered.
+    probes: Times,
 }
 
 struct Agent {

@@ -1,5 +1,7 @@
 //! What `edgectl status` and the fleet are told: derived from the world, kept nowhere.
 
+use std::time::Duration;
+
 use edged_model::api::{GenerationStatus, Inspect, Status, WorkloadStatus};
 use edged_model::generation::Generation;
 use edged_model::id::WorkloadName;
@@ -10,7 +12,7 @@ use edged_model::report::DiskReport;
 use edged_plan::phase::phase_of;
 
 use super::{Agent, clock};
-use crate::observe::{disk, pressure};
+use crate::observe::{ProbeOutcome, disk, pressure};
 
 pub(super) fn generation_status(generation: &Generation) -> GenerationStatus {
     GenerationStatus {
@@ -51,6 +53,7 @@ impl Agent {
             memory_total: memory.map_or(Bytes(0), |memory| memory.total),
             memory_available: memory.map_or(Bytes(0), |memory| memory.available),
             pressure: pressure::read(),
+            supervisor: if self.is_device { pressure::own() } else { None },
             refused: self.refused.clone(),
             upgrade: self.upgrade.clone(),
             trust: self.trust_report(),
@@ -98,7 +101,15 @@ impl Agent {
             image_digest: self.images.get(&workload.image).map(|image| image.digest),
             cgroup: cgroup.map(|cgroup| cgroup.path().display().to_string()),
             limits: cgroup.map(|cgroup| cgroup.limits().into_iter().collect()).unwrap_or_default(),
+            probe: self.runs.get(name).and_then(|run| run.probes.took()),
         })
+    }
+
+    /// A probe was answered. One that failed says nothing of how quick the workload is.
+    pub(super) fn took(&mut self, name: &WorkloadName, outcome: &ProbeOutcome, took: Duration) {
+        if let (ProbeOutcome::Passed, Some(run)) = (outcome, self.runs.get_mut(name)) {
+            run.probes.add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        }
     }
 
     /// CPU use of each run since the last look.

@@ -167,6 +167,7 @@ fn status() -> Status {
         disk: DiskReport { total: Bytes(0), free: Bytes(0) },
         memory_total: Bytes(0),
         memory_available: Bytes(0),
+        supervisor: None,
         pressure: None,
         refused: None,
         upgrade: None,

@@ -3,6 +3,7 @@
 
 #![forbid(unsafe_code)]
 
+mod greed;
 mod see;
 mod serve;
 
@@ -14,7 +15,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{SigSet, Signal};
 
 const USAGE: &str = "usage: sample exit CODE | crash [SECONDS] | abort | hang | ignore-term | hog [MIB] | spin | fork \
-                     | orphan | limits | log LINES [PER_SECOND] | disk PATH | http PORT [sick-after REQUESTS]";
+                     | breed | watches DIR | files | orphan | groups DIR | limits | log LINES [PER_SECOND] | flood | disk PATH \
+                     | http PORT [sick-after REQUESTS]";
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
@@ -34,7 +36,12 @@ fn main() -> ExitCode {
         ["hog", mib] => hog(mib.parse().unwrap_or(usize::MAX)),
         ["spin"] => spin(),
         ["fork"] => fork(),
+        ["breed"] => greed::breed(),
+        ["watches", dir] => greed::watches(dir),
+        ["files"] => greed::files(),
+        ["flood"] => greed::flood(),
         ["orphan"] => orphan(),
+        ["groups", dir] => see::groups(dir),
         ["limits"] => {
             print!("{}", see::limits());
             ExitCode::SUCCESS

@@ -3,6 +3,25 @@
 use std::fmt::Write;
 use std::fs;
 
+/// Every second one line: the groups of a cgroup directory, and how many processes each has.
+pub fn groups(dir: &str) -> ! {
+    crate::end_on_sigterm();
+    loop {
+        let mut names: Vec<String> = fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| {
+                let pids = fs::read_to_string(entry.path().join("pids.current")).ok()?;
+                Some(format!("{} {}", entry.file_name().to_string_lossy(), pids.trim()))
+            })
+            .collect();
+        names.sort();
+        println!("groups: {}.", names.join(", "));
+        crate::rest(std::time::Duration::from_secs(1));
+    }
+}
+
 /// Its walls, its ids, its rights, its namespaces, one per line.
 pub fn limits() -> String {
     let mut text = String::new();

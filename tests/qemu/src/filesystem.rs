@@ -18,6 +18,25 @@ pub enum Filesystem {
     F2fs,
 }
 
+/// A part of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    pub at_mib: u64,
+    pub mib: u64,
+}
+
+impl Part {
+    /// A file of its own beside the disk, for programs that know no parts.
+    fn of(self, disk: &Path) -> Result<PathBuf> {
+        let alone = disk.with_extension("part");
+        let mut dd = Command::new("dd");
+        dd.arg(format!("if={}", disk.display())).arg(format!("of={}", alone.display()));
+        dd.args(["bs=1M", "conv=sparse", "status=none"]);
+        process::run(dd.arg(format!("skip={}", self.at_mib)).arg(format!("count={}", self.mib)))?;
+        Ok(alone)
+    }
+}
+
 impl Filesystem {
     /// As `edged.data-type=` and mount(8) spell it.
     pub fn name(self) -> &'static str {
@@ -46,10 +65,20 @@ impl Filesystem {
         Ok(())
     }
 
+    /// The same for a part of a disk.
+    pub fn check_part(self, disk: &Path, part: Part) -> Result<()> {
+        self.check(&part.of(disk)?)
+    }
+
     /// Mends a disk as a boot would; whether it can be used now.
     pub fn mend(self, disk: &Path) -> Result<bool> {
         let (program, _) = self.checker();
         Ok(Command::new(program).args(["-f", "-y"]).arg(disk).output()?.status.success())
+    }
+
+    /// Whether a boot could mend that part of a disk so that it can be used; the disk is left as it is.
+    pub fn can_be_mended(self, disk: &Path, part: Part) -> Result<bool> {
+        self.mend(&part.of(disk)?)
     }
 }
 

@@ -42,10 +42,16 @@ pub struct Setup {
     pub on_reset: OnReset,
     /// The data disk: any file. `None`: no disk at all.
     pub disk: Option<PathBuf>,
+    /// What the guest calls the data disk, or the part of it that holds the data.
+    pub data: &'static str,
+    /// Nobody pulls this plug: what the disk is told to flush may stay in the host's memory.
+    pub is_never_cut: bool,
     /// Where all that the disk is told is logged ([`crate::power::log::WriteLog`]).
     pub write_log: Option<PathBuf>,
     /// Files laid over the firmware: path, mode, content.
     pub files: Vec<(String, u32, Vec<u8>)>,
+    /// Those files are all there is in memory at the boot; the firmware is on the disk.
+    pub replaces_firmware: bool,
     /// Guest ports to be reached from the host.
     pub forward: Vec<u16>,
     /// The time the real-time clock shows at power-on, e.g. `1970-01-01T00:00:00`; `None`: the host's.
@@ -65,8 +71,11 @@ impl Default for Setup {
             cores: 1,
             on_reset: OnReset::End,
             disk: None,
+            data: "/dev/vda",
+            is_never_cut: false,
             write_log: None,
             files: Vec::new(),
+            replaces_firmware: false,
             forward: Vec::new(),
             clock: None,
             has_watchdog: false,
@@ -231,7 +240,10 @@ fn lay_over(firmware: &Firmware, dir: &Path, setup: &Setup) -> Result<PathBuf> {
     if setup.files.is_empty() {
         return Ok(firmware.initramfs());
     }
-    let mut bytes = fs::read(firmware.initramfs()).context("the firmware is not built")?;
+    let mut bytes = match setup.replaces_firmware {
+        true => Vec::new(),
+        false => fs::read(firmware.initramfs()).context("the firmware is not built")?,
+    };
     while bytes.len() % 4 != 0 {
         bytes.push(0);
     }
@@ -276,7 +288,7 @@ fn command(
     command.args(["-device", "virtconsole,chardev=console"]);
     command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket("qmp"))]);
     if let Some(disk) = &setup.disk {
-        command.args(disk_arguments(disk, setup.write_log.as_deref()));
+        command.args(disk_arguments(disk, setup));
     }
     let mut network = "user,id=net0".to_owned();
     for (guest, host) in ports {
@@ -292,10 +304,11 @@ fn command(
 }
 
 /// With a log, QEMU writes down every request before it passes it on.
-fn disk_arguments(disk: &Path, log: Option<&Path>) -> Vec<String> {
-    let Some(log) = log else {
+fn disk_arguments(disk: &Path, setup: &Setup) -> Vec<String> {
+    let Some(log) = &setup.write_log else {
+        let cache = if setup.is_never_cut { "unsafe" } else { "none" };
         let format = if disk.extension().is_some_and(|e| e == "qcow2") { "qcow2" } else { "raw" };
-        let drive = format!("if=none,id=data,file={},format={format},cache=none,discard=unmap", disk.display());
+        let drive = format!("if=none,id=data,file={},format={format},cache={cache},discard=unmap", disk.display());
         return ["-drive", &drive, "-device", "virtio-blk-pci,drive=data"].map(str::to_owned).into();
     };
     let nodes = [
@@ -318,7 +331,7 @@ fn kernel_command_line(firmware: &Firmware, setup: &Setup) -> String {
     let mut words = vec![format!("console={}", firmware.arch.console())];
     words.extend(["panic=1", "loglevel=5", "printk.devkmsg=on"].map(str::to_owned));
     if setup.disk.is_some() {
-        words.push("edged.data=/dev/vda".to_owned());
+        words.push(format!("edged.data={}", setup.data));
         words.push(format!("edged.data-type={}", firmware.filesystem));
     }
     if !setup.kernel.iter().any(|word| word.starts_with("edged.watchdog=")) {

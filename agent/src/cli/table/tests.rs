@@ -49,6 +49,7 @@ fn device(workloads: Vec<WorkloadStatus>) -> Status {
         disk: DiskReport { total: Bytes(2 << 30), free: Bytes(1 << 30) },
         memory_total: Bytes(192 << 20),
         memory_available: Bytes(128 << 20),
+        supervisor: None,
         pressure: None,
         refused: None,
         upgrade: None,

@@ -5,12 +5,14 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 use fastrand::Rng;
 
 use super::log::{Request, SECTOR, WriteLog};
+use crate::process;
 
 /// What the disk is taken to do when it is told to flush.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,19 +25,25 @@ pub enum Flushes {
 /// Where sectors of one request may part: those of old disks and those of new ones.
 const TEARS: [u64; 2] = [SECTOR, 4096];
 
-/// The requests that are on the medium when the power goes after the first `cut` requests; in the order in which they
-/// got there, each with the part of it that did.
-pub fn survivors(requests: &[Request], cut: usize, flushes: Flushes, rng: &mut Rng) -> Vec<(Request, u64, u64)> {
+/// A request, and the part of it (from, to) that got to the medium.
+type Part = (Request, u64, u64);
+
+/// What is on the medium when the power goes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Survivors {
+    /// All of so many requests: they were flushed.
+    pub flushed: usize,
+    /// And these, in the order in which they got there.
+    pub rest: Vec<Part>,
+}
+
+/// What is on the medium when the power goes after the first `cut` requests.
+pub fn survivors(requests: &[Request], cut: usize, flushes: Flushes, rng: &mut Rng) -> Survivors {
     let given = &requests[..cut.min(requests.len())];
     let flushed = match flushes {
         Flushes::Kept => given.iter().rposition(|request| *request == Request::Flush).unwrap_or(0),
         Flushes::Ignored => 0,
     };
-    let whole = |request: &Request| match request {
-        Request::Write { length, .. } | Request::Discard { length, .. } => Some((*request, 0, *length)),
-        Request::Flush => None,
-    };
-    let mut there: Vec<_> = given[..flushed].iter().filter_map(whole).collect();
     let mut rest = Vec::new();
     for request in &given[flushed..] {
         let Some((request, _, length)) = whole(request) else { continue };
@@ -58,12 +66,18 @@ pub fn survivors(requests: &[Request], cut: usize, flushes: Flushes, rng: &mut R
     rng.shuffle(&mut order);
     let mut shuffled: Vec<_> = order.into_iter().map(|index| (index, rest[index])).collect();
     sort_overlapping(&mut shuffled);
-    there.extend(shuffled.into_iter().map(|(_, part)| part));
-    there
+    Survivors { flushed, rest: shuffled.into_iter().map(|(_, part)| part).collect() }
+}
+
+fn whole(request: &Request) -> Option<Part> {
+    match request {
+        Request::Write { length, .. } | Request::Discard { length, .. } => Some((*request, 0, *length)),
+        Request::Flush => None,
+    }
 }
 
 /// Swaps what overlaps back into the order in which it was given.
-fn sort_overlapping(parts: &mut [(usize, (Request, u64, u64))]) {
+fn sort_overlapping(parts: &mut [(usize, Part)]) {
     let range = |request: &Request| match request {
         Request::Write { at, length, .. } | Request::Discard { at, length } => (*at, *at + *length),
         Request::Flush => (0, 0),
@@ -83,24 +97,62 @@ fn sort_overlapping(parts: &mut [(usize, (Request, u64, u64))]) {
     }
 }
 
-/// Makes the disk `to` out of `base` (as it was when the log began) and what survived.
-pub fn build(base: &Path, log: &WriteLog, parts: &[(Request, u64, u64)], to: &Path) -> Result<()> {
-    fs::copy(base, to).with_context(|| format!("copying {}", base.display()))?;
-    let disk = OpenOptions::new().write(true).open(to)?;
-    let written = File::open(log.path())?;
-    let mut bytes = Vec::new();
-    for (request, from, end) in parts {
-        bytes.clear();
-        bytes.resize(usize::try_from(end - from)?, 0);
-        match request {
-            Request::Write { at, data, .. } => {
-                written.read_exact_at(&mut bytes, data + from)?;
-                disk.write_all_at(&bytes, at + from)?;
-            }
-            // What a discarded block holds is anybody's guess; zeros are what most disks answer.
-            Request::Discard { at, .. } => disk.write_all_at(&bytes, at + from)?,
-            Request::Flush => {}
+/// A disk that follows the log from cut to cut: each costs what was written since the one before, and a copy of what is
+/// not empty.
+#[derive(Debug)]
+pub struct Follower<'a> {
+    requests: &'a [Request],
+    log: File,
+    disk: File,
+    path: PathBuf,
+    /// Requests that are on it.
+    done: usize,
+}
+
+impl<'a> Follower<'a> {
+    /// `base`: the disk as it was when the log began. `path`: where to keep the one that follows.
+    pub fn new(base: &Path, log: &WriteLog, requests: &'a [Request], path: &Path) -> Result<Self> {
+        copy(base, path)?;
+        let disk = OpenOptions::new().write(true).open(path)?;
+        Ok(Self { requests, log: File::open(log.path())?, disk, path: path.to_owned(), done: 0 })
+    }
+
+    /// Makes the disk `to` as a cut after the first `cut` requests may have left it. Cuts come in rising order.
+    pub fn cut(&mut self, cut: usize, flushes: Flushes, rng: &mut Rng, to: &Path) -> Result<()> {
+        let Survivors { flushed, rest } = survivors(self.requests, cut, flushes, rng);
+        ensure!(flushed >= self.done, "a cut at {flushed} after one at {}", self.done);
+        for part in self.requests[self.done..flushed].iter().filter_map(whole) {
+            put(&self.log, &self.disk, &part)?;
         }
+        self.done = flushed;
+        copy(&self.path, to)?;
+        let disk = OpenOptions::new().write(true).open(to)?;
+        rest.iter().try_for_each(|part| put(&self.log, &disk, part))
+    }
+}
+
+impl Drop for Follower<'_> {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Holes stay holes: a disk is mostly empty.
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
+    let mut cp = Command::new("cp");
+    process::run(cp.args(["--sparse=auto", "--reflink=auto"]).arg(from).arg(to)).map(drop)
+}
+
+fn put(log: &File, disk: &File, (request, from, end): &Part) -> Result<()> {
+    let mut bytes = vec![0; usize::try_from(end - from)?];
+    match request {
+        Request::Write { at, data, .. } => {
+            log.read_exact_at(&mut bytes, data + from)?;
+            disk.write_all_at(&bytes, at + from)?;
+        }
+        // What a discarded block holds is anybody's guess; zeros are what most disks answer.
+        Request::Discard { at, .. } => disk.write_all_at(&bytes, at + from)?,
+        Request::Flush => {}
     }
     Ok(())
 }
@@ -119,9 +171,9 @@ mod tests {
         let mut kept = 0;
         for seed in 0..200 {
             let there = survivors(&requests, requests.len(), Flushes::Kept, &mut Rng::with_seed(seed));
-            assert_eq!(there[0].0, requests[0]);
-            assert!(there.iter().any(|(request, from, to)| *request == requests[3] && (*from, *to) == (0, 4096)));
-            kept += usize::from(there.iter().any(|(request, ..)| *request == requests[2]));
+            assert_eq!(there.flushed, 1);
+            assert!(there.rest.iter().any(|(request, from, to)| *request == requests[3] && (*from, *to) == (0, 4096)));
+            kept += usize::from(there.rest.iter().any(|(request, ..)| *request == requests[2]));
         }
         assert!((50..150).contains(&kept), "{kept} of 200");
     }
@@ -129,8 +181,8 @@ mod tests {
     #[test]
     fn the_control_loses_what_was_flushed() {
         let requests = [write(0, false), Request::Flush];
-        let lost =
-            (0..100).filter(|seed| survivors(&requests, 2, Flushes::Ignored, &mut Rng::with_seed(*seed)).is_empty());
+        let of = |seed| survivors(&requests, 2, Flushes::Ignored, &mut Rng::with_seed(seed));
+        let lost = (0..100).filter(|seed| of(*seed) == Survivors { flushed: 0, rest: Vec::new() });
         assert!(lost.count() > 20);
     }
 
@@ -139,9 +191,38 @@ mod tests {
         let first = Request::Write { at: 0, length: 512, data: 1, is_durable: false };
         let second = Request::Write { at: 0, length: 512, data: 2, is_durable: false };
         for seed in 0..200 {
-            let there = survivors(&[first, second], 2, Flushes::Kept, &mut Rng::with_seed(seed));
+            let there = survivors(&[first, second], 2, Flushes::Kept, &mut Rng::with_seed(seed)).rest;
             let at = |request| there.iter().position(|(found, ..)| *found == request);
             assert!(at(first).zip(at(second)).is_none_or(|(first, second)| first < second));
         }
+    }
+
+    /// From cut to cut the same disks as each made anew.
+    #[test]
+    fn a_follower_makes_the_disks_that_the_whole_log_makes() {
+        let dir = tempfile::tempdir().unwrap();
+        let [base, written, at_once, after, next] =
+            ["base", "log", "once", "after", "next"].map(|name| dir.path().join(name));
+        fs::write(&base, vec![0; 32 << 10]).unwrap();
+        fs::write(&written, (0..8_u8).flat_map(|block| vec![block + 1; 4096]).collect::<Vec<_>>()).unwrap();
+        let mut requests = Vec::new();
+        for block in 0..8 {
+            requests.push(Request::Write {
+                at: (block % 4) * 4096,
+                length: 4096,
+                data: block * 4096,
+                is_durable: false,
+            });
+            requests.push(Request::Flush);
+        }
+        let log = WriteLog::of(&written);
+        let follower = |name: &str| Follower::new(&base, &log, &requests, &dir.path().join(name)).unwrap();
+        let mut one = follower("one");
+        one.cut(4, Flushes::Kept, &mut Rng::with_seed(3), &after).unwrap();
+        one.cut(16, Flushes::Kept, &mut Rng::with_seed(5), &next).unwrap();
+        follower("another").cut(16, Flushes::Kept, &mut Rng::with_seed(5), &at_once).unwrap();
+        assert_eq!(fs::read(&next).unwrap(), fs::read(&at_once).unwrap());
+        assert_eq!(fs::read(&next).unwrap()[..4096], [5; 4096]);
+        assert!(one.cut(4, Flushes::Kept, &mut Rng::with_seed(3), &after).is_err(), "it does not go back");
     }
 }

@@ -49,6 +49,11 @@ impl WriteLog {
         Ok(Self { path: path.to_owned() })
     }
 
+    /// One that is there already.
+    pub fn of(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -59,6 +64,10 @@ impl WriteLog {
         let mut head = [0; 28];
         file.read_exact_at(&mut head, 0)?;
         let [magic, version, entries] = [0, 8, 16].map(|at| word(&head, at));
+        if head == [0; 28] {
+            // The disk has been told nothing yet.
+            return Ok(0);
+        }
         ensure!(magic == MAGIC && version == VERSION, "{}: magic {magic:#x}, version {version}", self.path.display());
         let size = u32::from_le_bytes(head[24..28].try_into().unwrap_or_default());
         ensure!(u64::from(size) == SECTOR, "sectors of {size} bytes");

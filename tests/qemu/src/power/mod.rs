@@ -9,6 +9,8 @@
 pub mod crash;
 /// What the disk was told, in order.
 pub mod log;
+/// A device whose program lies on its disk.
+pub mod system;
 
 use anyhow::Result;
 
