@@ -86,7 +86,10 @@ impl Kernel {
             self.take(name, &mut seen, &mut picked);
         }
         let at_boot = picked.names.len();
-        self.take(filesystem.name(), &mut seen, &mut picked);
+        // Beside the data there may be a system's own part, which is ext4 whatever the data is.
+        for name in [filesystem.name(), Filesystem::Ext4.name()] {
+            self.take(name, &mut seen, &mut picked);
+        }
         picked.names.truncate(at_boot);
         picked
     }

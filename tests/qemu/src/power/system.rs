@@ -32,7 +32,7 @@ const INIT: &str = "#!/bin/busybox sh
 /bin/busybox mkdir -p /dev /proc /system
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox mount -t proc proc /proc
-for name in $(/bin/busybox cat /etc/modules-load.d/edged.conf); do /bin/busybox modprobe $name 2>/dev/null; done
+for name in $(/bin/busybox cat /etc/modules-load.d/edged.conf) crc32c_generic ext4; do /bin/busybox modprobe $name 2>/dev/null; done
 until [ -b /dev/vda1 ]; do /bin/busybox usleep 5000; done
 /bin/busybox mount -t ext4 -o noatime /dev/vda1 /system || exit 1
 /bin/busybox umount /proc /dev
