@@ -88,17 +88,23 @@ pub fn ready(ctx: &StartContext, name: &WorkloadName, image: &ReadyImage) -> Res
     let ids = ctx.user_ids.of(name).map_err(|error| failed(name, &error))?;
     let layers = ctx.layer_way.find(&ctx.places, ids);
     if layers == Layers::Copied {
-        copy(ctx, name, image, ids).map_err(|failure| failure.reason)?;
+        copy(ctx, &[User { name, image, ids }]).map_err(|failure| failure.reason)?;
     }
     Ok(OwnIds { ids, layers })
 }
 
-/// For an image that was just pulled: the copies that these workloads will need, before anything that runs is touched.
-pub fn stage(ctx: &StartContext, names: &[WorkloadName], image: &ReadyImage) -> Result<(), PullFailure> {
-    for name in names {
-        ready(ctx, name, image).map_err(|reason| PullFailure { reason, permanent: false, retry_after: None })?;
+/// The copies that these workloads will need, weighed together, before anything that runs is touched. Blocking.
+pub fn stage(ctx: &StartContext, users: &[(WorkloadName, ReadyImage)]) -> Result<(), PullFailure> {
+    let passing = |reason| PullFailure { reason, permanent: false, retry_after: None };
+    let mut all = Vec::with_capacity(users.len());
+    for (name, image) in users {
+        let ids = ctx.user_ids.of(name).map_err(|error| passing(failed(name, &error)))?;
+        if ctx.layer_way.find(&ctx.places, ids) == Layers::Mapped {
+            return Ok(());
+        }
+        all.push(User { name, image, ids });
     }
-    Ok(())
+    copy(ctx, &all)
 }
 
 /// Where the layers of a copied root lie, lowest first.
@@ -106,19 +112,32 @@ pub fn paths(ctx: &StartContext, image: &ReadyImage, ids: IdMapping) -> Vec<Path
     image.layers.iter().map(|chain| ctx.content.copy(*chain, ids.outside)).collect()
 }
 
-fn copy(ctx: &StartContext, name: &WorkloadName, image: &ReadyImage, ids: IdMapping) -> Result<(), PullFailure> {
-    let missing: Vec<Digest> =
-        image.layers.iter().copied().filter(|chain| !ctx.content.has_copy(*chain, ids.outside)).collect();
+/// Whose copies they are.
+struct User<'u> {
+    name: &'u WorkloadName,
+    image: &'u ReadyImage,
+    ids: IdMapping,
+}
+
+fn copy(ctx: &StartContext, users: &[User<'_>]) -> Result<(), PullFailure> {
+    let missing: Vec<(&User<'_>, Digest)> = users
+        .iter()
+        .flat_map(|user| user.image.layers.iter().map(move |chain| (user, *chain)))
+        .filter(|(user, chain)| !ctx.content.has_copy(*chain, user.ids.outside))
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let what = format!("{name} (a copy of its image's layers with its own ids)");
-    let needs: Vec<_> =
-        missing.iter().map(|chain| (*chain, Need::known(tree_bytes(&ctx.content.layer(*chain))))).collect();
+    let what = in_words(&missing);
+    // A layer is copied once for each range.
+    let needs = missing.iter().map(|(user, chain)| {
+        let copy = Digest::of(format!("{chain} {}", user.ids.outside).as_bytes());
+        (copy, Need::known(tree_bytes(&ctx.content.layer(*chain))))
+    });
     let disk = || Disk::of(ctx.places.data(), ctx.layer_way.disk_reserve);
     let promise = Ticket::alone().weigh(&what, needs, &ctx.layer_way.promises, &disk)?;
-    let owners = Owners { first: ids.outside, count: ids.count };
-    for chain in missing {
+    for (user, chain) in missing {
+        let owners = Owners { first: user.ids.outside, count: user.ids.count };
         ctx.content.copy_layer(chain, owners, promise.left()).map_err(|error| match error {
             CopyError::DiskFull { .. } => promise.was_too_small(&what),
             error => {
@@ -128,4 +147,13 @@ fn copy(ctx: &StartContext, name: &WorkloadName, image: &ReadyImage, ids: IdMapp
         })?;
     }
     Ok(())
+}
+
+fn in_words(missing: &[(&User<'_>, Digest)]) -> String {
+    let mut names: Vec<&str> = missing.iter().map(|(user, _)| user.name.as_str()).collect();
+    names.dedup();
+    match names[..] {
+        [name] => format!("{name} (a copy of its image's layers with its own ids)"),
+        _ => format!("a set of layer copies (for {}, each with its own ids)", names.join(", ")),
+    }
 }

@@ -29,7 +29,7 @@ const PULL_ASKED_MAX_MS: u64 = 3_600_000;
 const CHANGE: &str = "(change)";
 
 impl Agent {
-    fn try_later(&mut self, what: &str) {
+    pub(super) fn try_later(&mut self, what: &str) {
         self.under_way.failed.entry(what.to_owned()).or_default().failed(clock::boot_ms());
     }
 
@@ -67,7 +67,10 @@ impl Agent {
                 let _ = inbox.try_send(Message::PullProgress { image: image.clone(), progress });
             };
             let pulled = pull::pull(&context, &image, ticket, &tell);
-            let staged = pulled.and_then(|ready| copies::stage(&start_context, &users, &ready).map(|()| ready));
+            let staged = pulled.and_then(|ready| {
+                let users: Vec<_> = users.into_iter().map(|name| (name, ready.clone())).collect();
+                copies::stage(&start_context, &users).map(|()| ready)
+            });
             let result = Box::new(staged);
             // The loop has ended only when the agent ends.
             let _ = inbox.blocking_send(Message::Pulled { image: image.clone(), result });
@@ -318,9 +321,12 @@ impl Agent {
         }
     }
 
-    fn change(&mut self, generation: Sequence, to: GenerationState, why: &Reason, now: Now) {
+    pub(super) fn change(&mut self, generation: Sequence, to: GenerationState, why: &Reason, now: Now) {
         let may = self.under_way.failed.get(CHANGE).is_none_or(|backoff| backoff.is_over(now.boot_ms));
         if self.under_way.change || !may {
+            return;
+        }
+        if to == GenerationState::Staged && !self.has_copies(generation, now) {
             return;
         }
         let Some(change) = transition::step(&self.world.desired, &self.world.observed, generation, to, why, now.wall)

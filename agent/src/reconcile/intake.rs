@@ -31,6 +31,7 @@ impl Agent {
                     (*done, *total) = (progress.done, progress.total);
                 }
             }
+            Message::CopiesMade { generation, result } => self.copies_made(generation, *result),
             Message::Started { workload, spec, result } => self.started(workload, &spec, result).await,
             Message::Changed { change, failed, activated } => self.changed(*change, failed, activated),
             Message::ImageChecked { name, image, is_whole } => self.image_checked(name, *image, is_whole),

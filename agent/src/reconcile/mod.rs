@@ -35,6 +35,8 @@ mod pause;
 mod resize;
 /// What takes the disk, and when it goes.
 mod space;
+/// What a candidate needs beyond its images.
+mod stage;
 mod start_up;
 mod status;
 mod store_thread;
@@ -100,6 +102,11 @@ enum Message {
     PullProgress {
         image: String,
         progress: Progress,
+    },
+    /// Of layers, for a candidate whose images were there.
+    CopiesMade {
+        generation: Sequence,
+        result: Box<Result<(), PullFailure>>,
     },
     Started {
         workload: WorkloadName,
@@ -233,6 +240,7 @@ struct Agent {
     images: BTreeMap<String, ReadyImage>,
     runs: BTreeMap<WorkloadName, Run>,
     under_way: UnderWay,
+    staging: stage::Staging,
     collected: space::Collected,
     leases: moment::Leases,
     counters: survived::Counters,

@@ -51,6 +51,7 @@ impl Agent {
         // The room that a candidate lacks is made while it waits: its pulls stand still.
         (is_good && desired.pointers.candidate.is_none() || self.collected.room_is_short)
             && self.under_way.pulls.is_empty()
+            && !self.staging.under_way
             && self.under_way.starts.is_empty()
             && !self.under_way.change
             && !self.collected.under_way

@@ -109,6 +109,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         images: images(&store, &content)?,
         runs: BTreeMap::new(),
         under_way: UnderWay::default(),
+        staging: super::stage::Staging::default(),
         collected: super::space::Collected::default(),
         leases: super::moment::Leases::default(),
         pull_attempts: BTreeMap::new(),

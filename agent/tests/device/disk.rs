@@ -131,3 +131,48 @@ fn an_update_that_cannot_fit_is_refused_as_a_whole_with_the_numbers_and_one_that
     device.take(&factory.sign("three", &sleeper(3, &first)));
     device.wait_for_generation(3, "good");
 }
+
+#[test]
+fn a_copy_of_layers_that_cannot_fit_is_refused_before_anything_is_switched() {
+    let factory = Factory::start();
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+    let root = factory.path("device");
+    fs::create_dir_all(&root).unwrap();
+    mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), Some("size=98m")).unwrap();
+    let image = noise(&factory, "noise", 8);
+    // 34 MiB beside the reserve: the image, and one copy of it.
+    let device = factory.device("[runtime]\nidmapped-layers = false\n");
+    device.take(&factory.sign("one", &sleeper(1, &image)));
+    device.wait_for_generation(1, "good");
+    let copies = || fs::read_dir(root.join("layers/copies")).unwrap().count();
+    let (pid, layers_before) = (device.pid("app"), layers(&device).0);
+    assert_eq!(copies(), 1);
+
+    // Nothing is to be fetched for it.
+    let other = |name: &str| {
+        format!(
+            "  {name}:\n    image: {image}\n    command: [/bin/sleep, \"10000\"]\n    \
+             resources: {{ memory: 8Mi, cpu: 100m }}\n"
+        )
+    };
+    let all = format!("{}{}{}", sleeper(2, &image), other("second"), other("third"));
+    device.take(&factory.sign("two", &all));
+    let refused = until("the refusal", || {
+        let generations: Value = serde_json::from_str(&device.ask(&["generations", "-o", "json"])).unwrap();
+        let found = generations.as_array()?.iter().find(|generation| generation["sequence"] == 2)?.clone();
+        (found["state"] == "rejected").then_some(found)
+    });
+    assert_eq!(refused["reason"]["code"], "diskDoesNotFit", "{refused}");
+    let why = refused["reason"]["text"].as_str().unwrap();
+    for word in ["layer copies", "second, third", "needs about", "are free, 64Mi are in reserve"] {
+        assert!(why.contains(word), "{word}: {why}");
+    }
+    assert_eq!((device.pid("app"), layers(&device).0, copies()), (pid, layers_before, 1), "nothing was touched");
+
+    // One more does fit, and is there before the switch.
+    let one_more = format!("{}{}", sleeper(3, &image), other("second"));
+    device.take(&factory.sign("three", &one_more));
+    device.wait_for_generation(3, "good");
+    assert_eq!((device.pid("app"), copies()), (pid, 2));
+}
