@@ -470,6 +470,10 @@ impl Places {
     pub fn userns(&self) -> PathBuf {
         self.run.join("userns")
     }
+    /// Which volume was given to which ids.
+    pub fn volume_ids(&self) -> PathBuf {
+        self.data.join("volume-ids")
+    }
     /// Which workload has which ids.
     pub fn user_ids(&self) -> PathBuf {
         self.data.join("user-ids")

@@ -58,24 +58,28 @@ impl Owners {
         if id < self.count { self.first + id } else { NOBODYS }
     }
 
-    /// `vfs_ns_cap_data` (linux/capability.h): as revision 3, for the root of this range. What is no capability is left as
-    /// it is, and the kernel will say so.
     fn of_capability(self, value: &[u8]) -> Vec<u8> {
-        const REVISION: u32 = 0xff00_0000;
-        let word = |index: usize| {
-            let bytes = value.get(index * 4..index * 4 + 4).and_then(|bytes| bytes.try_into().ok());
-            u32::from_le_bytes(bytes.unwrap_or_default())
-        };
-        let (sets, root) = match (word(0) & REVISION, value.len()) {
-            (0x0100_0000, 12) => ([word(1), word(2), 0, 0], 0),
-            (0x0200_0000, 20) => ([word(1), word(2), word(3), word(4)], 0),
-            (0x0300_0000, 24) => ([word(1), word(2), word(3), word(4)], word(5)),
-            _ => return value.to_vec(),
-        };
-        let magic = 0x0300_0000 | (word(0) & !REVISION);
-        let words = [[magic].as_slice(), &sets, &[self.of(root)]].concat();
-        words.into_iter().flat_map(u32::to_le_bytes).collect()
+        capability_with_root(value, |root| self.of(root))
     }
+}
+
+/// `vfs_ns_cap_data` (linux/capability.h): as revision 3, for the root that `of` makes of the one it was for. What is no
+/// capability is left as it is, and the kernel will say so.
+pub(super) fn capability_with_root(value: &[u8], of: impl Fn(u32) -> u32) -> Vec<u8> {
+    const REVISION: u32 = 0xff00_0000;
+    let word = |index: usize| {
+        let bytes = value.get(index * 4..index * 4 + 4).and_then(|bytes| bytes.try_into().ok());
+        u32::from_le_bytes(bytes.unwrap_or_default())
+    };
+    let (sets, root) = match (word(0) & REVISION, value.len()) {
+        (0x0100_0000, 12) => ([word(1), word(2), 0, 0], 0),
+        (0x0200_0000, 20) => ([word(1), word(2), word(3), word(4)], 0),
+        (0x0300_0000, 24) => ([word(1), word(2), word(3), word(4)], word(5)),
+        _ => return value.to_vec(),
+    };
+    let magic = 0x0300_0000 | (word(0) & !REVISION);
+    let words = [[magic].as_slice(), &sets, &[of(root)]].concat();
+    words.into_iter().flat_map(u32::to_le_bytes).collect()
 }
 
 /// A copy on the disk.

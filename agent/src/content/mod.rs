@@ -42,6 +42,8 @@ pub mod partial;
 mod relay;
 /// Taking a tree away, however deep.
 pub mod remove;
+/// Other owners for a tree, in place.
+pub mod shift;
 /// What a layer was when it was unpacked.
 pub mod table;
 /// Archive entries into a directory, whatever they try.

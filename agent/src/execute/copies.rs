@@ -35,6 +35,11 @@ impl LayerWay {
         Self { may_map, found: OnceLock::new(), promises, disk_reserve }
     }
 
+    /// `runtime.idmapped-layers`, for volumes too.
+    pub fn may_map(&self) -> bool {
+        self.may_map
+    }
+
     /// What was found out; `None` as long as nobody had to know.
     pub fn known(&self) -> Option<Layers> {
         if self.may_map { self.found.get().copied() } else { Some(Layers::Copied) }

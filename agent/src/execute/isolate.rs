@@ -1,5 +1,6 @@
 //! From a described launch to one in namespaces of its own: the network namespace, and the user namespace with its ids.
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 use edged_model::id::WorkloadName;
@@ -8,10 +9,10 @@ use edged_model::manifest::{Manifest, NetworkMode, Workload};
 use edged_model::reason::{Code, Reason};
 
 use super::copies::{self, OwnIds, has_own_ids};
-use super::place;
 use super::pull::ReadyImage;
 use super::start::{self, Prepared, Purpose, StartContext, failed, netns_path};
 use super::user_ids::IDS_PER_WORKLOAD;
+use super::{place, volumes};
 use crate::crash_point;
 use crate::network::netns;
 use crate::runtime::mapped::{self, Around, MappedError, index};
@@ -40,20 +41,17 @@ pub fn run(ctx: &StartContext, launch: &Launch<'_>, note: String) -> Result<Prep
         prepared.cgroup.freeze(false).map_err(|error| failed(name, &error))?;
     }
     let prepared = match own {
-        Some(own) => with_own_ids(ctx, name, workload, own, prepared),
-        None => with_host_ids(ctx, name, workload, prepared),
+        Some(own) => with_own_ids(ctx, launch, own, prepared),
+        None => with_host_ids(ctx, launch, prepared),
     }?;
     crash_point::pass("namespace-made");
     Ok(prepared)
 }
 
-fn with_host_ids(
-    ctx: &StartContext,
-    name: &WorkloadName,
-    workload: &Workload,
-    prepared: Prepared,
-) -> Result<Prepared, Reason> {
+fn with_host_ids(ctx: &StartContext, launch: &Launch<'_>, prepared: Prepared) -> Result<Prepared, Reason> {
+    let Launch { name, workload, .. } = *launch;
     let Prepared { mut spec, mut fds, cgroup } = prepared;
+    volumes::with_host_ids(ctx, launch)?;
     give_run_files(ctx, name, 0)?;
     if let Some(path) = netns_path(&ctx.places, name, workload.network_mode) {
         spec.netns_fd = Some(index(&fds));
@@ -72,13 +70,8 @@ pub fn command(ctx: &StartContext, launch: &Launch<'_>) -> Result<Prepared, Reas
     Ok(prepared)
 }
 
-fn with_own_ids(
-    ctx: &StartContext,
-    name: &WorkloadName,
-    workload: &Workload,
-    own: OwnIds,
-    prepared: Prepared,
-) -> Result<Prepared, Reason> {
+fn with_own_ids(ctx: &StartContext, launch: &Launch<'_>, own: OwnIds, prepared: Prepared) -> Result<Prepared, Reason> {
+    let Launch { name, workload, .. } = *launch;
     let Prepared { spec, mut fds, cgroup } = prepared;
     if let Some(id) = [spec.uid, spec.gid].iter().chain(&spec.additional_gids).find(|id| **id >= IDS_PER_WORKLOAD) {
         let text = format!("{name} could not be started: its user or group {id} is beyond its {IDS_PER_WORKLOAD} ids");
@@ -97,6 +90,8 @@ fn with_own_ids(
         (network, _) => network,
     };
     give_run_files(ctx, name, ids.outside)?;
+    let mut ready = volumes::with_own_ids(ctx, launch, pair.user.as_fd(), ids)?;
+    ready.push(place::run_home(&ctx.places, name));
     let around = Around {
         layers,
         user: pair.user,
@@ -104,7 +99,7 @@ fn with_own_ids(
         owns_network: own,
         ids,
         owned_by_workload: ctx.places.volumes(),
-        ready: place::run_home(&ctx.places, name),
+        ready,
     };
     let (spec, more) = mapped::map(spec, index(&fds), around).map_err(|error| explain(name, &error))?;
     fds.extend(more);

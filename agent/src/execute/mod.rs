@@ -20,3 +20,5 @@ pub mod stop;
 pub mod user;
 /// Whose ids on the device a workload's ids are.
 pub mod user_ids;
+/// Volumes where mounts cannot be idmapped.
+pub mod volumes;

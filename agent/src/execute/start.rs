@@ -16,6 +16,7 @@ use super::place::{self, RunFiles};
 use super::pull::ReadyImage;
 use super::user;
 use super::user_ids::Ranges;
+use super::volumes::VolumeIds;
 use crate::config::{Allow, Places};
 use crate::content::Content;
 use crate::crash_point;
@@ -37,6 +38,7 @@ pub struct StartContext {
     pub user_namespaces: bool,
     pub user_ids: Arc<Ranges>,
     pub layer_way: Arc<LayerWay>,
+    pub volume_ids: Arc<VolumeIds>,
 }
 
 /// Ready to be launched.

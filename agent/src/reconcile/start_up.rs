@@ -27,6 +27,7 @@ use crate::execute::copies::LayerWay;
 use crate::execute::pull::{self, PullContext, ReadyImage, is_whole};
 use crate::execute::start::StartContext;
 use crate::execute::user_ids::Ranges;
+use crate::execute::volumes::VolumeIds;
 use crate::network::{interface, ports::Ports};
 use crate::observe::{kernel_log, logs::Logs, pressure};
 use crate::registry::traffic::{Clock, Limits, Traffic};
@@ -123,6 +124,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
             user_namespaces: config.runtime.user_namespaces,
             user_ids: Arc::new(Ranges::open(places.user_ids(), &places.userns(), config.runtime.user_ids)),
             layer_way: Arc::new(layer_way),
+            volume_ids: Arc::new(VolumeIds::open(places.volume_ids(), config.runtime.user_ids)),
         },
         floor,
         reckoning: time::Reckoning::new(store.time_floor()?),

@@ -75,8 +75,8 @@ pub struct Around {
     pub ids: IdMapping,
     /// Below these a bind must be idmapped: data that the workload owns.
     pub owned_by_workload: PathBuf,
-    /// Below these a bind is taken as it is: files that were made with the right owner.
-    pub ready: PathBuf,
+    /// Below these a bind is taken as it is: files that have the right owners.
+    pub ready: Vec<PathBuf>,
 }
 
 /// Changes `spec` to one for a container inside `around`, and gives the descriptors it now names; the first of them has
@@ -99,7 +99,7 @@ pub fn takes_mapped_layers(directories: [String; 2], user: OwnedFd, ids: IdMappi
             owns_network: false,
             ids,
             owned_by_workload: PathBuf::new(),
-            ready: PathBuf::new(),
+            ready: Vec::new(),
         };
         match (Mapping { around, first: 0, fds: Vec::new() }).overlay(&directories, None, MOUNT_AT, false) {
             Ok(_) => Ok(true),
@@ -113,6 +113,17 @@ pub fn takes_mapped_layers(directories: [String; 2], user: OwnedFd, ids: IdMappi
     let thread = std::thread::Builder::new().name("mounts".to_owned());
     let running = thread.spawn(probe).map_err(MappedError::Thread)?;
     running.join().unwrap_or_else(|_| Err(MappedError::Thread(io::Error::other("it failed"))))
+}
+
+/// Whether mounts of what is at `path` can be idmapped.
+pub fn can_be_idmapped(path: &Path, user: BorrowedFd<'_>) -> Result<bool, MappedError> {
+    let name = path.to_string_lossy();
+    let tree = open(&name).and_then(|opened| mount::clone_tree(opened.as_fd(), false)).map_err(at(&name))?;
+    match mount::set_idmap(tree.as_fd(), user, false) {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(false),
+        Err(source) => Err(MappedError::Idmap { what: name.into_owned(), needs: NEEDS, source }),
+    }
 }
 
 /// For this thread, which ends soon: what it mounts nobody else sees.
@@ -210,12 +221,13 @@ impl Mapping {
 
     fn bind(&self, step: &MountStep) -> Result<OwnedFd, MappedError> {
         let source = Path::new(&step.source);
-        if source.starts_with(&self.around.owned_by_workload) {
+        let is_ready = self.around.ready.iter().any(|ready| source.starts_with(ready));
+        if source.starts_with(&self.around.owned_by_workload) && !is_ready {
             return self.idmapped(&step.source);
         }
         let opened = open(&step.source).map_err(at(&step.source))?;
         let tree = || mount::clone_tree(opened.as_fd(), step.recursive).map_err(at(&step.source));
-        if source.starts_with(&self.around.ready) {
+        if is_ready {
             return tree();
         }
         // A path of the device: where the file system cannot translate, its owners are strangers inside.
