@@ -102,7 +102,7 @@ impl Agent {
     pub(super) fn layers_checked(&mut self, checked: &Checked) {
         self.collected.under_way = false;
         if checked.layers.iter().any(|layer| !layer.damage.is_empty()) {
-            self.suspects.found();
+            self.suspects.found(!checked.kept.is_empty());
         }
         for _ in checked.layers.iter().filter(|layer| !layer.damage.is_empty()) {
             self.count(|survived| &mut survived.layers_damaged);
@@ -221,7 +221,7 @@ fn told(checked: &Checked) -> Vec<Reason> {
             let (what, again) = match layer.copy {
                 Some(first) => (format!("the copy for the ids from {first} of layer"), "made again"),
                 None if kept.contains(&layer.chain) => {
-                    ("layer".to_owned(), "fetched again at the next boot, because something runs on it")
+                    ("layer".to_owned(), "fetched again when nothing runs on it, at the next boot at the latest")
                 }
                 None => ("layer".to_owned(), "fetched again"),
             };

@@ -21,6 +21,9 @@ use crate::runtime::keeper_link::LaunchError;
 /// A workload may end so by its own fault, again and again: its image is not read more often than this.
 const AGAIN_MS: u64 = 3_600_000;
 
+/// All images, among those that were looked at; none is called so.
+const ALL: &str = "(all)";
+
 /// Whether a start failed because something could not be read. A kernel without fs-verity does not open what another one
 /// has protected (`EOPNOTSUPP`).
 pub(super) fn is_unread(failure: &StartFailure) -> bool {
@@ -58,9 +61,13 @@ impl Suspects {
         self.looked_at_boot_ms.get(image).is_some_and(|at| now.saturating_sub(*at) < AGAIN_MS)
     }
 
-    /// Damage was found: what the kernel said is explained.
-    pub(super) fn found(&mut self) {
+    /// Damage was found: what the kernel said is explained. What was left because something ran on it is looked at when a
+    /// workload fails of it the next time.
+    pub(super) fn found(&mut self, is_left: bool) {
         self.kernel_said = None;
+        if is_left {
+            self.looked_at_boot_ms.retain(|image, _| image == ALL);
+        }
     }
 }
 
@@ -106,16 +113,16 @@ impl Agent {
     }
 
     pub(super) fn look_at_what_the_kernel_said(&mut self) {
-        const ALL: &str = "(all)";
         let Some(file) = self.suspects.kernel_said.clone() else { return };
         let now = clock::boot_ms();
         if self.suspects.was_looked_at(ALL, now) {
-            return self.suspects.found();
+            self.suspects.kernel_said = None;
+            return;
         }
         let needed = needed_images(&self.world.desired).into_iter().map(str::to_owned).collect();
         let when = format!("because fs-verity refused to read a file ({file})");
         if self.look_at(&needed, &when) {
-            self.suspects.found();
+            self.suspects.kernel_said = None;
             self.suspects.looked_at_boot_ms.insert(ALL.to_owned(), now);
         }
     }

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use edged::config::FsVerity;
 use edged::content::build::{BuildSpec, build_layout};
 use edged::execute::pull::{self, ReadyImage};
 use edged::registry::platform::architecture;
@@ -154,4 +155,25 @@ fn where_room_is_tight_the_archive_is_asked_how_large_it_is_and_what_does_not_fi
     assert!(device.has_nothing_half_done());
     device.ctx.disk_reserve = Bytes(64 << 10);
     device.pull(&image).unwrap();
+}
+
+#[test]
+fn where_the_kernel_must_protect_layers_and_cannot_none_is_unpacked_and_else_they_keep_their_sums() {
+    let dir = tempfile::tempdir().unwrap();
+    let (layout, digest) = sample(dir.path());
+    let image = format!("oci:{}@{digest}", layout.display());
+    // No kernel has fs-verity on a tmpfs.
+    let mut device = on_disk("size=8m");
+    let content = device.ctx.content.clone();
+    device.ctx.content = content.clone().with_fs_verity(FsVerity::Required);
+    let failure = device.pull(&image).unwrap_err();
+    assert_eq!((failure.reason.code, failure.permanent), (Code::NotAllowedHere, true), "{failure:?}");
+    assert!(failure.reason.text.contains("fs-verity") && failure.reason.next.contains("tune2fs"), "{failure:?}");
+    assert!(device.has_nothing_half_done());
+    device.ctx.content = content;
+    let ready = device.pull(&image).unwrap();
+    for layer in &ready.layers {
+        let found = device.ctx.content.check_layer(*layer, &mut |_| true).unwrap().unwrap();
+        assert_eq!((found.damage, found.protected_bytes, found.unread), (Vec::new(), 0, 0));
+    }
 }

@@ -73,10 +73,21 @@ impl Registry {
 
     /// Pushes an OCI layout and gives back the digest of its manifest.
     pub fn push(&self, layout: &Path, repository: &str, tag: &str) -> Result<String> {
+        self.copy(layout, repository, tag, &["--preserve-digests"])
+    }
+
+    /// The same with its layers packed by zstd.
+    pub fn push_as_zstd(&self, layout: &Path, repository: &str, tag: &str) -> Result<String> {
+        self.copy(layout, repository, tag, &["--format", "oci", "--dest-compress-format", "zstd", "--dest-compress"])
+    }
+
+    fn copy(&self, layout: &Path, repository: &str, tag: &str, how: &[&str]) -> Result<String> {
         let digest = self.dir.join(format!("{}.digest", repository.replace('/', "_")));
         process::run(
             Command::new("skopeo")
-                .args(["copy", "--quiet", "--preserve-digests", "--dest-cert-dir"])
+                .args(["copy", "--quiet"])
+                .args(how)
+                .arg("--dest-cert-dir")
                 .arg(self.certificates()?)
                 .args(["--dest-creds", &format!("{USER}:{PASSWORD}"), "--digestfile"])
                 .arg(&digest)

@@ -65,7 +65,8 @@ impl Site {
         self.registry.push(&Artifacts::find().image(self.arch, name), name, "latest")
     }
 
-    /// Pushes what one of the built images has, and a file of noise of so many MiB beside it, as one layer, and signs it.
+    /// Pushes what one of the built images has, and a file of noise of so many MiB beside it, as one layer packed by zstd,
+    /// and signs it.
     pub fn publish_large(&self, from: &str, name: &str, mib: usize) -> Result<String> {
         let (root, layout) = (self.dir.join(name), self.dir.join(format!("{name}.layout")));
         fs::create_dir_all(&root)?;
@@ -81,7 +82,7 @@ impl Site {
         let mut build = self.keys.edgectl();
         build.args(["image", "build", "--arch", self.arch.oci().0, "--output"]).arg(&layout).arg(&root);
         process::run(&mut build)?;
-        let digest = self.registry.push(&layout, name, "latest")?;
+        let digest = self.registry.push_as_zstd(&layout, name, "latest")?;
         self.registry.sign(name, &digest, &self.keys.private("image"), SignatureForm::Bundle)?;
         Ok(self.image(name, &digest))
     }
