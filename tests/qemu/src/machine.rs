@@ -324,12 +324,12 @@ fn disk_arguments(disk: &Path, setup: &Setup) -> Vec<String> {
     arguments
 }
 
-/// `console=`: where the kernel and the keeper write; `loglevel=5` lets the keeper's lines through and not the kernel's
+/// `console=`: where the kernel and the keeper write; `loglevel=4` lets the keeper's lines through and not the kernel's
 /// own news, `printk.devkmsg=on` all of them. `edged.data=`: the data disk, formatted when it is empty,
 /// as `edged.data-type=` says. `edged.watchdog=`: seconds, 0 for none. `panic=`: seconds until a panic resets the machine.
 fn kernel_command_line(firmware: &Firmware, setup: &Setup) -> String {
     let mut words = vec![format!("console={}", firmware.arch.console())];
-    words.extend(["panic=1", "loglevel=5", "printk.devkmsg=on"].map(str::to_owned));
+    words.extend(["panic=1", "loglevel=4", "printk.devkmsg=on"].map(str::to_owned));
     if setup.disk.is_some() {
         words.push(format!("edged.data={}", setup.data));
         words.push(format!("edged.data-type={}", firmware.filesystem));
