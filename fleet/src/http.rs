@@ -182,10 +182,10 @@ async fn get_manifest(State(app): Shared, Path(id): Path<String>, headers: Heade
     if trust_root > 0 {
         response.headers_mut().insert(TRUST_HEADER, trust_root.into());
     }
-    if wait > 0 {
-        if let Ok(value) = HeaderValue::from_str(&format!("wait={wait}")) {
-            response.headers_mut().insert("preference-applied", value);
-        }
+    if wait > 0
+        && let Ok(value) = HeaderValue::from_str(&format!("wait={wait}"))
+    {
+        response.headers_mut().insert("preference-applied", value);
     }
     Ok(response)
 }

@@ -112,9 +112,27 @@ pub fn run(options: &Options) -> Result<()> {
     summary.stage("format", || check(cargo().args(["fmt", "--all", "--check"])));
     let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
     summary.stage("clippy", || check(cargo().args(clippy)));
+    std::thread::scope(|scope| {
+        let beside = |arch: Arch| scope.spawn(move || device_beside(arch));
+        // Tests wait most of their time, and an emulated device is one thread: what the stories boot is built beside them,
+        // with what they leave.
+        let mut built = arches.first().copied().map(beside);
+        host_tests(&mut summary, options.soak);
+        for (position, arch) in arches.iter().enumerate() {
+            if let Some(built) = built.take() {
+                summary.stage(&format!("device for {arch}"), || joined(built));
+            }
+            built = arches.get(position + 1).copied().map(beside);
+            summary.stage(&format!("stories on {arch}"), || stories(*arch, options.soak));
+        }
+    });
+    summary.finish()
+}
+
+fn host_tests(summary: &mut Summary, soak: bool) {
     summary.stage("unit, property, host tests", || {
         let mut command = cargo();
-        if options.soak {
+        if soak {
             command.env(STARTS_ENV, SOAK_STARTS);
         }
         // Said by nobody but .cargo/config.toml.
@@ -126,34 +144,16 @@ pub fn run(options: &Options) -> Result<()> {
     });
     summary.stage("licences, sources, bans", || deny(&["bans", "licenses", "sources"]));
     summary.stage("advisories", advisories);
-    devices(&mut summary, arches, options.soak);
-    summary.finish()
 }
 
-/// The stories of each architecture. An emulated device is one thread: what the next architecture boots is built beside
-/// it, with what it leaves.
-fn devices(summary: &mut Summary, arches: &[Arch], soak: bool) {
-    std::thread::scope(|scope| {
-        let mut built_beside = None;
-        for (position, arch) in arches.iter().enumerate() {
-            summary.stage(&format!("device for {arch}"), || match built_beside.take() {
-                Some(built) => joined(built),
-                None => device(*arch),
-            });
-            built_beside = arches.get(position + 1).map(|next| scope.spawn(|| device_beside_stories(*next)));
-            summary.stage(&format!("stories on {arch}"), || stories(*arch, soak));
-        }
-    });
-}
-
-fn device_beside_stories(arch: Arch) -> Result<Outcome> {
+fn device_beside(arch: Arch) -> Result<Outcome> {
     // Of this thread alone, and of the programs it starts: setpriority(2), NOTES.
-    rustix::process::setpriority_process(None, 19).context("cannot step back behind the stories")?;
+    rustix::process::setpriority_process(None, 19).context("cannot step back behind the tests")?;
     device(arch)
 }
 
 fn joined(built: ScopedJoinHandle<Result<Outcome>>) -> Result<Outcome> {
-    built.join().unwrap_or_else(|_| bail!("the build beside the stories panicked"))
+    built.join().unwrap_or_else(|_| bail!("the build beside the tests panicked"))
 }
 
 fn cargo() -> Command {

@@ -245,10 +245,10 @@ pub fn decide(table: &mut Table, event: Event, now: u64) -> Vec<Act> {
         }
         Event::ExecReached { key } => exec_reached(table, key, &mut acts),
         Event::StepFailed { key, stage, errno } => {
-            if let Some(Child { life, .. }) = table.children.get_mut(&key) {
-                if let Life::Launching { request } = *life {
-                    *life = Life::Failed { request, stage, errno };
-                }
+            if let Some(Child { life, .. }) = table.children.get_mut(&key)
+                && let Life::Launching { request } = *life
+            {
+                *life = Life::Failed { request, stage, errno };
             }
         }
         Event::Looked { asked, looked } => trial::looked(table, asked, looked, now, &mut acts),

@@ -17,11 +17,11 @@ pub fn to_kernel(device: bool) {
 /// Writes one line. Where it cannot be written, nothing can be done about it.
 pub fn line(text: &str) {
     let line = format!("edged[keeper]: {text}\n");
-    if KERNEL.load(Ordering::Relaxed) {
-        if let Ok(mut kmsg) = File::options().write(true).open("/dev/kmsg") {
-            let _ = kmsg.write_all(format!("{LEVEL}{line}").as_bytes());
-            return;
-        }
+    if KERNEL.load(Ordering::Relaxed)
+        && let Ok(mut kmsg) = File::options().write(true).open("/dev/kmsg")
+    {
+        let _ = kmsg.write_all(format!("{LEVEL}{line}").as_bytes());
+        return;
     }
     let _ = std::io::stderr().write_all(line.as_bytes());
 }

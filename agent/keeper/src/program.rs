@@ -134,10 +134,10 @@ pub fn set_aside(words: &[OsString]) -> ExitCode {
             return ExitCode::FAILURE;
         }
     }
-    if copy == "copy" {
-        if let Err(error) = copy_own(place) {
-            println!("a power cut would not bring this program back: {}: {error}", former(place).display());
-        }
+    if copy == "copy"
+        && let Err(error) = copy_own(place)
+    {
+        println!("a power cut would not bring this program back: {}: {error}", former(place).display());
     }
     let limit = Rlimit { current: Some(WORDS_BYTES), maximum: Some(WORDS_BYTES) };
     if let Err(errno) = setrlimit(Resource::Fsize, limit) {

@@ -119,10 +119,10 @@ impl Keeper {
         };
         keeper.open_watchdog();
         keeper.take_up()?;
-        if !resume::is_resuming() {
-            if let Some(boots) = resume::program().and_then(|place| program::boots_on_trial(&place)) {
-                keeper.feed(Event::BootedOnTrial { boots }, &[]);
-            }
+        if !resume::is_resuming()
+            && let Some(boots) = resume::program().and_then(|place| program::boots_on_trial(&place))
+        {
+            keeper.feed(Event::BootedOnTrial { boots }, &[]);
         }
         if agent_too {
             keeper.feed(Event::AgentOutdated, &[]);

@@ -274,11 +274,11 @@ fn proved_at_boot_ms(table: &Table) -> Option<u64> {
 }
 
 pub fn due(table: &mut Table, now: u64, acts: &mut Vec<Act>) {
-    if let Some(trying) = table.upgrade.trying.as_mut().filter(|trying| !trying.is_killed) {
-        if trying.kill_at_boot_ms <= now {
-            trying.is_killed = true;
-            acts.push(Act::KillProcess { pid: trying.pid });
-        }
+    if let Some(trying) = table.upgrade.trying.as_mut().filter(|trying| !trying.is_killed)
+        && trying.kill_at_boot_ms <= now
+    {
+        trying.is_killed = true;
+        acts.push(Act::KillProcess { pid: trying.pid });
     }
     if proved_at_boot_ms(table).is_some_and(|at| at <= now) {
         table.upgrade.trial = None;

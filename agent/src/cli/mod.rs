@@ -88,15 +88,15 @@ fn ask(host: &str, request: &Request, show: Show) -> ExitCode {
             Ok(Some(Answer::Progress { done, total })) => progress(done, total),
             Ok(Some(Answer::Error(reason))) => return fail(exit::REFUSED, &table::reason_text(&reason)),
             Ok(Some(answer)) => {
-                if let Answer::Checked(layers) = &answer {
-                    if layers.iter().any(|layer| !layer.damage.is_empty()) {
-                        code = ExitCode::from(exit::REFUSED);
-                    }
+                if let Answer::Checked(layers) = &answer
+                    && layers.iter().any(|layer| !layer.damage.is_empty())
+                {
+                    code = ExitCode::from(exit::REFUSED);
                 }
-                if let (Answer::Status(status), false) = (&answer, show.only_workloads) {
-                    if table::verdict(status).is_err() {
-                        code = ExitCode::from(exit::NOT_WELL);
-                    }
+                if let (Answer::Status(status), false) = (&answer, show.only_workloads)
+                    && table::verdict(status).is_err()
+                {
+                    code = ExitCode::from(exit::NOT_WELL);
                 }
                 if print(&render(&answer, show, style)).is_err() {
                     return code;

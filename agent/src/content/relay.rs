@@ -123,14 +123,14 @@ pub struct Chunks {
 
 impl BufRead for Chunks {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.at == self.current.len() {
-            if let Ok(next) = self.to_read.recv() {
-                let old = std::mem::replace(&mut self.current, next?);
-                self.at = 0;
-                if old.capacity() > 0 {
-                    // Nobody needs it when everything was sent.
-                    let _ = self.empty.send(old);
-                }
+        if self.at == self.current.len()
+            && let Ok(next) = self.to_read.recv()
+        {
+            let old = std::mem::replace(&mut self.current, next?);
+            self.at = 0;
+            if old.capacity() > 0 {
+                // Nobody needs it when everything was sent.
+                let _ = self.empty.send(old);
             }
         }
         Ok(&self.current[self.at..])

@@ -382,10 +382,10 @@ impl<R: BufRead> Unpacker<'_, R> {
         times.extend(self.directories.iter().map(|(path, mtime)| (path.as_path(), *mtime)));
         for (path, mtime) in &times {
             // A later entry may have taken the directory's place: then there is nothing to set.
-            if let Ok(directory) = resolve::open_path_no_follow(self.root.as_fd(), &Path::new("/").join(path)) {
-                if let Ok(directory) = nodes::reopen(&directory) {
-                    nodes::set_times(&directory, *mtime).map_err(|errno| wrote(path, errno))?;
-                }
+            if let Ok(directory) = resolve::open_path_no_follow(self.root.as_fd(), &Path::new("/").join(path))
+                && let Ok(directory) = nodes::reopen(&directory)
+            {
+                nodes::set_times(&directory, *mtime).map_err(|errno| wrote(path, errno))?;
             }
         }
         Ok(self.sums)

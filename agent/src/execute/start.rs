@@ -84,10 +84,10 @@ fn not_allowed(workload: &Workload, allow: &Allow) -> Option<(String, &'static s
         clean && roots.iter().any(|root| Path::new(path).starts_with(root))
     };
     for mount in &workload.mounts {
-        if let MountSource::Bind(path) = &mount.source {
-            if !under(path, &allow.bind) {
-                return Some((format!("mounts: bind of {path}"), "allow.bind"));
-            }
+        if let MountSource::Bind(path) = &mount.source
+            && !under(path, &allow.bind)
+        {
+            return Some((format!("mounts: bind of {path}"), "allow.bind"));
         }
     }
     if let Some(device) = workload.devices.iter().find(|device| !under(&device.path, &allow.devices)) {

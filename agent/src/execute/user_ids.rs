@@ -125,10 +125,12 @@ fn parse(text: &str, ranges: u32) -> BTreeMap<WorkloadName, u32> {
     let mut taken: BTreeMap<WorkloadName, u32> = BTreeMap::new();
     for line in text.lines() {
         let Some((name, number)) = line.split_once(' ') else { continue };
-        if let (Ok(name), Ok(number)) = (WorkloadName::parse(name), number.parse()) {
-            if number < ranges && !taken.contains_key(&name) && !taken.values().any(|other| *other == number) {
-                taken.insert(name, number);
-            }
+        if let (Ok(name), Ok(number)) = (WorkloadName::parse(name), number.parse())
+            && number < ranges
+            && !taken.contains_key(&name)
+            && !taken.values().any(|other| *other == number)
+        {
+            taken.insert(name, number);
         }
     }
     taken

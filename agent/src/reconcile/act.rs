@@ -250,11 +250,11 @@ impl Agent {
             old.probe.inspect(tokio::task::JoinHandle::abort);
         }
         let Some(spec) = self.active().and_then(|active| active.manifest.workloads.get(name)).cloned() else { return };
-        if let Some(netns) = start::netns_path(&self.start_context.places, name, spec.network_mode) {
-            if let Err(error) = self.ports.publish(name, &spec.ports, &netns).await {
-                let text = format!("the ports of {name} cannot be opened: {error}");
-                self.tell(Some(name), None, &Reason::new(Code::StartFailed, text), "agent");
-            }
+        if let Some(netns) = start::netns_path(&self.start_context.places, name, spec.network_mode)
+            && let Err(error) = self.ports.publish(name, &spec.ports, &netns).await
+        {
+            let text = format!("the ports of {name} cannot be opened: {error}");
+            self.tell(Some(name), None, &Reason::new(Code::StartFailed, text), "agent");
         }
     }
 

@@ -92,10 +92,10 @@ fn find_cause(store: &Store, keep: &Path, boot_id: &str) -> Option<BootCause> {
         tracing::warn!("this boot: {}", inline_chain(&error));
     }
     // Only when this boot is on record: a cut in between finds the farewell again.
-    if let Err(error) = std::fs::remove_file(&farewell).and_then(|()| std::fs::File::open(keep)?.sync_all()) {
-        if traces.said_farewell {
-            tracing::warn!("{}: {error}", farewell.display());
-        }
+    if let Err(error) = std::fs::remove_file(&farewell).and_then(|()| std::fs::File::open(keep)?.sync_all())
+        && traces.said_farewell
+    {
+        tracing::warn!("{}: {error}", farewell.display());
     }
     Some(cause)
 }

@@ -27,30 +27,30 @@ impl Agent {
             *ended_already = Some(exit);
             return;
         }
-        if !health::finish(&self.execs, &exit) {
-            if let Ok(name) = WorkloadName::parse(&key) {
-                crash_point::pass("end-seen");
-                let cause = self.cause(&name, &exit);
-                let since = match self.world.instance(&name).state {
-                    InstanceState::Running { since_boot_ms, .. } => since_boot_ms,
-                    _ => exit.boot_ms,
-                };
-                let peak = self.runs.get(&name).and_then(|run| run.cgroup.usage().memory_peak_bytes).map(Bytes);
-                let exit = Exit {
-                    cause,
-                    at: self.now().wall,
-                    at_boot_ms: exit.boot_ms,
-                    ran_ms: exit.boot_ms.saturating_sub(since),
-                    peak_memory: peak,
-                };
-                let may_be_unread = suspect::may_be_unread(&exit.cause);
-                self.ended(&name, exit);
-                if may_be_unread {
-                    self.suspect(&name);
-                }
-                if !self.starts_at_once(&name) {
-                    return self.forget_when_written(name).await;
-                }
+        if !health::finish(&self.execs, &exit)
+            && let Ok(name) = WorkloadName::parse(&key)
+        {
+            crash_point::pass("end-seen");
+            let cause = self.cause(&name, &exit);
+            let since = match self.world.instance(&name).state {
+                InstanceState::Running { since_boot_ms, .. } => since_boot_ms,
+                _ => exit.boot_ms,
+            };
+            let peak = self.runs.get(&name).and_then(|run| run.cgroup.usage().memory_peak_bytes).map(Bytes);
+            let exit = Exit {
+                cause,
+                at: self.now().wall,
+                at_boot_ms: exit.boot_ms,
+                ran_ms: exit.boot_ms.saturating_sub(since),
+                peak_memory: peak,
+            };
+            let may_be_unread = suspect::may_be_unread(&exit.cause);
+            self.ended(&name, exit);
+            if may_be_unread {
+                self.suspect(&name);
+            }
+            if !self.starts_at_once(&name) {
+                return self.forget_when_written(name).await;
             }
         }
         self.forget(&key).await;

@@ -177,10 +177,10 @@ impl Agent {
     /// Images that a generation needs and that a store made anew does not know: the records beside the layers do.
     fn recall_images(&mut self) {
         for name in needed_images(&self.world.desired) {
-            if !self.images.contains_key(name) {
-                if let Some(image) = pull::ready(&self.pull_context, name) {
-                    self.images.insert(name.to_owned(), image);
-                }
+            if !self.images.contains_key(name)
+                && let Some(image) = pull::ready(&self.pull_context, name)
+            {
+                self.images.insert(name.to_owned(), image);
             }
         }
     }
@@ -283,7 +283,6 @@ impl Agent {
         }
     }
 
-    /// Everything that listens or asks outside.
     fn listen_to_the_kernel(&self) {
         let inbox = self.inbox.clone();
         tokio::spawn(async move {
@@ -295,6 +294,7 @@ impl Agent {
         });
     }
 
+    /// Everything that listens or asks outside.
     async fn open_doors(&mut self, places: &Places, is_device: bool) -> anyhow::Result<mpsc::Receiver<api::Call>> {
         let (calls, receiver) = mpsc::channel(CALLS_DEPTH);
         let allowed = api::peer::Allowed::group_named(&self.config.api.group);

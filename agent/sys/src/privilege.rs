@@ -159,7 +159,7 @@ pub fn install_seccomp_with_listener(program: &[u8], flags: u32) -> Result<Owned
 /// The number is what seccomp(2) answers.
 fn set_filter(program: &[u8], flags: u32) -> Result<libc::c_int, Errno> {
     const INSTRUCTION_BYTES: usize = size_of::<libc::sock_filter>();
-    if program.is_empty() || program.len() % INSTRUCTION_BYTES != 0 {
+    if program.is_empty() || !program.len().is_multiple_of(INSTRUCTION_BYTES) {
         return Err(Errno::INVAL);
     }
     let filter: Vec<libc::sock_filter> = program

@@ -236,7 +236,7 @@ impl Story {
         let own = &self.image;
         let walls = "resources: { memory: 8Mi, cpu: 100m }";
         let steady = self.steady_mebibytes;
-        let turn = if sequence % 2 == 0 { "even" } else { "odd" };
+        let turn = if sequence.is_multiple_of(2) { "even" } else { "odd" };
         let head = head(sequence).replace("probation: 2s", "probation: 300ms");
         format!(
             "{head}volumes: {{ data: {{}} }}\nworkloads:\n  \
@@ -251,7 +251,7 @@ impl Story {
     }
 
     fn expected(&self) -> BTreeSet<String> {
-        let turn = if self.active % 2 == 0 { "even" } else { "odd" };
+        let turn = if self.active.is_multiple_of(2) { "even" } else { "odd" };
         let names = ["steady", "deaf", turn, &format!("once-{}", self.active)];
         names.into_iter().map(str::to_owned).collect()
     }

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use edged_model::id::Digest;
 use edged_qemu::certs::Authority;
 use edged_qemu::fleet::Fleet;
 use edged_qemu::keys::Keys;
@@ -399,5 +400,25 @@ impl Drop for Device {
         for pin in pins.into_iter().flatten() {
             let _ = rustix::mount::unmount(pin.path(), rustix::mount::UnmountFlags::DETACH);
         }
+        remove_groups(&self.root);
+    }
+}
+
+/// The groups of its workloads, empty by now. On cgroup v1 nobody takes them away, and each start on a host that has
+/// thousands of them waits a millisecond for the kernel.
+fn remove_groups(data: &Path) {
+    let name = format!("edged-{}", Digest::of(data.as_os_str().as_encoded_bytes()).short());
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let places = own.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        Some(controllers.split(',').map(move |one| (one.to_owned(), path.trim_start_matches('/').to_owned())))
+    });
+    for (controller, path) in places.flatten() {
+        let group = Path::new("/sys/fs/cgroup").join(controller).join(path).join(&name);
+        for workload in fs::read_dir(&group).into_iter().flatten().flatten() {
+            // Its files cannot be removed, and need not be.
+            let _ = fs::remove_dir(workload.path());
+        }
+        let _ = fs::remove_dir(group);
     }
 }

@@ -181,6 +181,19 @@ fn a_user_namespace_can_be_joined() {
 }
 
 #[test]
+fn words_that_change_nothing_are_taken() {
+    let mut bundle = Bundle::new("grep ' /mem ' /proc/self/mounts | cut -d' ' -f 4");
+    let plain = json!({ "destination": "/mem", "type": "tmpfs", "source": "tmpfs", "options": ["size=1m"] });
+    add_mount(&mut bundle, plain);
+    let without = bundle.run().good();
+    let mount = bundle.config["mounts"].as_array_mut().unwrap().last_mut().unwrap();
+    mount["options"] =
+        json!(["size=1m", "iversion", "noiversion", "silent", "loud", "acl", "defaults", "async", "nomand"]);
+    assert_eq!(bundle.run().good(), without);
+    assert!(without.contains("size=1024k"), "{without}");
+}
+
+#[test]
 fn mounts_have_the_options_they_were_given() {
     let mut bundle =
         Bundle::new("grep -E ' /(mem|host|deep|deep/below|file) ' /proc/self/mounts | cut -d' ' -f 2,4 | sort");

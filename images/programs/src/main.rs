@@ -132,7 +132,7 @@ fn spin() -> ExitCode {
     let mut said = Instant::now();
     loop {
         turns = std::hint::black_box(turns.wrapping_add(1));
-        if turns % (1 << 20) == 0 && said.elapsed() > Duration::from_secs(10) {
+        if turns.is_multiple_of(1 << 20) && said.elapsed() > Duration::from_secs(10) {
             println!("spin: {turns} turns");
             said = Instant::now();
         }

@@ -82,10 +82,10 @@ const ARM_PRIVATE: [(&str, u32); 6] = [
 ];
 
 pub fn number(table: Table, name: &str) -> Option<u32> {
-    if std::ptr::eq(table, arm()) {
-        if let Some((_, number)) = ARM_PRIVATE.iter().find(|(known, _)| *known == name) {
-            return Some(*number);
-        }
+    if std::ptr::eq(table, arm())
+        && let Some((_, number)) = ARM_PRIVATE.iter().find(|(known, _)| *known == name)
+    {
+        return Some(*number);
     }
     let look_up = |name: &str| table.binary_search_by(|(known, _)| (*known).cmp(name)).ok();
     // The table calls the 64-bit ARM one `fstatat`, which the kernel and every profile call `newfstatat`

@@ -66,11 +66,11 @@ impl SparseRecords {
             "major" => self.major = Some(number(value)?),
             "map" => {
                 self.numbers = value.split(|byte| *byte == b',').map(number).collect::<Result<_, _>>()?;
-                if self.numbers.len() % 2 != 0 {
+                if !self.numbers.len().is_multiple_of(2) {
                     return Err(BAD);
                 }
             }
-            "offset" if self.numbers.len() % 2 == 0 => self.numbers.push(number(value)?),
+            "offset" if self.numbers.len().is_multiple_of(2) => self.numbers.push(number(value)?),
             "numbytes" if self.numbers.len() % 2 == 1 => self.numbers.push(number(value)?),
             "offset" | "numbytes" => return Err(BAD),
             _ => {}

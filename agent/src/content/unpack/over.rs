@@ -22,10 +22,10 @@ impl<R: BufRead> Unpacker<'_, R> {
     /// overlayfs shows the metadata of the topmost.
     pub(super) fn parent(&mut self, path: &Path) -> io::Result<Rc<OwnedFd>> {
         let wanted = path.parent().unwrap_or(Path::new(""));
-        if let Some((known, fd)) = &self.parent {
-            if known == wanted {
-                return Ok(Rc::clone(fd));
-            }
+        if let Some((known, fd)) = &self.parent
+            && known == wanted
+        {
+            return Ok(Rc::clone(fd));
         }
         let fd = match self.open_directory(wanted) {
             Err(Errno::NOENT | Errno::NOTDIR) => self.make_directories(wanted)?,

@@ -122,11 +122,11 @@ impl<'w> Resumed<'w> {
 
     /// Called when the stream breaks before it was decided: what there is may be all there is for a while.
     fn keep_head(&mut self) {
-        if let Keeping::Undecided { head, .. } = std::mem::replace(&mut self.keeping, Keeping::No) {
-            if head.len() as u64 >= KEEP_MIN_BYTES {
-                self.keeping = self.content.new_partial(self.layer).map_or(Keeping::No, Keeping::Yes);
-                self.keep(&head);
-            }
+        if let Keeping::Undecided { head, .. } = std::mem::replace(&mut self.keeping, Keeping::No)
+            && head.len() as u64 >= KEEP_MIN_BYTES
+        {
+            self.keeping = self.content.new_partial(self.layer).map_or(Keeping::No, Keeping::Yes);
+            self.keep(&head);
         }
     }
 }
