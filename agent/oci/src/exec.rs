@@ -32,13 +32,14 @@ pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
         _ => return Err(wrong()),
     }
     let init = record.process().ok_or_else(wrong)?;
-    let process = process(parsed, &home)?;
+    let spec = own_spec(&home)?;
+    let process = process(parsed, &spec)?;
     let mut launch = launch_process(&process)?;
     if launch.stdio == Stdio::Pipes && parsed.path("console-socket").is_some() {
         let text = "--console-socket is given, but there is no terminal: --tty, or process.terminal".to_owned();
         return Err(OciError::Usage { text });
     }
-    let notifier = same_filter(&home, &mut launch)?;
+    let notifier = same_filter(&home, &spec, &mut launch)?;
     let cpus = process.exec_cpu_affinity().as_ref();
     if let Some(initial) = cpus.and_then(|cpus| cpus.initial().as_deref()) {
         let own = privilege::set_cpus(&cpu_list(initial)?);
@@ -84,13 +85,12 @@ pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
 }
 
 /// The container's own filter; somebody outside decides for it as for the container's first program.
-fn same_filter(home: &Home, launch: &mut LaunchSpec) -> Result<Option<Notifier>, OciError> {
+fn same_filter(home: &Home, spec: &Spec, launch: &mut LaunchSpec) -> Result<Option<Notifier>, OciError> {
     let filter = home.filter();
     if !filter.exists() {
         return Ok(None);
     }
     launch.seccomp = std::fs::read(&filter).map_err(OciError::file(&filter))?;
-    let spec = own_spec(home)?;
     let Some(profile) = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref()) else { return Ok(None) };
     launch.seccomp_flags = seccomp::flags(profile);
     Notifier::connect(profile)
@@ -138,14 +138,11 @@ fn prepare(parsed: &Parsed, record: &Record, launch: &mut LaunchSpec) -> Result<
 }
 
 /// The process object: of a file, or the container's own with what the command line changes.
-fn process(parsed: &Parsed, home: &Home) -> Result<Process, OciError> {
+fn process(parsed: &Parsed, spec: &Spec) -> Result<Process, OciError> {
     if let Some(path) = parsed.path("process") {
         return bundle::parse_as(&path, &bundle::read(&path)?);
     }
-    let mut process = own_spec(home)?
-        .process()
-        .clone()
-        .ok_or(OciError::Spec(crate::spec::SpecError::Missing { field: "process" }))?;
+    let mut process = spec.process().clone().ok_or(SpecError::Missing { field: "process" })?;
     let words = &parsed.words[1..];
     if words.is_empty() {
         return Err(OciError::Usage { text: "exec needs a command, or --process".to_owned() });

@@ -9,6 +9,7 @@ use edged_model::keeper::{IdMapping, LaunchSpec, Rootfs};
 use edged_model::manifest::{Manifest, MountSource, NetworkMode, Protocol, Seccomp, Secret, UsernsMode, Workload};
 use edged_model::reason::{Code, Reason};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount};
+use rustix::io::Errno;
 
 use super::copies::{self, LayerWay};
 use super::isolate::Launch;
@@ -131,13 +132,17 @@ pub(super) fn failed(name: &WorkloadName, error: &dyn std::error::Error) -> Reas
 
 /// Whether the disk did not give what it has. A kernel without fs-verity does not open what another one has protected.
 fn is_unread(error: &dyn std::error::Error) -> bool {
-    use rustix::io::Errno;
     let mut causes = std::iter::successors(error.source(), |error| error.source());
     causes.any(|cause| {
         let of_io = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
-        let errno = of_io.map(Errno::from_raw_os_error).or_else(|| cause.downcast_ref::<Errno>().copied());
-        matches!(errno, Some(Errno::IO | Errno::BADMSG | Errno::UCLEAN | Errno::OPNOTSUPP))
+        let errno = of_io.or_else(|| cause.downcast_ref::<Errno>().map(|errno| errno.raw_os_error()));
+        errno.is_some_and(is_of_the_disk)
     })
+}
+
+/// Of errno(3): what a disk, or fs-verity, answers instead of the bytes.
+pub fn is_of_the_disk(errno: i32) -> bool {
+    matches!(Errno::from_raw_os_error(errno), Errno::IO | Errno::BADMSG | Errno::UCLEAN | Errno::OPNOTSUPP)
 }
 
 /// What is prepared.

@@ -10,12 +10,12 @@ use edged_model::quantity::Bytes;
 use edged_model::reason::Code;
 use edged_model::workload::ExitCause;
 use edged_plan::garbage::needed_images;
-use nix::errno::Errno;
 use nix::sys::signal::Signal;
 
 use super::check::{self, InUse};
 use super::{Agent, StartFailure, clock};
 use crate::execute::pull::ReadyImage;
+use crate::execute::start::is_of_the_disk;
 use crate::runtime::keeper_link::LaunchError;
 
 /// A workload may end so by its own fault, again and again: its image is not read more often than this.
@@ -24,13 +24,11 @@ const AGAIN_MS: u64 = 3_600_000;
 /// All images, among those that were looked at; none is called so.
 const ALL: &str = "(all)";
 
-/// Whether a start failed because something could not be read. A kernel without fs-verity does not open what another one
-/// has protected (`EOPNOTSUPP`).
+/// Whether a start failed because something could not be read.
 pub(super) fn is_unread(failure: &StartFailure) -> bool {
-    const OF_THE_DISK: [Errno; 4] = [Errno::EIO, Errno::EBADMSG, Errno::EUCLEAN, Errno::EOPNOTSUPP];
     match failure {
         StartFailure::Reason(reason) => reason.code == Code::LayerDamaged,
-        StartFailure::Launch(LaunchError::Failed { errno, .. }) => OF_THE_DISK.contains(&Errno::from_raw(*errno)),
+        StartFailure::Launch(LaunchError::Failed { errno, .. }) => is_of_the_disk(*errno),
         StartFailure::Launch(LaunchError::Link(_)) => false,
     }
 }

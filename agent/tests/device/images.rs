@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use edged_qemu::process;
 use serde_json::Value;
@@ -56,13 +56,25 @@ fn an_image_from_a_stick_runs_without_its_registry_and_is_listed_with_who_uses_i
     assert!(String::from_utf8_lossy(&refused.stderr).contains("/nowhere/stick.tar"), "{refused:?}");
 }
 
-#[test]
-fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_so() {
-    let factory = Factory::start();
+/// An image of busybox and `opt/tool` above it.
+fn publish_with_a_tool(factory: &Factory) -> String {
     let own = factory.path("own");
     fs::create_dir_all(own.join("opt")).unwrap();
     fs::write(own.join("opt/tool"), vec![7; 100_000]).unwrap();
-    let image = factory.publish_over_busybox("app", &own);
+    factory.publish_over_busybox("app", &own)
+}
+
+/// As a disk does it: nothing else of the file tells.
+fn change_a_byte(tool: &Path) {
+    let (file, before) = (fs::File::options().write(true).open(tool).unwrap(), fs::metadata(tool).unwrap());
+    file.write_all_at(&[8], 50_000).unwrap();
+    file.set_modified(before.modified().unwrap()).unwrap();
+}
+
+#[test]
+fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_so() {
+    let factory = Factory::start();
+    let image = publish_with_a_tool(&factory);
     let device = factory.device("");
     device.take(&factory.sign("one", &sleeper(1, &image)));
     device.wait_for_generation(1, "good");
@@ -79,9 +91,7 @@ fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_s
 
     // As after a power cut, with one byte of one file another.
     fs::write(data.join("content/in-use"), "another boot").unwrap();
-    let (file, before) = (fs::File::options().write(true).open(&tool).unwrap(), fs::metadata(&tool).unwrap());
-    file.write_all_at(&[8], 50_000).unwrap();
-    file.set_modified(before.modified().unwrap()).unwrap();
+    change_a_byte(&tool);
     let device = factory.device("");
     let told = until("the check", || device.events().into_iter().find(|text| text.contains("were checked")));
     assert!(told.contains("2 layers") && told.contains("1 damaged"), "{told}");
@@ -107,10 +117,7 @@ fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_s
 #[test]
 fn a_workload_that_could_not_read_its_program_has_its_damaged_layer_fetched_again() {
     let factory = Factory::start();
-    let own = factory.path("own");
-    fs::create_dir_all(own.join("opt")).unwrap();
-    fs::write(own.join("opt/tool"), vec![7; 100_000]).unwrap();
-    let image = factory.publish_over_busybox("app", &own);
+    let image = publish_with_a_tool(&factory);
     let device = factory.device("");
     // As a shell tells of a program that the kernel ended by SIGBUS; on the host no file can be had to fail so.
     let script = "if [ -e /data/bad ]; then rm /data/bad; exit 135; fi; exec sleep 10000";
@@ -121,9 +128,7 @@ fn a_workload_that_could_not_read_its_program_has_its_damaged_layer_fetched_agai
     let looked = |device: &Device| device.events().into_iter().filter(|text| text.contains("could not read")).count();
 
     let tool = find(&device, "opt/tool");
-    let (file, before) = (fs::File::options().write(true).open(&tool).unwrap(), fs::metadata(&tool).unwrap());
-    file.write_all_at(&[8], 50_000).unwrap();
-    file.set_modified(before.modified().unwrap()).unwrap();
+    change_a_byte(&tool);
     fs::write(&bad, "").unwrap();
     device.ask(&["restart", "app"]);
     until("the check", || (looked(&device) == 1).then_some(()));

@@ -468,7 +468,9 @@ fn exec_runs_on_the_processors_it_is_given() {
         fs::write(&file, process.to_string()).unwrap();
         bundle.call(&["exec", "--process", file.to_str().unwrap(), &bundle.id])
     };
-    assert_eq!(exec(json!({ "initial": last, "final": last })).good(), format!("Cpus_allowed_list:\t{last}\n"));
+    for one in [json!({ "initial": last }), json!({ "final": last }), json!({ "initial": allowed, "final": last })] {
+        assert_eq!(exec(one).good(), format!("Cpus_allowed_list:\t{last}\n"));
+    }
     assert_eq!(exec(json!({})).good(), format!("Cpus_allowed_list:\t{allowed}\n"));
     assert!(exec(json!({ "final": "3-1" })).bad().contains("execCPUAffinity"));
 }

@@ -6,7 +6,6 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 
-use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
 
@@ -46,38 +45,29 @@ fn reap_orphans() {
     }
 }
 
-/// Makes files in `dir` and watches each, and makes one inotify(7) instance after the other, until the kernel says no.
+/// Makes one inotify(7) instance after the other until the kernel says no; then files in `dir`, and watches each, until it
+/// says no or its memory is used up.
 pub fn watches(dir: &str) -> ExitCode {
-    let (mut instances, mut count) = (Vec::new(), 0_u64);
+    let mut instances = Vec::new();
     let refused = loop {
-        match watch_all(Path::new(dir), instances.is_empty()) {
-            Ok((instance, watched)) => {
-                instances.push(instance);
-                count += watched;
-            }
+        match Inotify::init(InitFlags::IN_CLOEXEC) {
+            Ok(instance) => instances.push(instance),
             Err(errno) => break errno,
         }
     };
-    println!("watches: {} instances, {count} watches, then: {refused}", instances.len());
+    println!("watches: {} instances, then: {refused}", instances.len());
+    let Some(first) = instances.first() else { return ExitCode::FAILURE };
+    let mut watched = 0_u64;
+    while watch(first, &Path::new(dir).join(watched.to_string())) {
+        watched += 1;
+    }
+    println!("watches: {watched} watches");
     end_on_sigterm();
     rest_for_ever()
 }
 
-/// The first one takes watches until there are no more.
-fn watch_all(dir: &Path, is_first: bool) -> Result<(Inotify, u64), Errno> {
-    let instance = Inotify::init(InitFlags::IN_CLOEXEC)?;
-    let mut watched = 0;
-    if !is_first {
-        return Ok((instance, watched));
-    }
-    loop {
-        let path = dir.join(watched.to_string());
-        let taken = File::create(&path).is_ok() && instance.add_watch(&path, AddWatchFlags::IN_ALL_EVENTS).is_ok();
-        if !taken {
-            return Ok((instance, watched));
-        }
-        watched += 1;
-    }
+fn watch(instance: &Inotify, path: &Path) -> bool {
+    File::create(path).is_ok() && instance.add_watch(path, AddWatchFlags::IN_ALL_EVENTS).is_ok()
 }
 
 /// Opens files until the kernel says no, then has children do the same: the limit of one process is not that of all.
