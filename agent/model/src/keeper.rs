@@ -253,6 +253,8 @@ pub struct LaunchSpec {
     pub personality: Option<u32>,
     /// The profile or context that exec shall change to.
     pub label: Option<SecurityLabel>,
+    /// The SELinux context of the empty file systems that hide paths.
+    pub mount_label: Option<String>,
     /// Run by the child after the mounts, before the new root is the root.
     pub create_container_hooks: Vec<Hook>,
     /// Run by the child in the new root, just before exec.
@@ -374,9 +376,9 @@ pub struct MountStep {
     /// MS_PRIVATE and the like; 0 leaves it.
     #[serde(skip_serializing_if = "is_default")]
     pub propagation: u64,
-    /// Failing is no reason to stop (e.g. a mqueue the kernel lacks).
+    /// The SELinux context of all that is in the new file system.
     #[serde(skip_serializing_if = "is_default")]
-    pub optional: bool,
+    pub label: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -17,7 +17,7 @@ use crate::error::{OciError, warn};
 use crate::notifier::Notifier;
 use crate::spec::{LaunchPlace, Translated, bits, translate};
 use crate::state::{self, Home, Record, Status};
-use crate::{bundle, life, manage, seccomp, terminal, wait};
+use crate::{bundle, kernel, life, manage, seccomp, terminal, wait};
 
 /// Who waits for what, in the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +103,7 @@ fn bring_up(parsed: &Parsed, purpose: Purpose) -> Result<Up, OciError> {
     };
     let translated = translate(&spec, place)?;
     check_terminal(&translated.launch, parsed, purpose)?;
+    kernel::check_labels(&translated.launch)?;
     let hooks = EarlyHooks {
         prestart: life::hooks(&spec, |hooks| hooks.prestart())?,
         create_runtime: life::hooks(&spec, |hooks| hooks.create_runtime())?,

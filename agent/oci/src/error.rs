@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use crate::arguments::Global;
 use crate::cgroup::CgroupError;
+use crate::kernel;
 use crate::seccomp::SeccompError;
 use crate::spec::SpecError;
 
@@ -43,6 +44,8 @@ pub enum OciError {
     Spec(#[from] SpecError),
     #[error("{}", .0)]
     Seccomp(#[from] SeccompError),
+    #[error(transparent)]
+    Kernel(#[from] kernel::Lacks),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
@@ -96,15 +99,23 @@ fn describe(failure: &Failure) -> String {
         (Stage::TimeNamespace, Errno::INVAL) => "; does the kernel have CONFIG_TIME_NS?",
         (Stage::CgroupNamespace, Errno::INVAL) => "; does the kernel have CONFIG_CGROUPS?",
         (Stage::Seccomp, Errno::INVAL | Errno::NOSYS) => "; does the kernel have CONFIG_SECCOMP_FILTER?",
-        (Stage::Mounts, Errno::NODEV) => "; the kernel does not have this file system",
-        (Stage::Label, Errno::NOENT) => "; does the kernel have CONFIG_SECURITY_APPARMOR or CONFIG_SECURITY_SELINUX?",
-        (Stage::Label, Errno::INVAL) => "; the security module that this label is for is not enabled",
+        (Stage::Mounts, Errno::NODEV) => return format!("{place}: {text}; {}", unknown_filesystem(&failure.what)),
+        (Stage::Label, Errno::NOENT) => "; no such profile is loaded, or the container has no /proc",
+        (Stage::Label, Errno::INVAL) => "; the security module does not know this label",
+        (Stage::Label, Errno::PERM | Errno::ACCESS) => "; the security module does not allow the change to this label",
         (Stage::Sysctls, Errno::NOENT) => "; the kernel does not have this parameter",
         (Stage::StartContainerHooks | Stage::CreateContainerHooks, Errno::CANCELED) => "; the hook failed",
         (Stage::Limits | Stage::OomScore, Errno::PERM | Errno::ACCESS) => "; it takes CAP_SYS_RESOURCE",
         _ => "",
     };
     format!("{place}: {text}{hint}")
+}
+
+/// What failed begins with the file system's type.
+fn unknown_filesystem(what: &str) -> String {
+    let fstype = what.split(' ').next().unwrap_or(what);
+    let option = kernel::option_of_filesystem(fstype).map_or_else(String::new, |option| format!(" ({option})"));
+    format!("the kernel does not have this file system{option}")
 }
 
 /// An error with all its causes on one line.
@@ -144,4 +155,22 @@ fn warn_as(global: &Global, level: &str, text: &str) {
         }
     }
     eprintln!("edged-oci: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_that_is_not_there_is_told_with_its_option() {
+        let failed = |what: &str| {
+            describe(&Failure { stage: Stage::Mounts, errno: Errno::NODEV.raw_os_error(), what: what.to_owned() })
+        };
+        assert_eq!(
+            failed("mqueue at /dev/mqueue"),
+            "mounts (mqueue at /dev/mqueue): No such device; the kernel does not have this file system \
+             (CONFIG_POSIX_MQUEUE)"
+        );
+        assert!(failed("zonefs /dev/x at /z").ends_with("does not have this file system"));
+    }
 }

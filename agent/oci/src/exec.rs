@@ -15,7 +15,7 @@ use crate::error::OciError;
 use crate::notifier::Notifier;
 use crate::spec::{SpecError, launch_process};
 use crate::state::{self, Home, Record, Status};
-use crate::{bundle, caps, seccomp, terminal, wait};
+use crate::{bundle, caps, kernel, seccomp, terminal, wait};
 
 pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
     let (home, record) = state::find(&parsed.global.root, parsed.id()?)?;
@@ -35,6 +35,7 @@ pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
     let spec = own_spec(&home)?;
     let process = process(parsed, &spec)?;
     let mut launch = launch_process(&process)?;
+    kernel::check_labels(&launch)?;
     if launch.stdio == Stdio::Pipes && parsed.path("console-socket").is_some() {
         let text = "--console-socket is given, but there is no terminal: --tty, or process.terminal".to_owned();
         return Err(OciError::Usage { text });

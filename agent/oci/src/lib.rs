@@ -16,6 +16,8 @@
 pub mod caps;
 /// Control groups as `linux.resources` wants them.
 pub mod cgroup;
+/// What this kernel has, and what its configuration calls what it lacks.
+pub mod kernel;
 /// Mounts: option words, cgroup views.
 pub mod mounts;
 mod notifier;

@@ -116,6 +116,13 @@ pub fn steps(mount: &Mount, cgroups: &CgroupView) -> Result<Vec<Planned>, SpecEr
     Ok(vec![planned])
 }
 
+/// `linux.mountLabel` is for new file systems; what is bound has labels of its own, and the kernel decides about those of
+/// its own pseudo file systems.
+pub fn takes_label(step: &MountStep) -> bool {
+    const UNLABELLED: [&str; 4] = ["proc", "sysfs", "cgroup", "cgroup2"];
+    !step.bind && !step.remount && !UNLABELLED.contains(&step.fstype.as_str())
+}
+
 fn step(mount: &Mount) -> Result<Planned, SpecError> {
     let mut step = MountStep::default();
     let (mut set, mut clear, mut set_below, mut clear_below) =
@@ -160,8 +167,6 @@ fn step(mount: &Mount) -> Result<Planned, SpecError> {
     step.clear_below = ms_bits(clear_below);
     step.propagation = ms_bits(propagation);
     step.data = data.join(",");
-    // A kernel may lack POSIX message queues; few programs need them.
-    step.optional = step.fstype == "mqueue";
     Ok(Planned { step, idmap })
 }
 

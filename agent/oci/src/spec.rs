@@ -103,9 +103,13 @@ pub fn translate(spec: &Spec, place: LaunchPlace) -> Result<Translated, SpecErro
     let all = joins.iter().fold(namespaces, |all, (flag, _)| all | flag);
     let mut launch = launch_process(process)?;
     let (uid_map, gid_map) = id_maps(linux, namespaces)?;
+    launch.mount_label = linux.mount_label().clone().filter(|label| !label.is_empty());
     let mut idmaps = Vec::new();
     for mount in spec.mounts().iter().flatten() {
-        for step in mounts::steps(mount, &place.cgroups)? {
+        for mut step in mounts::steps(mount, &place.cgroups)? {
+            if mounts::takes_label(&step.step) {
+                step.step.label.clone_from(&launch.mount_label);
+            }
             if let Some(recursive) = step.idmap {
                 idmaps.push((launch.mounts.len(), idmap(mount, (&uid_map, &gid_map), recursive)?));
             }
@@ -194,9 +198,6 @@ fn refuse(spec: &Spec, linux: &Linux) -> Result<(), SpecError> {
     }
     if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
         return unsupported("linux.netDevices", "moving network devices");
-    }
-    if linux.mount_label().as_ref().is_some_and(|label| !label.is_empty()) {
-        return unsupported("linux.mountLabel", "SELinux mount contexts");
     }
     match spec.version().split_once('.') {
         Some(("1", _)) => Ok(()),

@@ -34,6 +34,8 @@ pub struct StartContext {
     pub places: Places,
     pub content: Content,
     pub cgroups: CgroupRoot,
+    /// Whether the kernel has POSIX message queues: asked once.
+    pub has_mqueue: bool,
     pub allow: Allow,
     /// `runtime.user-namespaces`.
     pub user_namespaces: bool,
@@ -301,6 +303,7 @@ fn inputs(
         mounts,
         devices: workload.devices.iter().map(|wanted| device(name, wanted)).collect::<Result<_, _>>()?,
         cgroup_v2: ctx.cgroups.is_v2(),
+        has_mqueue: ctx.has_mqueue,
         open_files_max: OPEN_FILES
             .min(rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(OPEN_FILES)),
     })

@@ -34,6 +34,7 @@ use crate::registry::traffic::{Clock, Limits, Traffic};
 use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
+use crate::runtime::kernel;
 use crate::store::{Store, opened_reason};
 use crate::verify::{image_policy, trust};
 use edged_plan::world::{Began, World};
@@ -120,6 +121,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
             places: places.clone(),
             content,
             cgroups,
+            has_mqueue: has_mqueue(),
             allow: config.allow.clone(),
             user_namespaces: config.runtime.user_namespaces,
             user_ids: Arc::new(Ranges::open(places.user_ids(), &places.userns(), config.runtime.user_ids)),
@@ -153,6 +155,16 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     crash_point::pass("doors-open");
     agent.turn(messages, exits, calls).await;
     Ok(())
+}
+
+/// Said once, as every workload would have a `/dev/mqueue` otherwise.
+fn has_mqueue() -> bool {
+    let has = kernel::has_filesystem(kernel::MQUEUE);
+    if !has {
+        let option = kernel::option_of_filesystem(kernel::MQUEUE).unwrap_or_default();
+        tracing::warn!("workloads get no /dev/mqueue: this kernel has no POSIX message queues ({option})");
+    }
+    has
 }
 
 /// What this machine has to give.

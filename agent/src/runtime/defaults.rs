@@ -9,6 +9,8 @@ use oci_spec::runtime::{
     MountBuilder, PosixRlimitBuilder, PosixRlimitType, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 
+use super::kernel;
+
 /// What of a container is particular.
 #[derive(Debug, Clone, Default)]
 pub struct ContainerInputs {
@@ -27,6 +29,8 @@ pub struct ContainerInputs {
     pub mounts: Vec<Mount>,
     pub devices: Vec<LinuxDevice>,
     pub cgroup_v2: bool,
+    /// Whether the kernel has POSIX message queues for it (mq_overview(7)).
+    pub has_mqueue: bool,
     /// The most files that may be open (RLIMIT_NOFILE): no more than the supervisor itself may have.
     pub open_files_max: u64,
 }
@@ -74,16 +78,18 @@ pub fn tmpfs(destination: &str, size_bytes: u64, read_only: bool) -> Result<Moun
     mount(destination, "tmpfs", &["nosuid", "nodev", "mode=1777", &size, access])
 }
 
-fn default_mounts(cgroup_v2: bool) -> Result<Vec<Mount>, OciSpecError> {
+fn default_mounts(inputs: &ContainerInputs) -> Result<Vec<Mount>, OciSpecError> {
     let mut mounts = vec![
         mount("/proc", "proc", &["nosuid", "noexec", "nodev"])?,
         mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=64k"])?,
         mount("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"])?,
         mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=8m"])?,
-        mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
         mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"])?,
     ];
-    if cgroup_v2 {
+    if inputs.has_mqueue {
+        mounts.push(mount("/dev/mqueue", kernel::MQUEUE, &["nosuid", "noexec", "nodev"])?);
+    }
+    if inputs.cgroup_v2 {
         mounts.push(mount("/sys/fs/cgroup", "cgroup2", &["nosuid", "noexec", "nodev", "ro"])?);
     }
     Ok(mounts)
@@ -149,7 +155,7 @@ pub fn spec(inputs: &ContainerInputs) -> Result<Spec, OciSpecError> {
         .readonly_paths(READ_ONLY.map(str::to_owned).to_vec())
         .devices(inputs.devices.clone())
         .build()?;
-    let mut mounts = default_mounts(inputs.cgroup_v2)?;
+    let mut mounts = default_mounts(inputs)?;
     mounts.extend(inputs.mounts.iter().cloned());
     SpecBuilder::default()
         .version("1.2.0")
@@ -199,6 +205,15 @@ mod tests {
         assert!(!flags.contains(CloneFlags::CLONE_NEWNET), "entered by descriptor");
         assert!(launch.no_new_privs && launch.masked_paths.iter().any(|path| path == "/proc/kcore"));
         assert_eq!(launch.capabilities.bounding, caps::mask(caps::DEFAULT).unwrap());
+    }
+
+    #[test]
+    fn message_queues_are_mounted_where_the_kernel_has_them() {
+        let has = |has_mqueue| {
+            let inputs = ContainerInputs { has_mqueue, ..inputs() };
+            launch(&inputs).mounts.iter().any(|step| step.target == "/dev/mqueue")
+        };
+        assert!(has(true) && !has(false));
     }
 
     #[test]

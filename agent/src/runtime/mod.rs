@@ -11,5 +11,5 @@ pub mod keeper_link;
 /// File systems for a container with ids of its own.
 pub mod mapped;
 
-/// Capabilities, the default filter of system calls, specification to launch: what the agent shares with `edged oci`.
-pub use edged_oci::{caps, seccomp, spec};
+/// Capabilities, what the kernel has, the default filter of system calls, specification to launch: what the agent shares with `edged oci`.
+pub use edged_oci::{caps, kernel, seccomp, spec};

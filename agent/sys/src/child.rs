@@ -247,7 +247,8 @@ fn become_the_program(
         at(Stage::Init, program::stay_as_init(talk, starter))?;
     }
     if let Some(label) = &spec.label {
-        at(Stage::Label, set_label(label))?;
+        let (SecurityLabel::AppArmor(name) | SecurityLabel::SeLinux(name)) = label;
+        about(Stage::Label, name, set_label(label))?;
     }
     if spec.no_new_privs {
         at(Stage::Seccomp, privilege::set_no_new_privs())?;

@@ -65,14 +65,23 @@ pub(crate) fn clone_tree_at(path: &str, recursive: bool, no_follow: bool) -> Res
 
 /// A new, detached mount of a file system. `data` is the option list of mount(8): `size=64k,mode=755`.
 pub fn new_filesystem(fstype: &str, source: &str, data: &str, attributes: u64) -> Result<OwnedFd, Errno> {
-    let options: Vec<_> = data
-        .split(',')
-        .filter(|option| !option.is_empty())
-        .map(|option| match option.split_once('=') {
-            Some((key, value)) => (key, Some(value)),
-            None => (option, None),
-        })
-        .collect();
+    new_labelled_filesystem(fstype, source, data, None, attributes)
+}
+
+/// As [`new_filesystem`], with the SELinux context of all that is in it: apart from the options, as it may have commas of
+/// its own (mount(8), "context=").
+pub fn new_labelled_filesystem(
+    fstype: &str,
+    source: &str,
+    data: &str,
+    label: Option<&str>,
+    attributes: u64,
+) -> Result<OwnedFd, Errno> {
+    let options = data.split(',').filter(|option| !option.is_empty()).map(|option| match option.split_once('=') {
+        Some((key, value)) => (key, Some(value)),
+        None => (option, None),
+    });
+    let options: Vec<_> = options.chain(label.map(|label| ("context", Some(label)))).collect();
     new_filesystem_of(fstype, source, &options, attributes)
 }
 

@@ -32,10 +32,7 @@ pub(crate) fn make(
         if !beside::has_no_use_for_it(step) {
             enter_network(network)?;
         }
-        match mount_step(root.as_fd(), step, fds, procfs) {
-            Err(_) if step.optional => {}
-            result => about(Stage::Mounts, &format!("{} at {}", step.source, step.target), result)?,
-        }
+        about(Stage::Mounts, &words_of(step), mount_step(root.as_fd(), step, fds, procfs))?;
     }
     let mut parents = Parents { root: root.as_fd(), last: None };
     let mask = rustix::process::umask(Mode::empty());
@@ -61,7 +58,7 @@ pub(crate) fn make(
     for (name, value) in &spec.sysctls {
         about(Stage::Sysctls, name, sysctl(root.as_fd(), name, value))?;
     }
-    let mut masks = Masks::default();
+    let mut masks = Masks { label: spec.mount_label.as_deref(), ..Masks::default() };
     for path in &spec.masked_paths {
         about(Stage::MaskedPaths, path, masks.hide(root.as_fd(), path))?;
     }
@@ -69,6 +66,17 @@ pub(crate) fn make(
         about(Stage::ReadonlyPaths, path, make_read_only(root.as_fd(), path))?;
     }
     Ok(())
+}
+
+/// What is told of a mount that failed: the file system's type first, then where it was to come from, if that says more.
+fn words_of(step: &MountStep) -> String {
+    let MountStep { source, target, fstype, .. } = step;
+    let is_new = !step.bind && !step.remount && step.tree_fd.is_none();
+    match (is_new, source == fstype || source.is_empty()) {
+        (true, true) => format!("{fstype} at {target}"),
+        (true, false) => format!("{fstype} {source} at {target}"),
+        (false, _) => format!("{source} at {target}"),
+    }
 }
 
 fn make_root(spec: &LaunchSpec, rootfs: &Rootfs, fds: &[OwnedFd]) -> Step<OwnedFd> {
@@ -186,7 +194,7 @@ fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd], procfs: O
     }
     let tree = match procfs.filter(|_| step.fstype == "proc") {
         Some(procfs) => rustix::io::fcntl_dupfd_cloexec(procfs, 0)?,
-        None => mount::new_filesystem(&step.fstype, &step.source, &step.data, attributes)?,
+        None => new_filesystem(step, attributes)?,
     };
     // A new mount that says nothing is private as it is.
     let propagation = step.propagation;
@@ -197,6 +205,21 @@ fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd], procfs: O
         copy_up::fill(target.as_fd(), tree.as_fd())?;
     }
     mount::attach(tree.as_fd(), target.as_fd())
+}
+
+/// With the SELinux context of all that is in it, where there is one: as an option of the mount, but for message queues,
+/// whose root is labelled instead (they take no option).
+fn new_filesystem(step: &MountStep, attributes: u64) -> Result<OwnedFd, Errno> {
+    let label = step.label.as_deref();
+    if step.fstype != "mqueue" {
+        return mount::new_labelled_filesystem(&step.fstype, &step.source, &step.data, label, attributes);
+    }
+    let tree = mount::new_filesystem(&step.fstype, &step.source, &step.data, attributes)?;
+    if let Some(label) = label {
+        let root = rustix::fs::openat(&tree, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::fs::fsetxattr(&root, "security.selinux", label.as_bytes(), rustix::fs::XattrFlags::empty())?;
+    }
+    Ok(tree)
 }
 
 /// `/proc` and `/sys` are made where the configuration says and nowhere else: an image in which they are links would
@@ -328,12 +351,13 @@ fn sysctl(root: BorrowedFd<'_>, name: &str, value: &str) -> Result<(), Errno> {
 
 /// What hides paths: one empty file system for all directories, `/dev/null` for files.
 #[derive(Default)]
-struct Masks {
+struct Masks<'l> {
+    label: Option<&'l str>,
     empty: Option<OwnedFd>,
     null: Option<OwnedFd>,
 }
 
-impl Masks {
+impl Masks<'_> {
     /// Hides a path. What is not there needs no mask.
     fn hide(&mut self, root: BorrowedFd<'_>, path: &str) -> Result<(), Errno> {
         let target = match resolve::open_path_no_follow(root, Path::new(path)) {
@@ -354,7 +378,8 @@ impl Masks {
             return mount::attach(mount::clone_tree(empty.as_fd(), false)?.as_fd(), target);
         }
         let options = "size=0,nr_inodes=1,mode=755";
-        let empty = mount::new_filesystem("tmpfs", "tmpfs", options, libc::MOUNT_ATTR_RDONLY)?;
+        let read_only = libc::MOUNT_ATTR_RDONLY;
+        let empty = mount::new_labelled_filesystem("tmpfs", "tmpfs", options, self.label, read_only)?;
         mount::attach(empty.as_fd(), target)?;
         self.empty = Some(empty);
         Ok(())

@@ -558,21 +558,131 @@ fn annotations_are_in_the_state() {
     assert_eq!(bundle.state()["annotations"]["org.example.key"], "value");
 }
 
+/// Where there is such a module, the label decides, and there is none of this name (`tests/qemu/tests/runtime` has real ones).
 #[test]
 fn labels_of_modules_that_are_not_here_are_refused() {
-    if fs::metadata("/sys/kernel/security/apparmor").is_ok() {
-        // Then the profile decides, and there is none of this name.
+    let selinux = filesystems().iter().any(|name| name == "selinuxfs");
+    let apparmor =
+        fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.starts_with('Y'));
+    for (object, field, is_on, option) in [
+        ("process", "apparmorProfile", apparmor, "CONFIG_SECURITY_APPARMOR"),
+        ("process", "selinuxLabel", selinux, "CONFIG_SECURITY_SELINUX"),
+        ("linux", "mountLabel", selinux, "CONFIG_SECURITY_SELINUX"),
+    ] {
         let mut bundle = Bundle::new("true");
-        bundle.config["process"]["apparmorProfile"] = "no-such-profile".into();
-        bundle.run().bad();
-        return;
-    }
-    for field in ["apparmorProfile", "selinuxLabel"] {
-        let mut bundle = Bundle::new("true");
-        bundle.config["process"][field] = "some-label".into();
+        bundle.config[object][field] = "no-such-label".into();
         let text = bundle.run().bad();
-        assert!(text.contains("security label"), "{text}");
+        assert!(is_on || text.contains(&format!("{object}.{field}")) && text.contains(option), "{text}");
+        assert!(!bundle.cgroup("memory").exists());
     }
+    // The same of one more program.
+    let bundle = Bundle::new("echo up; while :; do sleep 0.05; done");
+    bundle.create().good();
+    bundle.start();
+    for (flag, is_on, option) in [
+        ("--apparmor=no-such-label", apparmor, "CONFIG_SECURITY_APPARMOR"),
+        ("--process-label=no-such-label", selinux, "CONFIG_SECURITY_SELINUX"),
+    ] {
+        let text = bundle.call(&["exec", flag, &bundle.id, "true"]).bad();
+        assert!(is_on || text.contains(option), "{text}");
+    }
+}
+
+/// proc_filesystems(5): with the modules that are loaded now.
+fn filesystems() -> Vec<String> {
+    let list = fs::read_to_string("/proc/filesystems").unwrap();
+    list.lines().filter_map(|line| line.split_whitespace().last()).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_file_system_that_the_kernel_does_not_have_is_named() {
+    for (fstype, option) in
+        [("mqueue", "CONFIG_POSIX_MQUEUE"), ("nfs", "CONFIG_NFS_FS"), ("9p", "CONFIG_9P_FS"), ("nonsense", "")]
+    {
+        let mut bundle = Bundle::new("true");
+        let mounts = bundle.config["mounts"].as_array_mut().unwrap();
+        mounts.retain(|mount| mount["type"] != "mqueue");
+        mounts.push(json!({ "destination": "/data", "type": fstype, "source": fstype }));
+        let seen = bundle.run();
+        // Asking for it may have loaded a module.
+        if filesystems().iter().any(|name| name == fstype) {
+            assert!(fstype != "mqueue" || seen.code == Some(0), "{seen:?}");
+            continue;
+        }
+        let text = seen.bad();
+        let told = text.contains(&format!("{fstype} at /data")) && text.contains("does not have this file system");
+        assert!(told && text.contains(option), "{text}");
+    }
+}
+
+/// A real disk's number, in whichever hierarchy this host has; what its kernel lacks is named by its option.
+#[test]
+fn limits_of_disks_and_other_devices_are_the_groups() {
+    let disks = fs::read_to_string("/proc/partitions").unwrap();
+    let disk: Vec<i64> =
+        disks.lines().nth(2).unwrap().split_whitespace().take(2).map(|number| number.parse().unwrap()).collect();
+    let number = format!("{}:{}", disk[0], disk[1]);
+    let limit = json!([{ "major": disk[0], "minor": disk[1], "rate": 1_048_576 }]);
+    let mut bundle = Bundle::new("sleep 100");
+    bundle.config["linux"]["resources"] =
+        json!({ "blockIO": { "throttleReadBpsDevice": limit, "throttleWriteIOPSDevice": limit } });
+    bundle.create().good();
+    let read = |controller: &str, file: &str| fs::read_to_string(bundle.cgroup(controller).join(file)).unwrap();
+    if is_cgroup_v2() {
+        assert_eq!(read("io", "io.max").trim(), format!("{number} rbps=1048576 wbps=max riops=max wiops=1048576"));
+    } else {
+        for file in ["blkio.throttle.read_bps_device", "blkio.throttle.write_iops_device"] {
+            assert_eq!(read("blkio", file).trim(), format!("{number} 1048576"));
+        }
+    }
+    let v1_lacks =
+        |controller: &str| !is_cgroup_v2() && !std::path::Path::new("/sys/fs/cgroup").join(controller).exists();
+    let no_disk = json!([{ "major": 250, "minor": 99, "rate": 1 }]);
+    for (resources, option) in [
+        (json!({ "blockIO": { "throttleReadBpsDevice": no_disk } }), "no device `250:99`"),
+        (json!({ "hugepageLimits": [{ "pageSize": "3MB", "limit": 0 }] }), "CONFIG_CGROUP_HUGETLB"),
+        (
+            json!({ "rdma": { "no-such-device": { "hcaHandles": 3 } } }),
+            if v1_lacks("rdma") { "CONFIG_CGROUP_RDMA" } else { "" },
+        ),
+        (
+            json!({ "network": { "classID": 1_048_577 } }),
+            if v1_lacks("net_cls") { "CONFIG_CGROUP_NET_CLASSID" } else { "network" },
+        ),
+    ] {
+        let mut bundle = Bundle::new("true");
+        bundle.config["linux"]["resources"] = resources;
+        let text = bundle.run().bad();
+        assert!(text.contains(option), "{option}: {text}");
+    }
+}
+
+#[test]
+fn a_weight_goes_to_the_schedulers_that_know_weights() {
+    let mut bundle = Bundle::new("sleep 100");
+    bundle.config["linux"]["resources"] = json!({ "blockIO": { "weight": 500 } });
+    let seen = bundle.create();
+    let files = ["blkio.weight", "blkio.bfq.weight", "io.bfq.weight", "io.weight"];
+    let weights: Vec<_> = files
+        .iter()
+        .filter_map(|file| fs::read_to_string(bundle.cgroup(file.split_once('.').unwrap().0).join(file)).ok())
+        .collect();
+    if seen.code == Some(0) {
+        assert!(weights.iter().any(|text| text.contains("500") || text.contains("4950")), "{weights:?}");
+    } else {
+        assert!(weights.is_empty() && seen.err.contains("CONFIG_BFQ_GROUP_IOSCHED"), "{seen:?}");
+    }
+}
+
+#[test]
+fn features_are_those_of_the_program_and_not_of_the_host() {
+    let bundle = Bundle::new("true");
+    let features: serde_json::Value = serde_json::from_str(&bundle.call(&["features"]).good()).unwrap();
+    for name in ["seccomp", "apparmor", "selinux"] {
+        assert_eq!(features["linux"][name]["enabled"], true, "{name}");
+    }
+    assert_eq!(features["linux"]["intelRdt"]["enabled"], false);
+    assert_eq!(features["potentiallyUnsafeConfigAnnotations"], json!([]));
 }
 
 /// cgroup v2's way, on the part of a hybrid hierarchy that is v2 too: the kernel takes the program and obeys it.

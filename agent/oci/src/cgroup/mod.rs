@@ -17,6 +17,7 @@ use oci_spec::runtime::LinuxResources;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
+use crate::kernel::option_of_control_file;
 use crate::mounts::CgroupView;
 
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +41,12 @@ pub enum CgroupError {
     BadPath { path: String, why: &'static str },
     #[error("linux.resources.{field}: {why}")]
     Unsupported { field: String, why: &'static str },
-    #[error("the `{controller}` controller of cgroup v1 is not mounted on this host")]
+    #[error("the `{controller}` controller of cgroup v1 is not mounted on this host ({})", option_of_control_file(.controller))]
     NoController { controller: String },
+    #[error("this kernel has no {file} for {} ({})", path.display(), option_of_control_file(.file))]
+    NoFile { path: PathBuf, file: String },
+    #[error("linux.resources.{field}: this host has no device `{device}`")]
+    NoDevice { field: &'static str, device: String },
     #[error("memory in use is {used} bytes, more than the new limit of {limit}")]
     InUse { used: u64, limit: u64 },
     #[error("the device rules of {path}")]
@@ -151,7 +156,14 @@ impl Groups {
                     }
                 }
                 for (file, text) in v2::settings(resources)? {
-                    write_one(path, &file, &text)?;
+                    // A machine that has no swap needs no such limit, and its kernel may have no such file.
+                    if file == "memory.swap.max" && !path.join(&file).exists() && !has_swap() {
+                        continue;
+                    }
+                    write_limit(path, &file, &text)?;
+                }
+                for weight in v2::io_weights(resources) {
+                    v2::weigh(path, &weight)?;
                 }
             }
             Self::V1 { hierarchies } => {
@@ -372,6 +384,34 @@ pub(crate) fn write_one(path: &Path, file: &str, text: &str) -> Result<(), Cgrou
         .open(&path)
         .and_then(|file| rustix::io::write(&file, text.as_bytes()).map_err(io::Error::from));
     written.map(drop).map_err(|source| CgroupError::Write { path, text: text.to_owned(), source })
+}
+
+/// As [`write_one`]; what this kernel or this host does not have is told by its name.
+pub(crate) fn write_limit(path: &Path, file: &str, text: &str) -> Result<(), CgroupError> {
+    match write_one(path, file, text) {
+        Err(CgroupError::Write { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Err(CgroupError::NoFile { path: path.to_owned(), file: file.to_owned() })
+        }
+        Err(CgroupError::Write { source, .. }) if is_no_device(&source) && names_a_device(file) => {
+            let device = text.split(' ').next().unwrap_or(text).to_owned();
+            Err(CgroupError::NoDevice { field: if file == "rdma.max" { "rdma" } else { "blockIO" }, device })
+        }
+        result => result,
+    }
+}
+
+fn is_no_device(error: &io::Error) -> bool {
+    matches!(rustix::io::Errno::from_io_error(error), Some(rustix::io::Errno::NODEV | rustix::io::Errno::NXIO))
+}
+
+/// Whose lines begin with one.
+fn names_a_device(file: &str) -> bool {
+    file == "rdma.max" || file.starts_with("io.") || file.starts_with("blkio.")
+}
+
+/// proc_swaps(5): a header, then a line for each.
+fn has_swap() -> bool {
+    std::fs::read_to_string("/proc/swaps").is_ok_and(|text| text.lines().count() > 1)
 }
 
 pub(crate) fn read(path: &Path, file: &str) -> Option<String> {

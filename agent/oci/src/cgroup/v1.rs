@@ -4,15 +4,15 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
-use super::{ALWAYS_V1, CgroupError, read, write_one};
+use super::{ALWAYS_V1, CgroupError, has_swap, read, write_limit, write_one};
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setting {
     pub controller: &'static str,
     pub file: String,
     pub text: String,
-    /// A kernel without swap accounting, or the like, has no such file: then there is nothing to limit.
-    pub optional: bool,
+    /// Of swap: a machine that has none needs no such limit, and its kernel may have no such file.
+    pub is_of_swap: bool,
     /// Refused because of what another file says now: written again after the others.
     pub order: Order,
 }
@@ -25,7 +25,7 @@ pub enum Order {
 }
 
 fn set(controller: &'static str, file: &str, text: impl ToString) -> Setting {
-    Setting { controller, file: file.to_owned(), text: text.to_string(), optional: false, order: Order::Once }
+    Setting { controller, file: file.to_owned(), text: text.to_string(), is_of_swap: false, order: Order::Once }
 }
 
 /// The controllers that the resources need, and those every container has.
@@ -59,10 +59,17 @@ pub fn directory<'h>(hierarchies: &'h [(String, PathBuf)], controller: &str) -> 
 }
 
 pub fn apply(path: &Path, setting: &Setting) -> Result<(), CgroupError> {
-    if setting.optional && !path.join(&setting.file).exists() {
+    if setting.is_of_swap && !path.join(&setting.file).exists() && !has_swap() {
         return Ok(());
     }
-    match write_one(path, &setting.file, &setting.text) {
+    match write_limit(path, &setting.file, &setting.text) {
+        // Since Linux 5.0 only the scheduler BFQ knows weights, under a name of its own.
+        Err(CgroupError::NoFile { .. }) if setting.file == "blkio.weight" => {
+            write_limit(path, "blkio.bfq.weight", &setting.text)
+        }
+        Err(CgroupError::NoFile { .. }) if setting.file == "blkio.weight_device" => {
+            write_limit(path, "blkio.bfq.weight_device", &setting.text)
+        }
         Err(first) => match setting.order {
             // The other limit is in the way: it is raised, or lowered, by the setting that follows this one.
             Order::RetryWith(other) if path.join(other).exists() => {
@@ -139,7 +146,7 @@ fn memory_settings(memory: &LinuxMemory) -> Vec<Setting> {
         all.push(Setting { order, ..set("memory", "memory.limit_in_bytes", limit) });
     }
     if let Some(swap) = memory.swap().filter(|swap| *swap != 0) {
-        all.push(Setting { optional: true, ..set("memory", memsw, swap) });
+        all.push(Setting { is_of_swap: true, ..set("memory", memsw, swap) });
     }
     if let Some(low) = memory.reservation().filter(|low| *low != 0) {
         all.push(set("memory", "memory.soft_limit_in_bytes", low));

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 
-use super::{CgroupError, make_directory, read, write_one};
+use super::{CgroupError, make_directory, read, write_limit, write_one};
 
 type Settings = Vec<(String, String)>;
 
@@ -12,7 +12,8 @@ type Settings = Vec<(String, String)>;
 pub fn make(path: &Path, resources: Option<&LinuxResources>) -> Result<(), CgroupError> {
     make_directory(path)?;
     let Some(resources) = resources else { return Ok(()) };
-    let files = settings(resources)?;
+    let mut files = settings(resources)?;
+    files.extend(io_weights(resources).into_iter().flatten());
     if files.iter().all(|(file, _)| path.join(file).exists()) {
         return Ok(());
     }
@@ -173,16 +174,6 @@ fn io_files(io: &LinuxBlockIo) -> Result<Settings, CgroupError> {
     if io.leaf_weight().is_some_and(|weight| weight != 0) {
         return Err(unsupported("blockIO.leafWeight", V1_ONLY));
     }
-    // v1's 10 to 1000 onto v2's 1 to 10000.
-    let weight = |weight: u16| 1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9999 / 990;
-    if let Some(default) = io.weight().filter(|weight| *weight != 0) {
-        files.push(("io.weight".to_owned(), format!("default {}", weight(default))));
-    }
-    for device in io.weight_device().iter().flatten() {
-        if let Some(own) = device.weight() {
-            files.push(("io.weight".to_owned(), format!("{}:{} {}", device.major(), device.minor(), weight(own))));
-        }
-    }
     let throttles = [
         ("rbps", io.throttle_read_bps_device()),
         ("wbps", io.throttle_write_bps_device()),
@@ -198,8 +189,57 @@ fn io_files(io: &LinuxBlockIo) -> Result<Settings, CgroupError> {
     Ok(files)
 }
 
+/// One weight, as each of the two schedulers that know weights wants it: file and text.
+pub type IoWeight = [(String, String); 2];
+
+/// The scheduler BFQ takes v1's 10 to 1000 as they are, the cost model has a scale of 1 to 10000.
+pub fn io_weights(resources: &LinuxResources) -> Vec<IoWeight> {
+    let Some(io) = resources.block_io() else { return Vec::new() };
+    let both = |whose: &str, weight: u16| {
+        let weight = u64::from(weight.clamp(10, 1000));
+        [("io.bfq.weight", weight), ("io.weight", 1 + (weight - 10) * 9999 / 990)]
+            .map(|(file, weight)| (file.to_owned(), format!("{whose} {weight}")))
+    };
+    let default = io.weight().filter(|weight| *weight != 0).map(|weight| both("default", weight));
+    let own = io.weight_device().iter().flatten().filter_map(|device| {
+        let whose = format!("{}:{}", device.major(), device.minor());
+        Some(both(&whose, device.weight().filter(|weight| *weight != 0)?))
+    });
+    default.into_iter().chain(own).collect()
+}
+
+/// Tells every scheduler that there is: which of them a disk has may change. One of them must take it.
+pub fn weigh(path: &Path, weight: &IoWeight) -> Result<(), CgroupError> {
+    let results = weight.each_ref().map(|(file, text)| write_limit(path, file, text));
+    if results.iter().any(Result::is_ok) {
+        return Ok(());
+    }
+    // Of a scheduler that is there, why it does not take it; of none, that there is none.
+    let [bfq, cost] = results;
+    if matches!(cost, Err(CgroupError::NoFile { .. })) { bfq } else { cost }
+}
+
 /// `2MB`, as it is in a file name.
 pub(super) fn size_name(size: &str) -> Result<&str, CgroupError> {
     let fine = !size.is_empty() && size.bytes().all(|byte| byte.is_ascii_alphanumeric());
     if fine { Ok(size) } else { Err(unsupported("hugepageLimits.pageSize", "not like `2MB`")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_is_told_on_both_scales() {
+        let resources: LinuxResources = serde_json::from_str(
+            r#"{"blockIO": {"weight": 1000, "weightDevice": [{"major": 8, "minor": 0, "weight": 10},
+                {"major": 8, "minor": 16, "leafWeight": 10}]}}"#,
+        )
+        .unwrap();
+        let pair = |bfq: &str, cost: &str| {
+            [("io.bfq.weight".to_owned(), bfq.to_owned()), ("io.weight".to_owned(), cost.to_owned())]
+        };
+        assert_eq!(io_weights(&resources), [pair("default 1000", "default 10000"), pair("8:0 10", "8:0 1")]);
+        assert_eq!(settings(&resources).unwrap(), []);
+    }
 }

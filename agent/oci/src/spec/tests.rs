@@ -113,11 +113,25 @@ fn cgroups_are_shown_as_the_host_has_them() {
 }
 
 #[test]
+fn a_label_is_for_what_is_new() {
+    let label = "system_u:object_r:container_file_t:s0:c1,c2";
+    let launch = launch(|document| {
+        document["linux"]["mountLabel"] = label.into();
+        let bind = serde_json::json!({ "destination": "/d", "source": "/h", "options": ["bind"] });
+        document["mounts"].as_array_mut().unwrap().push(bind);
+    });
+    let launch = launch.unwrap().launch;
+    assert_eq!(launch.mount_label.as_deref(), Some(label));
+    let labelled: Vec<_> =
+        launch.mounts.iter().filter(|step| step.label.is_some()).map(|step| step.fstype.as_str()).collect();
+    assert_eq!(labelled, ["tmpfs", "devpts", "tmpfs", "mqueue"], "not proc, sysfs, cgroup, nor what is bound");
+}
+
+#[test]
 fn what_is_not_done_is_named() {
     for (pointer, value, word) in [
         ("intelRdt", serde_json::json!({ "closID": "x" }), "linux.intelRdt"),
         ("memoryPolicy", serde_json::json!({ "mode": "MPOL_BIND" }), "linux.memoryPolicy"),
-        ("mountLabel", serde_json::json!("system_u:x"), "linux.mountLabel"),
         ("rootfsPropagation", serde_json::json!("sideways"), "linux.rootfsPropagation"),
         ("sysctl", serde_json::json!({ "vm.swappiness": "1" }), "linux.sysctl"),
         ("personality", serde_json::json!({ "domain": "LINUX", "flags": ["X"] }), "linux.personality"),
