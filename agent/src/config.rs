@@ -195,6 +195,38 @@ pub enum FsVerity {
     Required,
 }
 
+/// How often all layers are read and held against what was unpacked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Scrub {
+    Off,
+    Every(Span),
+}
+
+impl TryFrom<String> for Scrub {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self::Off);
+        }
+        match text.parse::<Span>() {
+            Ok(span) if span.ms >= 1000 => Ok(Self::Every(span)),
+            Ok(_) => Err(format!("scrub = \"{text}\": at least a second, or \"off\"")),
+            Err(error) => Err(format!("scrub: {error}, nor \"off\"")),
+        }
+    }
+}
+
+impl From<Scrub> for String {
+    fn from(scrub: Scrub) -> Self {
+        match scrub {
+            Scrub::Off => "off".to_owned(),
+            Scrub::Every(span) => span.to_string(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Images {
@@ -211,6 +243,10 @@ pub struct Images {
     /// After an unclean stop the layers about to be used are checked; contents are read for so long at most.
     pub check_time: Span,
     pub fs_verity: FsVerity,
+    /// All layers are read once in this time.
+    pub scrub: Scrub,
+    /// Bytes per second that it reads, on the average.
+    pub scrub_rate: Bytes,
     /// Bytes per second from all registries together.
     pub rate_max: Option<Bytes>,
     /// Bytes a day (UTC) from all registries together.
@@ -230,6 +266,8 @@ impl Default for Images {
             keep_unused: Span::from_secs(86_400),
             check_time: Span::from_secs(30),
             fs_verity: FsVerity::Auto,
+            scrub: Scrub::Every(Span::from_secs(30 * 86_400)),
+            scrub_rate: Bytes::mebi(1),
             rate_max: None,
             daily_max: None,
             keep_partial_after: Span::from_secs(30),

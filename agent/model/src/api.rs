@@ -13,6 +13,7 @@ use crate::observed::RestartHistory;
 use crate::quantity::{Bytes, Timestamp};
 use crate::reason::Reason;
 use crate::report::{BootCause, DiskReport, Pressure, Refusal, TrustReport};
+use crate::scrub::ScrubStatus;
 use crate::survived::Survived;
 use crate::workload::{ExitCause, Health, Phase};
 
@@ -223,6 +224,8 @@ pub struct DiskUse {
     /// Of the layers, what the kernel checks whenever it is read (fs-verity); nothing where it checks none.
     #[serde(default)]
     pub protected: Option<Bytes>,
+    #[serde(default)]
+    pub scrub: ScrubStatus,
     pub parts: Vec<DiskPart>,
 }
 
@@ -290,6 +293,8 @@ pub struct Status {
     pub trust: TrustReport,
     #[serde(default)]
     pub survived: Survived,
+    #[serde(default)]
+    pub scrub: ScrubStatus,
 }
 
 /// What the agent itself takes of its own limit.

@@ -66,3 +66,5 @@ pub mod api;
 
 /// Images and volumes on the disk, for `edgectl`.
 pub mod images;
+/// Layers read slowly, again and again.
+pub mod scrub;

@@ -33,6 +33,8 @@ pub mod restart;
 pub mod rollout;
 /// Room in the middle of a switch.
 mod room;
+/// Layers read slowly, again and again.
+pub mod scrub;
 /// What a generation's step means for the records.
 pub mod transition;
 /// How many may be down at once.
@@ -60,6 +62,7 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Now) -> Plan {
     });
     if !switches {
         workload::all(desired, observed, now, &mut plan);
+        rollout::restock(desired, observed, now, &mut plan);
     }
     plan
 }

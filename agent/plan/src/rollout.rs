@@ -1,5 +1,7 @@
 //! The life of generations: stage the candidate without touching what runs, switch, watch, keep or go back.
 
+use std::collections::BTreeSet;
+
 use edged_model::action::{Action, Plan, Wait};
 use edged_model::generation::{Generation, GenerationState};
 use edged_model::id::{Sequence, WorkloadName};
@@ -90,6 +92,32 @@ pub(crate) fn has_image(
         }
     }
     Ok(false)
+}
+
+/// What runs, what it would return to and what is ready to take over have their images on the disk, whether anything is to be
+/// started from them now or not: one that was taken away because it was damaged is fetched again while there is a network.
+pub fn restock(desired: &Desired, observed: &Observed, now: Now, plan: &mut Plan) {
+    let pointers = &desired.pointers;
+    let candidate = generation(desired, pointers.candidate).filter(|one| one.state == GenerationState::Staged);
+    let kept = [generation(desired, pointers.active), generation(desired, pointers.last_good), candidate];
+    let workloads = kept.into_iter().flatten().flat_map(|generation| generation.manifest.workloads.values());
+    let images: BTreeSet<&str> = workloads.map(|workload| workload.image.as_str()).collect();
+    for image in images {
+        let is_ordered = plan.actions.iter().any(|action| matches!(action, Action::Pull { image: i } if i == image));
+        match observed.images.get(image) {
+            Some(
+                ImageStatus::Ready { .. } | ImageStatus::Pulling { .. } | ImageStatus::Failed { permanent: true, .. },
+            ) => {}
+            Some(ImageStatus::Failed { reason, retry_at_boot_ms, .. }) if now.boot_ms < *retry_at_boot_ms => {
+                let until_boot_ms = Some(*retry_at_boot_ms);
+                plan.waits.push(Wait { workload: None, why: reason.clone(), until_boot_ms });
+            }
+            Some(ImageStatus::Failed { .. }) | None if !is_ordered => {
+                plan.actions.push(Action::Pull { image: image.to_owned() });
+            }
+            Some(ImageStatus::Failed { .. }) | None => {}
+        }
+    }
 }
 
 /// Watches the active generation: Activating, Probation, Good or back.

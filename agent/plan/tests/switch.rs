@@ -236,3 +236,40 @@ fn two_that_would_wait_for_each_other_are_restarted() {
     let plan = edged_plan::plan(&desired, &observed, NOW);
     assert!(!resizes(&plan, "a") && !resizes(&plan, "b") && (stops(&plan, "a") || stops(&plan, "b")), "{plan:?}");
 }
+
+/// A layer of it was damaged and taken away, and nobody starts anything from it now.
+#[test]
+fn what_one_returns_to_is_fetched_again_before_anybody_needs_it() {
+    let (v1, v2) = (workload("1", 10), workload("2", 10));
+    let other = Workload { image: "r.example/other:1".to_owned(), ..v1.clone() };
+    let mut desired = switching(&[("a", &v1), ("gone", &other)], &[("a", &v2)]);
+    let pulls = |desired: &Desired, observed: &Observed| -> Vec<String> {
+        let plan = edged_plan::plan(desired, observed, NOW);
+        let image = |action: Action| if let Action::Pull { image } = action { Some(image) } else { None };
+        plan.actions.into_iter().filter_map(image).collect()
+    };
+    let mut seen = observed(&[("a", running(), &v2)]);
+    assert_eq!(pulls(&desired, &seen), ["r.example/other:1"]);
+    let failed = |permanent, retry_at_boot_ms| ImageStatus::Failed {
+        reason: Reason::new(Code::RegistryUnavailable, "away"),
+        attempts: 1,
+        retry_at_boot_ms,
+        permanent,
+    };
+    for (status, expected) in [
+        (failed(false, NOW.boot_ms), 1),
+        (failed(false, NOW.boot_ms + 1), 0),
+        (failed(true, 0), 0),
+        (ImageStatus::Pulling { done: Bytes(0), total: Bytes(0) }, 0),
+        (ImageStatus::Ready { digest: Digest::of(b"other") }, 0),
+    ] {
+        seen.images.insert("r.example/other:1".to_owned(), status.clone());
+        assert_eq!(pulls(&desired, &seen).len(), expected, "{status:?}");
+    }
+    seen.images.insert("r.example/other:1".to_owned(), failed(false, NOW.boot_ms + 77));
+    assert_eq!(edged_plan::plan(&desired, &seen, NOW).wake_at_boot_ms(), Some(NOW.boot_ms + 77));
+    // What nobody returns to stays away.
+    desired.pointers.last_good = Some(Sequence(2));
+    seen.images.remove("r.example/other:1");
+    assert_eq!(pulls(&desired, &seen), [""; 0]);
+}

@@ -18,6 +18,8 @@ use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
 /// The manifests of a device.
 mod generations;
+/// Layers read slowly, again and again.
+mod scrub;
 /// What the device has been through.
 mod survived;
 
@@ -168,6 +170,9 @@ fn status(status: &Status, style: Style) -> String {
     if let Some(why) = &status.upgrade {
         wrapped(&mut out, "  upgrade     ", &why.text);
         wrapped(&mut out, "           -> ", &why.next);
+    }
+    if let Some(text) = scrub::under_way(&status.scrub) {
+        wrapped(&mut out, "  scrub       ", &text);
     }
     if let Some(text) = survived::text(&status.survived) {
         wrapped(&mut out, "  survived    ", &text);

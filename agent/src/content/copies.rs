@@ -22,6 +22,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, linkat, mknodat, ope
 use rustix::io::Errno;
 
 use super::archive::{Item as Entry, Kind};
+use super::reading::Reader;
 use super::table::{self, Found, Sum, Sums, Walk};
 use super::unpack::nodes;
 use super::usage::{self, Item};
@@ -135,20 +136,17 @@ impl Content {
     }
 
     /// Holds a copy against its table.
-    pub fn check_copy(
-        &self,
-        chain: Digest,
-        first: u32,
-        may_read: &mut dyn FnMut(table::Asked) -> bool,
-    ) -> Result<Found, ContentError> {
+    pub fn check_copy(&self, chain: Digest, first: u32, reader: &mut dyn Reader) -> Result<Found, ContentError> {
         let copy = self.copy(chain, first);
-        table::check(&copy, &self.copy_table(chain, first), may_read).map_err(at(&copy))
+        table::check(&copy, &self.copy_table(chain, first), reader).map_err(at(&copy))
     }
 
     /// The ranges that have copies.
     pub fn copy_ranges(&self) -> Vec<u32> {
         let names = fs::read_dir(self.copies_home()).into_iter().flatten().flatten();
-        names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+        let mut ranges: Vec<u32> = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        ranges.sort_unstable();
+        ranges
     }
 
     /// All of them. Costs a look at every file.

@@ -26,7 +26,8 @@ use edged_model::id::Digest;
 
 use crate::config::{FsVerity, Places};
 use crate::crash_point;
-use table::{Asked, Found, Sums};
+use reading::Reader;
+use table::{Found, Sums};
 
 /// A tar archive as a stream of entries.
 pub mod archive;
@@ -38,6 +39,8 @@ pub mod copies;
 pub mod layer;
 /// Layers that are on their way.
 pub mod partial;
+/// Contents for their sums.
+pub mod reading;
 /// Bytes from thread to thread.
 mod relay;
 /// Taking a tree away, however deep.
@@ -188,16 +191,12 @@ impl Content {
     }
 
     /// Holds a layer against its table; `None` for one that was unpacked before there were tables.
-    pub fn check_layer(
-        &self,
-        chain: Digest,
-        may_read: &mut dyn FnMut(Asked) -> bool,
-    ) -> Result<Option<Found>, ContentError> {
+    pub fn check_layer(&self, chain: Digest, reader: &mut dyn Reader) -> Result<Option<Found>, ContentError> {
         let (layer, path) = (self.layer(chain), self.table(chain));
         if !path.exists() {
             return Ok(None);
         }
-        table::check(&layer, &path, may_read).map(Some).map_err(at(&layer))
+        table::check(&layer, &path, reader).map(Some).map_err(at(&layer))
     }
 
     /// How much of a layer the kernel checks whenever it is read (fs-verity).

@@ -15,7 +15,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::hash::Hasher;
-use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Read as _, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, readlinkat,
 use rustix::io::Errno;
 use twox_hash::XxHash64;
 
+use super::reading::{self, Buffer, Reader};
 use super::verity;
 use crate::config::FsVerity;
 
@@ -107,13 +108,13 @@ pub struct Asked {
 pub fn write(layer: &Path, sums: &Sums, path: &Path, fs_verity: FsVerity) -> io::Result<()> {
     let mut out = BufWriter::with_capacity(READ_BYTES, File::create(path)?);
     let mut all = Sum::default();
-    let (mut entries, mut buffer) = (0_u64, vec![0; READ_BYTES]);
+    let (mut entries, mut buffer) = (0_u64, Buffer::new(READ_BYTES));
     let mut walk = Walk::new(layer)?;
     while let Some(entry) = walk.next(Some(sums))? {
         let sum = match (entry.is_file(), sums.by_inode.get(&entry.stat.st_ino)) {
             (false, _) => None,
             (true, Some(sum)) => Some(*sum),
-            (true, None) => Some(walk.content_sum(&entry, &mut buffer)?.0),
+            (true, None) => Some(walk.content_sum(&entry, &mut buffer, &mut |_: Asked| true)?.0),
         };
         let protected = walk.protect(&entry, fs_verity)?;
         let line = entry.line(sum, protected);
@@ -136,11 +137,11 @@ pub fn protected_bytes(path: &Path) -> io::Result<u64> {
     Ok(bytes)
 }
 
-/// Holds the layer against its table. `may_read` is asked before each content.
-pub fn check(layer: &Path, path: &Path, may_read: &mut dyn FnMut(Asked) -> bool) -> io::Result<Found> {
+/// Holds the layer against its table. `reader` is asked before each content.
+pub fn check(layer: &Path, path: &Path, reader: &mut dyn Reader) -> io::Result<Found> {
     let mut found = Found::default();
     let mut table = Table::open(path)?;
-    let (mut walk, mut buffer) = (Walk::new(layer)?, vec![0; READ_BYTES]);
+    let (mut walk, mut buffer) = (Walk::new(layer)?, Buffer::new(READ_BYTES));
     let mut is = walk.next(None)?;
     loop {
         let Ok(was) = table.next() else {
@@ -150,7 +151,7 @@ pub fn check(layer: &Path, path: &Path, may_read: &mut dyn FnMut(Asked) -> bool)
         match (was, &is) {
             (None, None) => return Ok(found),
             (Some(was), Some(entry)) if was.path() == entry.escaped => {
-                compare(&mut found, &was, entry, &walk, &mut buffer, may_read);
+                compare(&mut found, &was, entry, &walk, &mut buffer, reader);
                 is = walk.next(None)?;
             }
             // Both are in the same order: what is behind where it should be is missing, what is before it is too much.
@@ -168,14 +169,7 @@ pub fn check(layer: &Path, path: &Path, may_read: &mut dyn FnMut(Asked) -> bool)
     }
 }
 
-fn compare(
-    found: &mut Found,
-    was: &Line,
-    entry: &Entry,
-    walk: &Walk,
-    buffer: &mut [u8],
-    may_read: &mut dyn FnMut(Asked) -> bool,
-) {
+fn compare(found: &mut Found, was: &Line, entry: &Entry, walk: &Walk, buffer: &mut Buffer, reader: &mut dyn Reader) {
     found.entries += 1;
     let same_attributes =
         was.attributes() == entry.attributes || [was.attributes(), &entry.attributes].contains(&UNKNOWN);
@@ -192,11 +186,11 @@ fn compare(
     if is_protected {
         found.protected_bytes += entry.size();
     }
-    if !may_read(Asked { bytes: entry.size(), is_protected }) {
+    if !reader.may_read(Asked { bytes: entry.size(), is_protected }) {
         found.unread += u64::from(!is_protected);
         return;
     }
-    match walk.content_sum(entry, buffer) {
+    match walk.content_sum(entry, buffer, reader) {
         Ok((sum, bytes)) => {
             found.read_bytes += bytes;
             if format!("{sum:016x}") != was.sum() {
@@ -439,19 +433,10 @@ impl Walk {
         }
     }
 
-    fn content_sum(&self, entry: &Entry, buffer: &mut [u8]) -> io::Result<(u64, u64)> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut file = File::from(openat(&self.top, &entry.path, flags, Mode::empty())?);
-        let (mut sum, mut bytes) = (Sum::default(), 0);
-        loop {
-            match file.read(buffer)? {
-                0 => return Ok((sum.value(), bytes)),
-                count => {
-                    sum.add(&buffer[..count]);
-                    bytes += count as u64;
-                }
-            }
-        }
+    fn content_sum(&self, entry: &Entry, buffer: &mut Buffer, reader: &mut dyn Reader) -> io::Result<(u64, u64)> {
+        let mut sum = Sum::default();
+        let bytes = reading::read(&self.top, &entry.path, entry.size(), buffer, reader, &mut |piece| sum.add(piece))?;
+        Ok((sum.value(), bytes))
     }
 }
 
@@ -504,7 +489,7 @@ mod tests {
     }
 
     fn checked(root: &Path, table: &Path) -> Found {
-        check(root, table, &mut |_| true).unwrap()
+        check(root, table, &mut |_: Asked| true).unwrap()
     }
 
     #[test]
@@ -587,10 +572,10 @@ mod tests {
         let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
         layer(&root);
         write(&root, &Sums::default(), &table, FsVerity::Auto).unwrap();
-        let found = check(&root, &table, &mut |asked| asked.bytes < 1000).unwrap();
+        let found = check(&root, &table, &mut |asked: Asked| asked.bytes < 1000).unwrap();
         assert_eq!((found.unread, found.read_bytes, found.damage), (1, 24, Vec::new()));
         fs::remove_file(root.join("bin/app")).unwrap();
-        assert!(!check(&root, &table, &mut |_| false).unwrap().damage.is_empty());
+        assert!(!check(&root, &table, &mut |_: Asked| false).unwrap().damage.is_empty());
     }
 
     #[test]

@@ -11,7 +11,8 @@ use edged_model::images::CheckedLayer;
 use edged_model::quantity::Bytes;
 
 use super::pull::ReadyImage;
-use crate::content::table::{Asked, Found};
+use crate::content::reading::Reader;
+use crate::content::table::Found;
 use crate::content::{Content, ContentError};
 
 /// Which images have which layer.
@@ -25,29 +26,21 @@ pub fn by_layer(images: &BTreeMap<String, ReadyImage>) -> BTreeMap<Digest, Vec<S
     all
 }
 
-/// Looks at each layer. `may_read` is asked before each content, metadata are always looked at.
-pub fn layers(
-    content: &Content,
-    layers: &BTreeMap<Digest, Vec<String>>,
-    may_read: &mut dyn FnMut(Asked) -> bool,
-) -> Vec<CheckedLayer> {
+/// Looks at each layer. `reader` is asked before each content, metadata are always looked at.
+pub fn layers(content: &Content, layers: &BTreeMap<Digest, Vec<String>>, reader: &mut dyn Reader) -> Vec<CheckedLayer> {
     let check = |(chain, images): (&Digest, &Vec<String>)| {
-        let found = content.check_layer(*chain, may_read);
+        let found = content.check_layer(*chain, reader);
         checked(*chain, None, images, found)
     };
     layers.iter().map(check).collect()
 }
 
 /// The same for the copies of these layers that there are for ranges of ids.
-pub fn copies(
-    content: &Content,
-    layers: &BTreeMap<Digest, Vec<String>>,
-    may_read: &mut dyn FnMut(Asked) -> bool,
-) -> Vec<CheckedLayer> {
+pub fn copies(content: &Content, layers: &BTreeMap<Digest, Vec<String>>, reader: &mut dyn Reader) -> Vec<CheckedLayer> {
     let mut list = Vec::new();
     for first in content.copy_ranges() {
         for (chain, images) in layers.iter().filter(|(chain, _)| content.has_copy(**chain, first)) {
-            let found = content.check_copy(*chain, first, may_read).map(Some);
+            let found = content.check_copy(*chain, first, reader).map(Some);
             list.push(checked(*chain, Some(first), images, found));
         }
     }

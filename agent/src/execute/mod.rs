@@ -12,6 +12,8 @@ pub mod place;
 pub mod pull;
 /// Takes away what no generation needs.
 pub mod reclaim;
+/// One layer, slowly.
+pub mod scrub;
 /// A workload from its manifest to a running program.
 pub mod start;
 /// By which signal, within which time, after whom.

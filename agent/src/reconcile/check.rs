@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use super::{Agent, Message, clock};
 use crate::content::Content;
+use crate::content::reading::Reader;
 use crate::content::table::Asked;
 use crate::crash_point;
 use crate::execute::check;
@@ -60,8 +61,14 @@ impl Agent {
         let inbox = self.inbox.clone();
         tokio::task::spawn_blocking(move || {
             // What the kernel checks by itself need not be read now.
-            let may_read = |asked: Asked| !asked.is_protected && clock::boot_ms() < until;
-            let ended = look(&content, images, InUse::Unseen(&in_use), &may_read, "after an unclean stop", &inbox);
+            let mut may_read = |asked: Asked| !asked.is_protected && clock::boot_ms() < until;
+            let what = Look {
+                in_use: InUse::Unseen(&in_use),
+                only: None,
+                reader: &mut may_read,
+                when: "after an unclean stop",
+            };
+            let ended = look(&content, images, what, &inbox);
             end(&content, &in_use, &boot_id);
             crash_point::pass("check-done");
             // The loop has ended only when the agent ends.
@@ -104,6 +111,7 @@ impl Agent {
         if checked.layers.iter().any(|layer| !layer.damage.is_empty()) {
             self.suspects.found(!checked.kept.is_empty());
         }
+        self.suspects.left_in_use.extend(&checked.kept);
         for _ in checked.layers.iter().filter(|layer| !layer.damage.is_empty()) {
             self.count(|survived| &mut survived.layers_damaged);
         }
@@ -131,31 +139,41 @@ pub(super) enum InUse<'l> {
     Kept(&'l BTreeSet<Digest>),
 }
 
+/// What is looked at, and how.
+pub(super) struct Look<'l> {
+    pub(super) in_use: InUse<'l>,
+    /// No other layers than these.
+    pub(super) only: Option<&'l BTreeSet<Digest>>,
+    pub(super) reader: &'l mut dyn Reader,
+    /// When it is, or why: the beginning of a sentence.
+    pub(super) when: &'l str,
+}
+
 /// On a thread of its own. The loop has ended only when the agent ends.
 pub(super) fn look(
     content: &Content,
     images: BTreeMap<String, ReadyImage>,
-    in_use: InUse<'_>,
-    may_read: &dyn Fn(Asked) -> bool,
-    when: &str,
+    what: Look<'_>,
     inbox: &mpsc::Sender<Message>,
 ) -> Message {
+    let Look { in_use, only, reader, when } = what;
     let nothing = BTreeSet::new();
     let (unseen, keep) = match in_use {
         InUse::Unseen(layers) => (layers, &nothing),
         InUse::Kept(layers) => (&nothing, layers),
     };
+    let is_asked_for = |chain: &Digest| !unseen.contains(chain) && only.is_none_or(|only| only.contains(chain));
     let mut kept = BTreeSet::new();
     let began = clock::boot_ms();
     let mut layers: BTreeMap<Digest, CheckedLayer> = BTreeMap::new();
     let mut copies = Vec::new();
     let names = check::by_layer(&images);
     for (name, image) in images {
-        let chains = image.layers.iter().filter(|chain| !layers.contains_key(chain) && !unseen.contains(chain));
+        let chains = image.layers.iter().filter(|chain| !layers.contains_key(chain) && is_asked_for(chain));
         let chains: BTreeMap<_, _> =
             chains.map(|chain| (*chain, names.get(chain).cloned().unwrap_or_default())).collect();
-        copies.extend(check_copies(content, &chains, keep, may_read));
-        for layer in check::layers(content, &chains, &mut |asked| may_read(asked)) {
+        copies.extend(check_copies(content, &chains, keep, reader));
+        for layer in check::layers(content, &chains, reader) {
             let is_damaged = !layer.damage.is_empty();
             if is_damaged && keep.contains(&layer.chain) {
                 kept.insert(layer.chain);
@@ -199,11 +217,11 @@ fn check_copies(
     content: &Content,
     layers: &BTreeMap<Digest, Vec<String>>,
     keep: &BTreeSet<Digest>,
-    may_read: &dyn Fn(Asked) -> bool,
+    reader: &mut dyn Reader,
 ) -> Vec<CheckedLayer> {
     let layers = layers.iter().filter(|(chain, _)| !keep.contains(chain));
     let layers = layers.map(|(chain, images)| (*chain, images.clone())).collect();
-    let copies = check::copies(content, &layers, &mut |asked| may_read(asked));
+    let copies = check::copies(content, &layers, reader);
     for copy in copies.iter().filter(|copy| !copy.damage.is_empty()) {
         if let Err(error) = content.remove_copy(copy.chain, copy.copy.unwrap_or_default()) {
             tracing::error!("a damaged copy of a layer: {}", inline_chain(&error));
@@ -231,7 +249,11 @@ fn told(checked: &Checked) -> Vec<Reason> {
                 layer.images.join(", "),
                 layer.damage.join("; ")
             );
-            Reason::new(Code::LayerDamaged, text).next("if this comes back, the disk is failing")
+            let next = match layer.copy {
+                None if kept.contains(&layer.chain) => "restart what runs on it to have that now",
+                _ => "if this comes back, the disk is failing",
+            };
+            Reason::new(Code::LayerDamaged, text).next(next)
         })
         .collect();
     let sum = |of: fn(&CheckedLayer) -> Bytes| Bytes(layers.iter().map(|layer| of(layer).0).sum()).human();

@@ -49,6 +49,8 @@ impl Agent {
             if may_be_unread {
                 self.suspect(&name);
             }
+            // Before it is started again.
+            self.look_at_what_the_scrub_found();
             if !self.starts_at_once(&name) {
                 return self.forget_when_written(name).await;
             }

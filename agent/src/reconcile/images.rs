@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use super::{Agent, Message, answer};
 use crate::content::Content;
+use crate::content::reading::FromTheDisk;
 use crate::content::usage::tree_bytes;
 use crate::crash_point;
 use crate::execute::check;
@@ -153,8 +154,9 @@ impl Agent {
         let content = self.start_context.content.clone();
         tokio::task::spawn_blocking(move || {
             let by_layer = check::by_layer(&images);
-            let mut layers = check::layers(&content, &by_layer, &mut |_| true);
-            layers.extend(check::copies(&content, &by_layer, &mut |_| true));
+            // What the disk has: a program that runs is in the cache as it was when it was read.
+            let mut layers = check::layers(&content, &by_layer, &mut FromTheDisk);
+            layers.extend(check::copies(&content, &by_layer, &mut FromTheDisk));
             if layers.iter().any(|layer| !layer.damage.is_empty()) {
                 // Something may run on it now: it is replaced before anything does, at the next start.
                 if let Err(error) = check::mark_unclean(&content) {

@@ -36,6 +36,7 @@ impl Agent {
             Message::Changed { change, failed, activated } => self.changed(*change, failed, activated),
             Message::ImageChecked { name, image, is_whole } => self.image_checked(name, *image, is_whole),
             Message::LayersChecked(checked) => self.layers_checked(&checked),
+            Message::Scrubbed(scrubbed) => self.scrubbed(&scrubbed),
             Message::KernelSays(file) => self.kernel_says(file),
             Message::Loaded(ended) => self.loaded(*ended),
             Message::Collected { result, reply } => self.collected(result, reply),

@@ -33,6 +33,8 @@ mod moment;
 mod pause;
 /// Other limits for what runs.
 mod resize;
+/// Layers read slowly, again and again.
+mod scrub;
 /// What takes the disk, and when it goes.
 mod space;
 /// What a candidate needs beyond its images.
@@ -139,6 +141,8 @@ enum Message {
         is_whole: bool,
     },
     LayersChecked(check::Checked),
+    /// A layer was read.
+    Scrubbed(crate::execute::scrub::Scrubbed),
     /// Which file fs-verity refused to read.
     KernelSays(String),
     /// Images that an operator brought, or why not.
@@ -245,6 +249,7 @@ struct Agent {
     leases: moment::Leases,
     counters: survived::Counters,
     suspects: suspect::Suspects,
+    scrub: scrub::Scrub,
     /// Failed tries of images that are being fetched again.
     pull_attempts: BTreeMap<String, u32>,
     pull_context: Arc<PullContext>,
@@ -300,6 +305,7 @@ impl Agent {
                 () = tokio::time::sleep(wake) => {}
             }
             self.replan().await;
+            self.scrub_on();
             self.settle_once().await;
         }
     }
@@ -332,6 +338,8 @@ impl Agent {
         self.sample();
         self.look_at_suspects();
         self.look_at_what_the_kernel_said();
+        self.look_at_what_the_scrub_found();
+        self.look_whether_the_scrub_presses();
         self.collect_if_due();
         self.floor_if_due();
         self.look_at_expiry();

@@ -11,6 +11,7 @@ use edged_model::manifest::Workload;
 use edged_model::observed::InstanceState;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
+use edged_model::scrub::ScrubStatus;
 use edged_plan::garbage::needed_images;
 use tokio::sync::mpsc;
 
@@ -220,9 +221,9 @@ impl Agent {
     pub(super) fn df(&self, answers: mpsc::Sender<Answer>) {
         let wish = self.wish(true, true);
         let (places, content) = (self.start_context.places.clone(), self.start_context.content.clone());
-        let reserve = self.config.limits.disk_reserve;
+        let (reserve, scrub) = (self.config.limits.disk_reserve, self.scrub_status());
         tokio::task::spawn_blocking(move || match use_of(&places, &content, &wish, reserve) {
-            Ok(used) => answer::one(&answers, Answer::Df(used)),
+            Ok(used) => answer::one(&answers, Answer::Df(DiskUse { scrub, ..used })),
             Err(error) => answer::error(&answers, Reason::new(Code::DiskFull, inline_chain(&error))),
         });
     }
@@ -286,5 +287,5 @@ fn use_of(
     }
     let space = disk::space(places.data());
     let (total, free) = space.map_or((Bytes(0), Bytes(0)), |space| (space.total, space.free));
-    Ok(DiskUse { total, free, reserve, protected, parts })
+    Ok(DiskUse { total, free, reserve, protected, scrub: ScrubStatus::default(), parts })
 }

@@ -116,6 +116,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         leases: super::moment::Leases::default(),
         pull_attempts: BTreeMap::new(),
         suspects: super::suspect::Suspects::default(),
+        scrub: super::scrub::Scrub::recall(&content),
         pull_context: Arc::new(pull_context),
         start_context: StartContext {
             places: places.clone(),

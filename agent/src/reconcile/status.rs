@@ -58,6 +58,7 @@ impl Agent {
             upgrade: self.upgrade.clone(),
             trust: self.trust_report(),
             survived: self.survived(),
+            scrub: self.scrub_status(),
         }
     }
 

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use edged_model::id::WorkloadName;
+use edged_model::id::{Digest, WorkloadName};
 use edged_model::observed::ImageStatus;
 use edged_model::quantity::Bytes;
 use edged_model::reason::Code;
@@ -12,8 +12,9 @@ use edged_model::workload::ExitCause;
 use edged_plan::garbage::needed_images;
 use nix::sys::signal::Signal;
 
-use super::check::{self, InUse};
+use super::check::{self, InUse, Look};
 use super::{Agent, StartFailure, clock};
+use crate::content::reading::FromTheDisk;
 use crate::execute::pull::ReadyImage;
 use crate::execute::start::is_of_the_disk;
 use crate::runtime::keeper_link::LaunchError;
@@ -50,6 +51,9 @@ pub struct Suspects {
     workloads: BTreeSet<WorkloadName>,
     /// A file that fs-verity refused to read.
     kernel_said: Option<String>,
+    /// What the scrub found damaged, and what of that something ran on when it was last looked at.
+    scrubbed: BTreeSet<Digest>,
+    pub(super) left_in_use: BTreeSet<Digest>,
     /// Images that were looked at, and when.
     looked_at_boot_ms: BTreeMap<String, u64>,
 }
@@ -97,7 +101,7 @@ impl Agent {
         let shares = |other: &ReadyImage| other.layers.iter().any(|layer| layers.contains(layer));
         // What shares a layer may not start meanwhile either.
         let images = self.images.iter().filter(|(_, other)| shares(other)).map(|(name, _)| name.clone()).collect();
-        let is_looked_at = self.look_at(&images, &format!("because {name} could not read its files"));
+        let is_looked_at = self.look_at(&images, None, &format!("because {name} could not read its files"));
         if is_looked_at {
             self.suspects.looked_at_boot_ms.insert(image, now);
         }
@@ -119,14 +123,44 @@ impl Agent {
         }
         let needed = needed_images(&self.world.desired).into_iter().map(str::to_owned).collect();
         let when = format!("because fs-verity refused to read a file ({file})");
-        if self.look_at(&needed, &when) {
+        if self.look_at(&needed, None, &when) {
             self.suspects.kernel_said = None;
             self.suspects.looked_at_boot_ms.insert(ALL.to_owned(), now);
         }
     }
 
+    /// The scrub only reads. What it found is looked at once more, by whom nothing can be started from it meanwhile.
+    pub(super) fn scrub_found(&mut self, layer: Digest) {
+        // Nothing has changed about it as long as something runs on it.
+        if !self.suspects.left_in_use.contains(&layer) {
+            self.suspects.scrubbed.insert(layer);
+            self.look_at_what_the_scrub_found();
+        }
+    }
+
+    /// Also what was left because something ran on it, once nothing does.
+    pub(super) fn look_at_what_the_scrub_found(&mut self) {
+        if !self.suspects.left_in_use.is_empty() {
+            let in_use = self.layers_in_use();
+            let left = std::mem::take(&mut self.suspects.left_in_use);
+            let (left, freed): (BTreeSet<_>, BTreeSet<_>) = left.into_iter().partition(|layer| in_use.contains(layer));
+            self.suspects.left_in_use = left;
+            self.suspects.scrubbed.extend(freed);
+        }
+        if self.suspects.scrubbed.is_empty() {
+            return;
+        }
+        let has_one = |image: &ReadyImage| image.layers.iter().any(|layer| self.suspects.scrubbed.contains(layer));
+        let images = self.images.iter().filter(|(_, image)| has_one(image));
+        let names: BTreeSet<String> = images.map(|(name, _)| name.clone()).collect();
+        // What no image has any more is collected.
+        if names.is_empty() || self.look_at(&names, Some(&self.suspects.scrubbed.clone()), "where damage was seen") {
+            self.suspects.scrubbed.clear();
+        }
+    }
+
     /// False: not now; whoever has a reason has it again.
-    fn look_at(&mut self, names: &BTreeSet<String>, when: &str) -> bool {
+    fn look_at(&mut self, names: &BTreeSet<String>, only: Option<&BTreeSet<Digest>>, when: &str) -> bool {
         // Nobody may be pulling, starting or collecting while layers are taken away.
         if self.collected.under_way || !self.under_way.pulls.is_empty() || !self.under_way.starts.is_empty() {
             return false;
@@ -145,8 +179,11 @@ impl Agent {
         }
         self.collected.under_way = true;
         let (content, inbox, when) = (self.start_context.content.clone(), self.inbox.clone(), when.to_owned());
+        let only = only.cloned();
         tokio::task::spawn_blocking(move || {
-            let ended = check::look(&content, images, InUse::Kept(&in_use), &|_| true, &when, &inbox);
+            let what =
+                Look { in_use: InUse::Kept(&in_use), only: only.as_ref(), reader: &mut FromTheDisk, when: &when };
+            let ended = check::look(&content, images, what, &inbox);
             // The loop has ended only when the agent ends.
             let _ = inbox.blocking_send(ended);
         });

@@ -14,6 +14,7 @@
 //! | [`pidfd`] | pidfd_send_signal(2), waitid(2) |
 //! | [`device_filter`] | bpf(2) |
 //! | [`memory`] | malloc_trim(3) |
+//! | [`idle`] | ioprio_set(2), setpriority(2) |
 //! | [`verity`] | ioctl(2), filesystems/fsverity.rst |
 //! | [`device`] | watchdog-api, finit_module(2), clock_settime(2) |
 //!
@@ -54,6 +55,9 @@ pub mod inherit;
 
 /// Memory that nobody uses.
 pub mod memory;
+
+/// Threads that wait for everybody else.
+pub mod idle;
 
 /// Files that the kernel checks.
 pub mod verity;

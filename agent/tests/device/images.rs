@@ -18,12 +18,12 @@ fn sleeper(sequence: u32, image: &str) -> String {
     )
 }
 
-fn json(device: &Device, words: &[&str]) -> Value {
+pub fn json(device: &Device, words: &[&str]) -> Value {
     serde_json::from_str(&device.ask(&[words, &["-o", "json"]].concat())).unwrap()
 }
 
 /// A file that only one layer of the device has.
-fn find(device: &Device, name: &str) -> PathBuf {
+pub fn find(device: &Device, name: &str) -> PathBuf {
     let layers = fs::read_dir(device.data().join("layers")).unwrap();
     layers.map(|layer| layer.unwrap().path().join(name)).find(|path| path.exists()).expect(name)
 }

@@ -21,6 +21,7 @@ mod network;
 mod refusals;
 mod rig;
 mod rotation;
+mod scrub;
 mod survived;
 mod upgrade;
 mod userns;

@@ -173,5 +173,6 @@ fn status() -> Status {
         upgrade: None,
         trust: Default::default(),
         survived: Default::default(),
+        scrub: Default::default(),
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use edged::config::DeviceNodes;
+use edged::content::reading::FromTheDisk;
 use edged::execute::pull::load::{self, Wish};
 use edged_model::reason::Code;
 
@@ -49,7 +50,7 @@ fn device_nodes_are_what_the_longest_prefix_says_and_each_policy_has_its_own_lay
     assert_eq!((names(&device.layer(&without, 0)), names(&device.layer(&with, 0))), (0, 2));
     for ready in [&without, &with] {
         assert_eq!(std::fs::read_to_string(device.layer(ready, 0).join("motd")).unwrap(), "hello\n");
-        let found = device.ctx.content.check_layer(ready.layers[0], &mut |_| true).unwrap().unwrap();
+        let found = device.ctx.content.check_layer(ready.layers[0], &mut FromTheDisk).unwrap().unwrap();
         assert_eq!(found.damage, [""; 0]);
     }
     let null = std::fs::symlink_metadata(device.layer(&with, 0).join("dev/zero")).unwrap();

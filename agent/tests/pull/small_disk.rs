@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use edged::config::FsVerity;
 use edged::content::build::{BuildSpec, build_layout};
+use edged::content::reading::FromTheDisk;
 use edged::execute::pull::{self, ReadyImage};
 use edged::registry::platform::architecture;
 use edged_model::quantity::Bytes;
@@ -68,7 +69,7 @@ fn files(root: &Path) -> BTreeSet<(PathBuf, Vec<u8>)> {
 fn forget_whole_parts(device: &Device, before: &BTreeSet<(PathBuf, Vec<u8>)>) {
     let content = &device.ctx.content;
     for layer in content.layers().unwrap() {
-        let found = content.check_layer(layer.digest, &mut |_| true).unwrap().expect("a table");
+        let found = content.check_layer(layer.digest, &mut FromTheDisk).unwrap().expect("a table");
         assert_eq!(found.damage, [""; 0], "what is there is whole");
         if !before.iter().any(|(path, _)| *path == content.layer(layer.digest)) {
             content.remove_layer(layer.digest).unwrap();
@@ -173,7 +174,7 @@ fn where_the_kernel_must_protect_layers_and_cannot_none_is_unpacked_and_else_the
     device.ctx.content = content;
     let ready = device.pull(&image).unwrap();
     for layer in &ready.layers {
-        let found = device.ctx.content.check_layer(*layer, &mut |_| true).unwrap().unwrap();
+        let found = device.ctx.content.check_layer(*layer, &mut FromTheDisk).unwrap().unwrap();
         assert_eq!((found.damage, found.protected_bytes, found.unread), (Vec::new(), 0, 0));
     }
 }

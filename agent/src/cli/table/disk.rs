@@ -29,6 +29,9 @@ pub fn used(used: &DiskUse) -> String {
         used.total.human(),
         used.reserve.human()
     );
+    for said in super::scrub::all(&used.scrub) {
+        let _ = writeln!(out, "{said}");
+    }
     out
 }
 

@@ -55,6 +55,7 @@ fn device(workloads: Vec<WorkloadStatus>) -> Status {
         upgrade: None,
         trust: TrustReport::default(),
         survived: edged_model::survived::Survived::default(),
+        scrub: edged_model::scrub::ScrubStatus::default(),
     }
 }
 

@@ -4,6 +4,7 @@ use rustix::fs::XattrFlags;
 
 use super::*;
 use crate::config::Places;
+use crate::content::reading::FromTheDisk;
 
 const OWNERS: Owners = Owners { first: 1_879_048_192, count: 65_536 };
 /// CAP_NET_BIND_SERVICE, permitted and effective, revision 2.
@@ -149,7 +150,7 @@ fn it_is_made_once_checked_and_taken_away_with_its_range() {
     let before = inode();
     content.copy_layer(chain, OWNERS, &AtomicU64::new(0)).unwrap();
     assert_eq!(inode(), before, "it was there");
-    let whole = content.check_copy(chain, OWNERS.first, &mut |_| true).unwrap();
+    let whole = content.check_copy(chain, OWNERS.first, &mut FromTheDisk).unwrap();
     assert_eq!((whole.entries, whole.damage), (12, Vec::new()));
     File::options()
         .write(true)
@@ -157,7 +158,7 @@ fn it_is_made_once_checked_and_taken_away_with_its_range() {
         .unwrap()
         .write_all_at(b"y", 0)
         .unwrap();
-    assert!(!content.check_copy(chain, OWNERS.first, &mut |_| true).unwrap().damage.is_empty());
+    assert!(!content.check_copy(chain, OWNERS.first, &mut FromTheDisk).unwrap().damage.is_empty());
     let copies = content.copies().unwrap();
     assert_eq!((copies.len(), copies[0].first, copies[0].item.digest), (1, OWNERS.first, chain));
     assert!((300_000..500_000).contains(&copies[0].item.bytes), "{copies:?}");
@@ -183,5 +184,5 @@ fn what_does_not_fit_or_was_cut_leaves_nothing() {
     assert!(!again.has_copies(OWNERS.first));
     assert_eq!(fs::read_dir(again.staging()).unwrap().count(), 0);
     again.copy_layer(chain, OWNERS, &plenty()).unwrap();
-    assert_eq!(again.check_copy(chain, OWNERS.first, &mut |_| true).unwrap().damage, [""; 0]);
+    assert_eq!(again.check_copy(chain, OWNERS.first, &mut FromTheDisk).unwrap().damage, [""; 0]);
 }
