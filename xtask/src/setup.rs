@@ -69,6 +69,9 @@ fn items(need: Need) -> Vec<Item> {
                 ("skopeo", "skopeo"),
                 ("htpasswd", "apache2-utils"),
                 ("openssl", "openssl"),
+                // What loads into the guests' kernels is compiled here.
+                ("/sbin/apparmor_parser", "apparmor"),
+                ("secilc", "secilc"),
             ]);
         }
         Need::HostTests => items.extend([

@@ -1,26 +1,5 @@
-# The engine. `step NAME EXPECTED COMMAND...` runs a command and tells whether its output is what was expected.
-export PATH=/oci/bin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-mount -t tmpfs run /run
-mount -t cgroup2 none /sys/fs/cgroup
-exec > /dev/console 2>&1
-cd /oci/bundle
-
-oci() { /usr/bin/edged oci --root /run/oci "$@" < /dev/null; }
-step() {
-    name=$1 expected=$2
-    shift 2
-    found=$("$@" 2>&1)
-    if [ "$found" = "$expected" ]; then echo "ok $name"; else echo "not ok $name: $found (not: $expected)"; fi
-}
-bundle() { cp /oci/configs/$1.json /oci/bundle/config.json; }
-code() { "$@" > /dev/null 2>&1; echo $?; }
-status() { oci state "$1" | sed -n 's/.*"status": *"\([a-z]*\)".*/\1/p'; }
-wait_for() { tries=0; while [ "$(status "$1")" != "$2" ] && [ $tries -lt 1000 ]; do tries=$((tries + 1)); usleep 20000; done; status "$1"; }
-group() { cat /sys/fs/cgroup/edged-oci/$1/$2; }
-in_use() { oci exec "$1" /bin/busybox sh -c "$2"; }
+# The engine: walls, life, devices, and the labels of AppArmor, which is on in this kernel.
+. /oci/steps.sh
 
 bundle exits
 step exit_code 7 code oci run exits
@@ -73,6 +52,47 @@ step pids_wall 8 full
 refused() { group forks pids.events | sed -n 's/max \([1-9][0-9]*\)/more/p'; }
 step forks_are_refused more refused
 step force_delete 0 code oci delete --force forks
+
+
+modprobe virtio_blk
+disk() { tries=0; while [ ! -b /dev/vda ] && [ $tries -lt 1000 ]; do tries=$((tries + 1)); usleep 20000; done; cat /sys/block/vda/dev; }
+disk=$(disk)
+# The cost model gives a disk a weight of its own only where it is on.
+echo "$disk enable=1" > /sys/fs/cgroup/io.cost.qos
+bundle disks
+sed -i "s/12345/${disk%:*}/g; s/54321/${disk#*:}/g" /oci/bundle/config.json
+step limits_of_disks_and_pages 0 code oci create disks
+step io_max "$disk rbps=1048576 wbps=max riops=max wiops=100" group disks io.max
+step io_weight "default 4950
+$disk 10000" group disks io.weight
+step huge_pages 4194304 group disks hugetlb.2MB.max
+oci update --blkio-weight 1000 disks
+first_weight() { group disks io.weight | head -n 1; }
+step update_weight "default 10000" first_weight
+step delete_disks 0 code oci delete --force disks
+step no_such_rdma_device 1 told no_rdma 'linux.resources.rdma: this host has no device `rxe0`'
+step no_such_pages 1 told no_pages 'no hugetlb.3MB.max .*CONFIG_CGROUP_HUGETLB'
+step no_such_disk 1 told no_disk 'linux.resources.blockIO: this host has no device `99:99`'
+
+mount -t securityfs none /sys/kernel/security
+dd if=/oci/profile of=/sys/kernel/security/apparmor/.replace bs=1M 2> /dev/null
+loaded() { grep -c "^edged-test (enforce)" /sys/kernel/security/apparmor/profiles; }
+step profile_is_loaded 1 loaded
+bundle profile
+step profile "edged-test (enforce)
+refused
+1000" oci run profile
+bundle confined
+oci create --bundle /oci/bundle confined > /dev/null 2>&1
+oci start confined
+step confined running wait_for confined running
+step exec_is_confined "edged-test (enforce)
+refused" in_use confined '/bin/busybox cat /proc/self/attr/apparmor/current; /bin/busybox cat /forbidden 2> /dev/null || echo refused'
+exec_as() { oci exec --apparmor "$1" confined /bin/busybox true 2>&1 | grep -c "$2"; }
+step exec_in_no_profile 1 exec_as no-such-profile 'security label (no-such-profile): .*no such profile is loaded'
+step delete_confined 0 code oci delete --force confined
+step no_such_profile 1 told no_profile 'security label (no-such-profile): .*no such profile is loaded'
+step selinux_is_off 1 told labelled 'process.selinuxLabel: this kernel has no SELinux.*CONFIG_SECURITY_SELINUX'
 
 echo "all steps are done"
 poweroff -f

@@ -1,84 +1,115 @@
 //! `edged oci` under cgroup v2, as an engine would drive it: the firmware's kernel, and a shell script instead of the
 //! keeper that plays the engine. The script tells of each step whether it came out as it must.
 
+mod bundles;
+
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use bundles::Bundle;
 use edged_qemu::arch::Arch;
-use edged_qemu::artifacts::Artifacts;
-use edged_qemu::machine::{Machine, Setup};
+use edged_qemu::artifacts::{Artifacts, Firmware};
+use edged_qemu::machine::{Machine, Setup, blank_disk};
 use edged_qemu::wait::LONG;
 use edged_qemu::{process, story};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 const FIRST: &str = include_str!("first.sh");
+const STEPS: &str = include_str!("steps.sh");
 const ENGINE: &str = include_str!("engine.sh");
-
-/// Enough for every limit to be met at once and for the kernel to live on.
-const MEMORY_LIMIT_BYTES: u64 = 32 << 20;
+const SELINUX: &str = include_str!("selinux.sh");
 
 #[test]
 #[ignore = "needs QEMU: cargo xtask test"]
 fn an_engine_drives_the_runtime_under_cgroup_v2() {
     story::tell("runtime", |firmware, dir| {
-        let busybox = busybox(firmware.arch)?;
-        let mut setup = Setup::default();
-        let program = |path: &str| (path.to_owned(), 0o755, busybox.clone());
-        setup.files.extend([program("oci/busybox"), program("oci/bundle/rootfs/bin/busybox")]);
-        setup.files.extend([
-            ("oci/first.sh".to_owned(), 0o755, FIRST.into()),
-            ("oci/engine.sh".to_owned(), 0o755, ENGINE.into()),
-        ]);
-        for (name, arguments) in programs() {
-            let config = config(&arguments)?.to_string();
-            setup = setup.file(&format!("oci/configs/{name}.json"), config);
-        }
-        setup.kernel = ["rdinit=/oci/busybox", "--", "sh", "/oci/first.sh"].map(str::to_owned).into();
-        let mut device = Machine::boot(firmware, dir, &setup)?;
-        let log = device.kernel.wait_for("all steps are done", LONG)?;
-        let failed: Vec<_> = log.lines().filter(|line| line.contains("not ok ")).collect();
-        ensure!(failed.is_empty(), "{}\n{log}", failed.join("\n"));
-        let passed = log.lines().filter(|line| line.trim_start().starts_with("ok ")).count();
-        ensure!(passed >= ENGINE.matches("\nstep ").count(), "only {passed} steps came out:\n{log}");
-        device.wait_for_power_off(LONG)
+        let disk = dir.join("disk.img");
+        blank_disk(&disk, 8)?;
+        let mut setup = setup(firmware.arch, ENGINE, &bundles::of_the_engine())?;
+        setup.disk = Some(disk);
+        setup = setup.file("oci/profile", apparmor_profile()?);
+        play(firmware, dir, &setup, ENGINE)
     });
 }
 
-/// What the containers run, by the name of its bundle.
-fn programs() -> [(&'static str, Vec<&'static str>); 5] {
-    let shell = |script| vec!["/bin/busybox", "sh", "-c", script];
-    [
-        ("exits", shell("exit 7")),
-        ("sleeps", shell("exec /bin/busybox sleep 1000")),
-        ("walls", shell("cd /sys/fs/cgroup && /bin/busybox cat memory.max pids.max cpu.max")),
-        ("hog", shell("/bin/busybox dd if=/dev/zero of=/dev/shm/full bs=1M count=100")),
-        ("forks", shell("for n in 1 2 3 4 5 6 7 8 9 10; do /bin/busybox sleep 30 & done; wait")),
-    ]
+/// The module is the same on every architecture: one of them tells.
+#[test]
+#[ignore = "needs QEMU: cargo xtask test"]
+fn an_engine_labels_containers_under_selinux() {
+    story::tell("runtime-selinux", |firmware, dir| {
+        if firmware.arch != Arch::X86_64 {
+            return Ok(());
+        }
+        let mut setup = setup(firmware.arch, SELINUX, &bundles::of_selinux())?;
+        setup = setup.file("oci/policy", selinux_policy(dir)?);
+        setup.kernel.insert(0, "security=selinux".to_owned());
+        play(firmware, dir, &setup, SELINUX)
+    });
 }
 
-/// What `edged oci spec` says, with walls.
-fn config(arguments: &[&str]) -> Result<Value> {
+/// The script and what it needs, and no keeper.
+fn setup(arch: Arch, script: &str, bundles: &[Bundle]) -> Result<Setup> {
+    let busybox = busybox(arch)?;
+    let mut setup = Setup::default();
+    let program = |path: &str| (path.to_owned(), 0o755, busybox.clone());
+    setup.files.extend([program("oci/busybox"), program("oci/bundle/rootfs/bin/busybox")]);
+    for (path, text) in [("oci/first.sh", FIRST), ("oci/steps.sh", STEPS), ("oci/engine.sh", script)] {
+        setup.files.push((path.to_owned(), 0o755, text.into()));
+    }
+    for path in ["forbidden", "secret/file"] {
+        setup = setup.file(&format!("oci/bundle/rootfs/{path}"), "nobody reads this\n");
+    }
+    let template = template()?;
+    for bundle in bundles {
+        let mut config = template.clone();
+        bundle.write(&mut config);
+        setup = setup.file(&format!("oci/configs/{}.json", bundle.name), config.to_string());
+    }
+    setup.kernel = ["rdinit=/oci/busybox", "--", "sh", "/oci/first.sh"].map(str::to_owned).into();
+    Ok(setup)
+}
+
+/// Boots, and counts what came out.
+fn play(firmware: &Firmware, dir: &Path, setup: &Setup, script: &str) -> Result<()> {
+    let mut device = Machine::boot(firmware, dir, setup)?;
+    let log = device.kernel.wait_for("all steps are done", LONG)?;
+    let failed: Vec<_> = log.lines().filter(|line| line.contains("not ok ")).collect();
+    ensure!(failed.is_empty(), "{}\n{log}", failed.join("\n"));
+    let passed = log.lines().filter(|line| line.trim_start().starts_with("ok ")).count();
+    ensure!(passed >= script.matches("\nstep ").count(), "only {passed} steps came out:\n{log}");
+    device.wait_for_power_off(LONG)
+}
+
+/// What `edged oci spec` says.
+fn template() -> Result<Value> {
     let edged = Artifacts::find().host_program("edged")?;
     let dir = std::env::temp_dir().join(format!("edged-spec-{}", std::process::id()));
     std::fs::create_dir_all(&dir)?;
     process::run(Command::new(edged).args(["oci", "spec", "--bundle"]).arg(&dir))?;
-    let mut config: Value = serde_json::from_slice(&std::fs::read(dir.join("config.json"))?)?;
+    let config = serde_json::from_slice(&std::fs::read(dir.join("config.json"))?)?;
     std::fs::remove_dir_all(&dir)?;
-    config["process"]["terminal"] = false.into();
-    config["process"]["args"] = json!(arguments);
-    config["root"]["readonly"] = false.into();
-    // To make a device node, and see that it does not open.
-    for set in ["bounding", "effective", "permitted"] {
-        config["process"]["capabilities"][set].as_array_mut().context("no capabilities")?.push("CAP_MKNOD".into());
-    }
-    config["linux"]["resources"] = json!({
-        "memory": { "limit": MEMORY_LIMIT_BYTES, "swap": MEMORY_LIMIT_BYTES },
-        "pids": { "limit": 8 },
-        "cpu": { "quota": 50_000, "period": 100_000 },
-        "devices": config["linux"]["resources"]["devices"],
-    });
     Ok(config)
+}
+
+/// As the kernel takes it: the host's need not know the module, so the parser is told what a kernel of today can.
+fn apparmor_profile() -> Result<Vec<u8>> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/runtime/profile.apparmor");
+    let mut parser = Command::new("/sbin/apparmor_parser");
+    parser.args(["--skip-kernel-load", "--skip-cache", "--stdout"]);
+    for features in ["--kernel-features", "--policy-features"] {
+        parser.args([features, "/etc/apparmor.d/abi/3.0"]);
+    }
+    Ok(process::run(parser.arg(source))?.stdout)
+}
+
+fn selinux_policy(dir: &Path) -> Result<Vec<u8>> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/runtime/policy.cil");
+    let policy = dir.join("policy");
+    let mut compiler = Command::new("secilc");
+    compiler.arg("--output").arg(&policy).arg("--filecontext").arg(dir.join("file_contexts"));
+    process::run(compiler.arg(source))?;
+    Ok(std::fs::read(policy)?)
 }
 
 /// The static busybox of the image of that name.
@@ -99,5 +130,5 @@ fn busybox(arch: Arch) -> Result<Vec<u8>> {
             return Ok(output.stdout);
         }
     }
-    anyhow::bail!("no layer of {} has bin/busybox", layout.display())
+    bail!("no layer of {} has bin/busybox", layout.display())
 }
