@@ -156,7 +156,9 @@ impl Job<'_> {
         let mut fds = Vec::new();
         let mut launch = self.prepare(&proof, translated, &mut fds, &hooks)?;
         let offsets = std::mem::take(&mut launch.1);
-        let launching = spawn::launch(&proof, &launch.0, &fds, None)?;
+        let launching = spawn::launch(&proof, &launch.0, &fds, None).map_err(|error| {
+            kernel::missing_namespace(launch.0.namespaces).map_or_else(|| OciError::from(error), OciError::from)
+        })?;
         drop(fds);
         match self.see_through(&launching, &hooks, &offsets) {
             Ok((record, master)) => {

@@ -97,6 +97,7 @@ fn describe(failure: &Failure) -> String {
     let hint = match (failure.stage, errno) {
         (Stage::Exec, Errno::NOENT) => return format!("{place}: executable file not found in $PATH: {text}"),
         (Stage::TimeNamespace, Errno::INVAL) => "; does the kernel have CONFIG_TIME_NS?",
+        (Stage::NetworkNamespace, Errno::INVAL) => "; does the kernel have CONFIG_NET_NS?",
         (Stage::CgroupNamespace, Errno::INVAL) => "; does the kernel have CONFIG_CGROUPS?",
         (Stage::Seccomp, Errno::INVAL | Errno::NOSYS) => "; does the kernel have CONFIG_SECCOMP_FILTER?",
         (Stage::Mounts, Errno::NODEV) => return format!("{place}: {text}; {}", unknown_filesystem(&failure.what)),

@@ -3,9 +3,11 @@
 
 use edged_model::keeper::{LaunchSpec, SecurityLabel};
 
+use crate::spec::NEW_TIME;
+
 /// Something a container asks for that this kernel does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{field}: this kernel has no {what}, or it is off ({option}, and `lsm=` on the kernel's command line)")]
+#[error("{field}: no {what} in this kernel, or switched off ({option})")]
 pub struct Lacks {
     pub field: &'static str,
     pub what: &'static str,
@@ -95,10 +97,12 @@ fn selinux_is_on() -> bool {
 
 /// Labels need the security module that knows them: told before anything is made.
 pub fn check_labels(launch: &LaunchSpec) -> Result<(), Lacks> {
-    let selinux = |field| Lacks { field, what: "SELinux", option: "CONFIG_SECURITY_SELINUX" };
+    let selinux =
+        |field| Lacks { field, what: "SELinux", option: "CONFIG_SECURITY_SELINUX, and `lsm=` on its command line" };
     match &launch.label {
         Some(SecurityLabel::AppArmor(_)) if !apparmor_is_on() => {
-            let (field, option) = ("process.apparmorProfile", "CONFIG_SECURITY_APPARMOR");
+            let (field, option) =
+                ("process.apparmorProfile", "CONFIG_SECURITY_APPARMOR, and `lsm=` on its command line");
             return Err(Lacks { field, what: "AppArmor", option });
         }
         Some(SecurityLabel::SeLinux(_)) if !selinux_is_on() => return Err(selinux("process.selinuxLabel")),
@@ -110,9 +114,40 @@ pub fn check_labels(launch: &LaunchSpec) -> Result<(), Lacks> {
     }
 }
 
+/// What, its name in `/proc/self/ns`, its flag (linux/sched.h), its option.
+const NAMESPACES: [(&str, &str, u64, &str); 7] = [
+    ("UTS namespaces", "uts", 0x0400_0000, "CONFIG_UTS_NS"),
+    ("IPC namespaces", "ipc", 0x0800_0000, "CONFIG_IPC_NS"),
+    ("user namespaces", "user", 0x1000_0000, "CONFIG_USER_NS"),
+    ("PID namespaces", "pid", 0x2000_0000, "CONFIG_PID_NS"),
+    ("network namespaces", "net", 0x4000_0000, "CONFIG_NET_NS"),
+    ("cgroup namespaces", "cgroup", 0x0200_0000, "CONFIG_CGROUPS"),
+    ("time namespaces", "time", NEW_TIME, "CONFIG_TIME_NS"),
+];
+
+/// The first of these namespaces (CLONE_NEW*) that this kernel does not have: asked when they could not be made.
+pub fn missing_namespace(namespaces: u64) -> Option<Lacks> {
+    missing_of(namespaces, |name| std::path::Path::new("/proc/self/ns").join(name).exists())
+}
+
+fn missing_of(namespaces: u64, is_there: impl Fn(&str) -> bool) -> Option<Lacks> {
+    let missing = NAMESPACES.iter().find(|(_, name, flag, _)| namespaces & flag != 0 && !is_there(name));
+    missing.map(|(what, _, _, option)| Lacks { field: "linux.namespaces", what, option })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_namespace_that_is_missing_is_named() {
+        assert_eq!(missing_namespace(u64::MAX), None, "the kernel that runs this has them all");
+        let without_user = |name: &str| name != "user" && name != "time";
+        let lacks = missing_of(0x1000_0000 | 0x0400_0000, without_user).unwrap();
+        let text = "linux.namespaces: no user namespaces in this kernel, or switched off (CONFIG_USER_NS)";
+        assert_eq!(lacks.to_string(), text);
+        assert_eq!(missing_of(0x0400_0000, without_user), None, "nobody asked");
+    }
 
     #[test]
     fn the_longest_beginning_is_the_one_that_counts() {

@@ -92,7 +92,7 @@ exec_as() { oci exec --apparmor "$1" confined /bin/busybox true 2>&1 | grep -c "
 step exec_in_no_profile 1 exec_as no-such-profile 'security label (no-such-profile): .*no such profile is loaded'
 step delete_confined 0 code oci delete --force confined
 step no_such_profile 1 told no_profile 'security label (no-such-profile): .*no such profile is loaded'
-step selinux_is_off 1 told labelled 'process.selinuxLabel: this kernel has no SELinux.*CONFIG_SECURITY_SELINUX'
+step selinux_is_off 1 told labelled 'process.selinuxLabel: no SELinux in this kernel.*CONFIG_SECURITY_SELINUX'
 
 echo "all steps are done"
 poweroff -f

@@ -30,7 +30,7 @@ step delete 0 code oci delete --force sleeps
 
 step no_such_label 1 told no_label 'security label (system_u:system_r:nobody_t:s0): .*does not know this label'
 step no_such_mount_label 1 told no_mount_label 'mounts (tmpfs at /dev): Invalid argument'
-step apparmor_is_off 1 told profile 'process.apparmorProfile: this kernel has no AppArmor.*CONFIG_SECURITY_APPARMOR'
+step apparmor_is_off 1 told profile 'process.apparmorProfile: no AppArmor in this kernel.*CONFIG_SECURITY_APPARMOR'
 
 echo "all steps are done"
 poweroff -f
