@@ -4,6 +4,7 @@
 mod support;
 
 mod broken_registry;
+mod cuts;
 mod device_nodes;
 mod image_policy;
 mod load;

@@ -1,9 +1,12 @@
-//! An HTTP server that misbehaves on demand: every answer is the test's to write, down to the byte where it breaks off.
+//! An HTTP server that misbehaves on demand: every answer is the test's to write, down to the byte where it breaks off and
+//! the way in which it does. In the clear or over TLS.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -20,6 +23,18 @@ impl Request {
     }
 }
 
+/// How a connection ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ending {
+    /// FIN; over TLS a close_notify before it.
+    #[default]
+    Orderly,
+    /// FIN without the close_notify that TLS wants.
+    WithoutNotice,
+    /// RST.
+    Reset,
+}
+
 #[derive(Debug, Clone, Default)]
 pub struct Answer {
     pub status: u16,
@@ -29,8 +44,11 @@ pub struct Answer {
     pub cut: Option<usize>,
     /// Of the body; else its real one.
     pub claimed_length: Option<u64>,
+    /// Not a length but chunks of so many bytes (RFC 9112, section 7.1).
+    pub chunk_bytes: Option<usize>,
     /// The connection is closed without a word.
     pub silent: bool,
+    pub ending: Ending,
 }
 
 impl Answer {
@@ -41,6 +59,34 @@ impl Answer {
     pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
         self
+    }
+
+    /// What goes over the wire, cut off where it is to be.
+    fn bytes(&self) -> Vec<u8> {
+        let framing = match self.chunk_bytes {
+            Some(_) => "Transfer-Encoding: chunked".to_owned(),
+            None => format!("Content-Length: {}", self.claimed_length.unwrap_or(self.body.len() as u64)),
+        };
+        let mut bytes = format!("HTTP/1.1 {} X\r\nConnection: close\r\n{framing}\r\n", self.status).into_bytes();
+        for (name, value) in &self.headers {
+            bytes.extend_from_slice(format!("{name}: {value}\r\n").as_bytes());
+        }
+        bytes.extend_from_slice(b"\r\n");
+        let is_cut = self.cut.is_some_and(|cut| cut <= self.body.len());
+        let body = &self.body[..self.cut.unwrap_or(self.body.len()).min(self.body.len())];
+        let Some(chunk_bytes) = self.chunk_bytes else {
+            bytes.extend_from_slice(body);
+            return bytes;
+        };
+        for chunk in body.chunks(chunk_bytes) {
+            bytes.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
+            bytes.extend_from_slice(chunk);
+            bytes.extend_from_slice(b"\r\n");
+        }
+        if !is_cut {
+            bytes.extend_from_slice(b"0\r\n\r\n");
+        }
+        bytes
     }
 }
 
@@ -54,6 +100,13 @@ pub struct FaultServer {
 impl FaultServer {
     /// The server lives as long as the test's process.
     pub fn start(behaviour: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        Self::start_with(None, behaviour)
+    }
+
+    pub fn start_with(
+        tls: Option<Arc<rustls::ServerConfig>>,
+        behaviour: impl Fn(&Request) -> Answer + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let host = format!("127.0.0.1:{}", listener.local_addr().unwrap().port());
         let seen: Arc<Mutex<Vec<Request>>> = Arc::default();
@@ -61,7 +114,11 @@ impl FaultServer {
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let (stream, behaviour, log) = (stream.unwrap(), Arc::clone(&behaviour), Arc::clone(&log));
-                std::thread::spawn(move || serve(stream, &*behaviour, &log));
+                let tls = tls.clone();
+                std::thread::spawn(move || match tls {
+                    Some(config) => serve_encrypted(stream, config, &*behaviour, &log),
+                    None => serve_plainly(stream, &*behaviour, &log),
+                });
             }
         });
         Self { host, seen }
@@ -73,8 +130,46 @@ impl FaultServer {
 }
 
 /// One request, one connection.
-fn serve(mut stream: TcpStream, behaviour: &Behaviour, log: &Mutex<Vec<Request>>) -> Option<()> {
-    let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
+fn serve_plainly(mut stream: TcpStream, behaviour: &Behaviour, log: &Mutex<Vec<Request>>) -> Option<()> {
+    let answer = behaviour(&request(&mut stream, log)?);
+    if !answer.silent {
+        stream.write_all(&answer.bytes()).ok()?;
+    }
+    end(&stream, answer.ending);
+    Some(())
+}
+
+fn serve_encrypted(
+    stream: TcpStream,
+    config: Arc<rustls::ServerConfig>,
+    behaviour: &Behaviour,
+    log: &Mutex<Vec<Request>>,
+) -> Option<()> {
+    let mut stream = rustls::StreamOwned::new(rustls::ServerConnection::new(config).ok()?, stream);
+    let answer = behaviour(&request(&mut stream, log)?);
+    if !answer.silent {
+        stream.write_all(&answer.bytes()).ok()?;
+        stream.flush().ok()?;
+    }
+    if answer.ending == Ending::Orderly {
+        stream.conn.send_close_notify();
+        stream.flush().ok()?;
+    }
+    end(&stream.sock, answer.ending);
+    Some(())
+}
+
+fn end(stream: &TcpStream, ending: Ending) {
+    // tcp(7): with SO_LINGER of no time, close(2) is a reset.
+    if ending == Ending::Reset {
+        let _ = rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO));
+    } else {
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+}
+
+fn request(stream: &mut impl Read, log: &Mutex<Vec<Request>>) -> Option<Request> {
+    let mut lines = BufReader::new(stream).lines();
     let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
     let mut headers = BTreeMap::new();
     for line in lines {
@@ -82,23 +177,26 @@ fn serve(mut stream: TcpStream, behaviour: &Behaviour, log: &Mutex<Vec<Request>>
         let Some((name, value)) = line.split_once(": ") else { break };
         headers.insert(name.to_lowercase(), value.to_owned());
     }
-    let request = {
-        let mut log = log.lock().unwrap();
-        let before = log.iter().filter(|request| request.path == path).count();
-        let request = Request { path, headers, before };
-        log.push(request.clone());
-        request
-    };
-    let answer = behaviour(&request);
-    if !answer.silent {
-        let length = answer.claimed_length.unwrap_or(answer.body.len() as u64);
-        let mut head = format!("HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {length}\r\n", answer.status);
-        for (name, value) in &answer.headers {
-            head.push_str(&format!("{name}: {value}\r\n"));
-        }
-        let body = &answer.body[..answer.cut.unwrap_or(answer.body.len()).min(answer.body.len())];
-        stream.write_all(format!("{head}\r\n").as_bytes()).ok()?;
-        stream.write_all(body).ok()?;
-    }
-    stream.shutdown(Shutdown::Both).ok()
+    let mut log = log.lock().unwrap();
+    let before = log.iter().filter(|request| request.path == path).count();
+    let request = Request { path, headers, before };
+    log.push(request.clone());
+    Some(request)
+}
+
+/// A certificate for 127.0.0.1, and the file of the authority that issued it.
+pub fn certificate(dir: &Path) -> (Arc<rustls::ServerConfig>, PathBuf) {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut authority = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority_file = dir.join("authority.pem");
+    std::fs::write(&authority_file, authority.self_signed(&authority_key).unwrap().pem()).unwrap();
+    let issuer = rcgen::Issuer::new(authority, authority_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let own = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into());
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let config = builder.with_no_client_auth().with_single_cert(vec![own.der().clone()], key).unwrap();
+    (Arc::new(config), authority_file)
 }
