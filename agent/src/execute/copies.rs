@@ -14,6 +14,7 @@ use edged_model::reason::{Code, Reason};
 use super::pull::room::{Disk, Need, Promises, Ticket};
 use super::pull::{PullFailure, ReadyImage};
 use super::start::{StartContext, failed};
+use super::unread;
 use crate::config::Places;
 use crate::content::copies::{CopyError, Owners};
 use crate::content::usage::tree_bytes;
@@ -147,7 +148,9 @@ fn copy(ctx: &StartContext, users: &[User<'_>]) -> Result<(), PullFailure> {
             CopyError::DiskFull { .. } => promise.was_too_small(&what),
             error => {
                 let text = format!("{what}: {}", inline_chain(&error));
-                PullFailure { reason: Reason::new(Code::DiskFull, text), permanent: false, retry_after: None }
+                // Which of the two disks' ends it was is seen when the layers are looked at.
+                let code = if unread::is_of_the_disk(&error) { Code::LayerDamaged } else { Code::DiskFull };
+                PullFailure { reason: Reason::new(code, text), permanent: false, retry_after: None }
             }
         })?;
     }

@@ -12,7 +12,7 @@ use super::copies::{self, OwnIds, has_own_ids};
 use super::pull::ReadyImage;
 use super::start::{self, Prepared, Purpose, StartContext, failed, netns_path};
 use super::user_ids::IDS_PER_WORKLOAD;
-use super::{place, volumes};
+use super::{place, unread, volumes};
 use crate::crash_point;
 use crate::network::netns;
 use crate::runtime::mapped::{self, Around, MappedError, index};
@@ -101,7 +101,7 @@ fn with_own_ids(ctx: &StartContext, launch: &Launch<'_>, own: OwnIds, prepared: 
         owned_by_workload: ctx.places.volumes(),
         ready,
     };
-    let (spec, more) = mapped::map(spec, index(&fds), around).map_err(|error| explain(name, &error))?;
+    let (spec, more) = mapped::map(spec, index(&fds), around).map_err(|error| explain(ctx, name, &error))?;
     fds.extend(more);
     if fds.len() > MAX_MESSAGE_FDS {
         let text =
@@ -115,7 +115,10 @@ fn give_run_files(ctx: &StartContext, name: &WorkloadName, root: u32) -> Result<
     place::give_run_files(&place::run_home(&ctx.places, name), root).map_err(|error| failed(name, &error))
 }
 
-fn explain(name: &WorkloadName, error: &MappedError) -> Reason {
+fn explain(ctx: &StartContext, name: &WorkloadName, error: &MappedError) -> Reason {
+    if unread::is_of_a_layer(error, &ctx.places.layers()) {
+        return unread::failed(name, error);
+    }
     let reason = failed(name, error);
     match error {
         MappedError::Idmap { .. } | MappedError::Overlay { .. } => {

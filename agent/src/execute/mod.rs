@@ -18,6 +18,8 @@ pub mod scrub;
 pub mod start;
 /// By which signal, within which time, after whom.
 pub mod stop;
+/// Whose fault a failed start may be.
+pub mod unread;
 /// Who a workload runs as.
 pub mod user;
 /// Whose ids on the device a workload's ids are.

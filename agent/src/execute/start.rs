@@ -9,12 +9,12 @@ use edged_model::keeper::{IdMapping, LaunchSpec, Rootfs};
 use edged_model::manifest::{Manifest, MountSource, NetworkMode, Protocol, Seccomp, Secret, UsernsMode, Workload};
 use edged_model::reason::{Code, Reason};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Mount};
-use rustix::io::Errno;
 
 use super::copies::{self, LayerWay};
 use super::isolate::Launch;
 use super::place::{self, RunFiles};
 use super::pull::ReadyImage;
+use super::unread;
 use super::user;
 use super::user_ids::Ranges;
 use super::volumes::VolumeIds;
@@ -127,24 +127,9 @@ pub fn netns_path(places: &Places, name: &WorkloadName, mode: NetworkMode) -> Op
     }
 }
 
+/// Not for what reads layers: that may be damaged ([`unread::failed`]).
 pub(super) fn failed(name: &WorkloadName, error: &dyn std::error::Error) -> Reason {
-    let code = if is_unread(error) { Code::LayerDamaged } else { Code::StartFailed };
-    Reason::new(code, format!("{name} could not be started: {}", inline_chain(error)))
-}
-
-/// Whether the disk did not give what it has. A kernel without fs-verity does not open what another one has protected.
-fn is_unread(error: &dyn std::error::Error) -> bool {
-    let mut causes = std::iter::successors(error.source(), |error| error.source());
-    causes.any(|cause| {
-        let of_io = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
-        let errno = of_io.or_else(|| cause.downcast_ref::<Errno>().map(|errno| errno.raw_os_error()));
-        errno.is_some_and(is_of_the_disk)
-    })
-}
-
-/// Of errno(3): what a disk, or fs-verity, answers instead of the bytes.
-pub fn is_of_the_disk(errno: i32) -> bool {
-    matches!(Errno::from_raw_os_error(errno), Errno::IO | Errno::BADMSG | Errno::UCLEAN | Errno::OPNOTSUPP)
+    Reason::new(Code::StartFailed, format!("{name} could not be started: {}", inline_chain(error)))
 }
 
 /// What is prepared.
@@ -256,7 +241,7 @@ fn inputs(
     let Launch { name, workload, manifest, image } = *launch;
     let fail = |error: &dyn std::error::Error| failed(name, error);
     let user_text = workload.user_inside().or(image.user.as_deref()).unwrap_or_default();
-    let user = user::resolve(user_text, layers).map_err(|error| fail(&error))?;
+    let user = user::resolve(user_text, layers).map_err(|error| unread::failed(name, &error))?;
     let hostname = workload.hostname.clone().unwrap_or_else(|| name.to_string());
     let paths = match purpose {
         Purpose::Run => {

@@ -28,12 +28,18 @@ pub enum UserError {
     NoSuchUser { name: String },
     #[error("group `{name}` is not in the image's /etc/group")]
     NoSuchGroup { name: String },
+    #[error("{path}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: Errno,
+    },
 }
 
 /// Resolves `text` (empty: root) against the layers, lowest first.
 pub fn resolve(text: &str, layers: &[PathBuf]) -> Result<User, UserError> {
-    let passwd = read_from_top(layers, "etc/passwd").unwrap_or_default();
-    let group = read_from_top(layers, "etc/group").unwrap_or_default();
+    let passwd = read_from_top(layers, "etc/passwd")?.unwrap_or_default();
+    let group = read_from_top(layers, "etc/group")?.unwrap_or_default();
     look_up(text, &passwd, &group)
 }
 
@@ -90,18 +96,26 @@ fn groups_with(group: &str, member: &str) -> Vec<u32> {
         .collect()
 }
 
-/// The file as the topmost layer that has it shows it; `None` when no layer has it or a layer above removed it.
-fn read_from_top(layers: &[PathBuf], name: &str) -> Option<String> {
+/// The file as the topmost layer that has it shows it; `None` when no layer has it, a layer above removed it, or it is no
+/// text. What the disk does not give is an error: a user must not become another one for it.
+fn read_from_top(layers: &[PathBuf], name: &str) -> Result<Option<String>, UserError> {
     for layer in layers.iter().rev() {
+        let unread = |source| UserError::Read { path: layer.join(name), source };
         let mut text = String::new();
         match open_inside(layer, name) {
             Err(Errno::NOENT) => {}
+            Err(errno @ (Errno::IO | Errno::BADMSG | Errno::UCLEAN | Errno::OPNOTSUPP)) => {
+                return Err(unread(errno));
+            }
             // Anything but a plain file, a whiteout among them, hides what is below.
-            Err(_) => return None,
-            Ok(file) => return file.take(FILE_MAX_BYTES).read_to_string(&mut text).is_ok().then_some(text),
+            Err(_) => return Ok(None),
+            Ok(file) => match file.take(FILE_MAX_BYTES).read_to_string(&mut text) {
+                Ok(_) => return Ok(Some(text)),
+                Err(error) => return Errno::from_io_error(&error).map_or(Ok(None), |errno| Err(unread(errno))),
+            },
         }
     }
-    None
+    Ok(None)
 }
 
 fn open_inside(root: &Path, name: &str) -> Result<File, Errno> {
@@ -135,7 +149,7 @@ mod tests {
         std::fs::create_dir(layer.path().join("etc")).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", layer.path().join("etc/passwd")).unwrap();
         // The link resolves to itself inside the image, never to the device's file.
-        assert_eq!(read_from_top(&[layer.path().to_owned()], "etc/passwd"), None);
+        assert_eq!(read_from_top(&[layer.path().to_owned()], "etc/passwd"), Ok(None));
     }
 
     #[test]
@@ -153,5 +167,28 @@ mod tests {
         let fifo = rustix::fs::FileType::Fifo;
         rustix::fs::mknodat(rustix::fs::CWD, high.path().join("etc/passwd"), fifo, mode, 0).unwrap();
         assert_eq!(resolve("app", &layers), Err(UserError::NoSuchUser { name: "app".to_owned() }));
+    }
+
+    #[test]
+    fn nobody_becomes_another_user_because_the_disk_gives_nothing() {
+        use nix::mount::{MsFlags, mount};
+        use nix::sched::{CloneFlags, unshare};
+        assert!(rustix::process::geteuid().is_root(), "this mounts: run it as root");
+        let layer = tempfile::tempdir().unwrap();
+        std::fs::create_dir(layer.path().join("etc")).unwrap();
+        let passwd = layer.path().join("etc/passwd");
+        std::fs::write(&passwd, "").unwrap();
+        // In mounts of its own, a file that answers EIO: nothing of this process lies at 0 (proc_pid_mem(5)).
+        let layers = [layer.path().to_owned()];
+        let found = std::thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+            mount(Some("/proc/self/mem"), &passwd, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+            resolve("0", &layers)
+        });
+        let error = found.join().unwrap().unwrap_err();
+        let why = super::super::unread::failed(&edged_model::id::WorkloadName::parse("w").unwrap(), &error);
+        assert_eq!(why.code, edged_model::reason::Code::LayerDamaged, "{why}");
+        assert!(why.text.contains("etc/passwd") && why.text.contains("nput/output error"), "{why}");
     }
 }

@@ -195,7 +195,7 @@ impl Agent {
                 }
             }
             Err(failure) => {
-                let is_unread = suspect::is_unread(&failure);
+                let is_unread = suspect::is_unread(&failure, spec);
                 let (stage, errno) = match failure {
                     // An end has no room for what to do about it but its words.
                     StartFailure::Reason(reason) if reason.next.is_empty() => (reason.text, 0),

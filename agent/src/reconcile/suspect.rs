@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use edged_model::id::{Digest, WorkloadName};
+use edged_model::manifest::Workload;
 use edged_model::observed::ImageStatus;
 use edged_model::quantity::Bytes;
 use edged_model::reason::Code;
@@ -16,7 +17,7 @@ use super::check::{self, InUse, Look};
 use super::{Agent, StartFailure, clock};
 use crate::content::reading::FromTheDisk;
 use crate::execute::pull::ReadyImage;
-use crate::execute::start::is_of_the_disk;
+use crate::execute::unread::is_of_the_image;
 use crate::runtime::keeper_link::LaunchError;
 
 /// A workload may end so by its own fault, again and again: its image is not read more often than this.
@@ -25,11 +26,11 @@ const AGAIN_MS: u64 = 3_600_000;
 /// All images, among those that were looked at; none is called so.
 const ALL: &str = "(all)";
 
-/// Whether a start failed because something could not be read.
-pub(super) fn is_unread(failure: &StartFailure) -> bool {
+/// Whether a start failed because something of the image could not be read.
+pub(super) fn is_unread(failure: &StartFailure, workload: &Workload) -> bool {
     match failure {
         StartFailure::Reason(reason) => reason.code == Code::LayerDamaged,
-        StartFailure::Launch(LaunchError::Failed { errno, .. }) => is_of_the_disk(*errno),
+        StartFailure::Launch(LaunchError::Failed { stage, errno }) => is_of_the_image(stage, *errno, workload),
         StartFailure::Launch(LaunchError::Link(_)) => false,
     }
 }
