@@ -6,6 +6,8 @@
 //! …
 //! end TAB <entries> TAB <sum of all lines above>
 //! ```
+//! The first tables had the time of the layer's own directory too; it is not looked at.
+//!
 //! A file with the last field is protected by the kernel (`verity`): it is enough to ask by what. An edged that does not know
 //! the field reads the rest of the line as ever, and lines without it are those of files that are not protected.
 //!
@@ -173,7 +175,7 @@ fn compare(found: &mut Found, was: &Line, entry: &Entry, walk: &Walk, buffer: &m
     found.entries += 1;
     let same_attributes =
         was.attributes() == entry.attributes || [was.attributes(), &entry.attributes].contains(&UNKNOWN);
-    if was.meta() != entry.meta || !same_attributes {
+    if was.meta_as_now() != entry.meta || !same_attributes {
         return note(found, format!("{} is `{}`, it was `{}`", entry.escaped, entry.meta, was.meta()));
     }
     if !entry.is_file() {
@@ -231,6 +233,13 @@ impl Line {
     }
     fn meta(&self) -> &str {
         self.field(1)
+    }
+    /// Without what is not written any more.
+    fn meta_as_now(&self) -> &str {
+        match self.meta().match_indices(' ').nth(2) {
+            Some((at, _)) if self.path() == "." => &self.meta()[..at],
+            _ => self.meta(),
+        }
     }
     fn attributes(&self) -> &str {
         self.field(2)

@@ -23,5 +23,6 @@ mod rig;
 mod rotation;
 mod scrub;
 mod survived;
+mod tables;
 mod upgrade;
 mod userns;

@@ -86,8 +86,13 @@ impl Factory {
 
     /// An image of busybox and one more layer, signed; its name for a manifest.
     pub fn publish_over_busybox(&self, name: &str, own: &Path) -> String {
+        self.publish_all_over_busybox(name, &[own.to_owned()])
+    }
+
+    /// The same with several more.
+    pub fn publish_all_over_busybox(&self, name: &str, own: &[PathBuf]) -> String {
         let (root, layout) = (self.busybox(), self.path(&format!("{name}.layout")));
-        process::run(self.keys.edgectl().args(["image", "build", "-o"]).arg(&layout).arg(root).arg(own)).unwrap();
+        process::run(self.keys.edgectl().args(["image", "build", "-o"]).arg(&layout).arg(root).args(own)).unwrap();
         let digest = self.registry.push(&layout, name, "latest").unwrap();
         self.registry.sign(name, &digest, &self.keys.private("image"), SignatureForm::Bundle).unwrap();
         format!("{}/{name}@{digest}", self.registry.seen_from_host())
