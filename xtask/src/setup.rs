@@ -84,6 +84,7 @@ fn items(need: Need) -> Vec<Item> {
             ("runc", "runc"),
             ("podman", "podman"),
             ("conmon", "conmon"),
+            ("/usr/libexec/podman/catatonit", "catatonit"),
             ("containerd", "containerd"),
             ("script", "bsdutils"),
             ("nft", "nftables"),

@@ -2,8 +2,8 @@
 //! millisecond, and little of the rest needs it: so a thread of the child makes it on another processor, and the child
 //! enters it before the first thing that does (sysfs, hooks, kernel parameters: [`has_no_use_for_it`]). network_namespaces(7), clone(2).
 //!
-//! The thread is no thread of Rust's or of the C library's: it makes three system calls, allocates nothing, and shares the
-//! child's thread-local memory without touching it. If it fails, the child makes the namespace itself, and tells why not.
+//! The thread is no thread of Rust's or of the C library's: it makes system calls, allocates nothing, and shares the child's
+//! thread-local memory without touching it. If it fails, the child makes the namespace itself, and tells why not.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::thread::{UnshareFlags, futex};
 
 use crate::child::errno;
-use crate::enter;
+use crate::{device, enter};
 
 /// Whether `spec` has its network namespace made so. Where a user namespace is to own it, or clocks are set (which takes
 /// a process of one thread), it comes with the others.
@@ -42,7 +42,7 @@ pub(crate) fn has_no_use_for_it(step: &MountStep) -> bool {
     step.bind || step.remount || step.tree_fd.is_some() || SAME.contains(&step.fstype.as_str())
 }
 
-/// Far more than three system calls need.
+/// Far more than a few system calls need.
 const STACK_BYTES: usize = 32 << 10;
 
 /// What thread and child have in common.
@@ -73,10 +73,9 @@ impl Network {
     /// Waits for it, and enters it.
     pub(crate) fn enter(self) -> Result<(), Errno> {
         match self.thread.and_then(Thread::end) {
-            Some(made) => setns(&made, CloneFlags::CLONE_NEWNET),
-            None => nix::sched::unshare(CloneFlags::CLONE_NEWNET),
+            Some(made) => setns(&made, CloneFlags::CLONE_NEWNET).map_err(errno),
+            None => nix::sched::unshare(CloneFlags::CLONE_NEWNET).map_err(errno).and_then(|()| device::loopback_up()),
         }
-        .map_err(errno)
     }
 }
 
@@ -133,6 +132,7 @@ extern "C" fn make(shared: *mut libc::c_void) -> libc::c_int {
     // SAFETY: without CLONE_FILES, no descriptor anybody owns goes away.
     let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) };
     let made = unshared
+        .and_then(|()| device::loopback_up())
         .and_then(|()| rustix::fs::open(c"/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()));
     shared.made.store(made.map_or(-1, IntoRawFd::into_raw_fd), Ordering::Release);
     // SAFETY: ends this thread alone. A return would, too, but how is the C library's own business.

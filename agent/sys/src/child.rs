@@ -21,7 +21,7 @@ use crate::beside::Network;
 use crate::program::Program;
 use crate::resolve;
 use crate::spawn::Failure;
-use crate::{enter, fdpass, hook, mount, privilege, program, rootfs};
+use crate::{device, enter, fdpass, hook, mount, privilege, program, rootfs};
 
 macro_rules! stages {
     ($($stage:ident $text:literal,)*) => {
@@ -373,6 +373,10 @@ fn make_container(spec: &LaunchSpec, fds: &[OwnedFd], talk: &OwnedFd, mut networ
         at(Stage::TimeNamespace, unshare(enter::CLONE_NEWTIME).map_err(errno))?;
     }
     let new_user = wants(CloneFlags::CLONE_NEWUSER);
+    // Of one that came with the clone; whoever lets us go on may want to use it.
+    if wants(CloneFlags::CLONE_NEWNET) && network.is_none() && !inside {
+        at(Stage::NetworkNamespace, device::loopback_up())?;
+    }
     let mut state = Vec::new();
     if spec.hold || new_user {
         // Whoever lets us go on looks at the namespaces.

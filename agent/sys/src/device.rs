@@ -1,12 +1,15 @@
-//! The machine itself: its watchdog, its modules, its clock. For PID 1.
+//! The machine itself: its watchdog, its modules, its clock, for PID 1; and its network interfaces.
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use nix::time::{ClockId, clock_gettime, clock_settime};
+use rustix::io::Errno;
+use rustix::ioctl::{Setter, Updater, ioctl};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 nix::ioctl_readwrite!(watchdog_settimeout, b'W', 6, libc::c_int);
 nix::ioctl_read!(watchdog_gettimeout, b'W', 7, libc::c_int);
@@ -100,27 +103,38 @@ pub fn raise_clock_ms(unix_ms: i64) -> io::Result<bool> {
     Ok(true)
 }
 
-nix::ioctl_read_bad!(get_interface_flags, libc::SIOCGIFFLAGS, libc::ifreq);
-nix::ioctl_write_ptr_bad!(set_interface_flags, libc::SIOCSIFFLAGS, libc::ifreq);
+const GET_FLAGS: rustix::ioctl::Opcode = libc::SIOCGIFFLAGS as rustix::ioctl::Opcode;
+const SET_FLAGS: rustix::ioctl::Opcode = libc::SIOCSIFFLAGS as rustix::ioctl::Opcode;
 
-/// Brings a network interface up in the caller's network namespace (netdevice(7)). `socket`: any IP socket.
-pub fn interface_up(socket: std::os::fd::BorrowedFd<'_>, name: &str) -> io::Result<()> {
+/// Brings a network interface up in the caller's network namespace (netdevice(7)). `socket`: any socket. System calls and
+/// nothing else: a thread that shares its memory with others that do not know of it may call it.
+pub fn interface_up(socket: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     // SAFETY: `ifreq` is plain old data for which all zeroes is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {
-        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+        return Err(Errno::INVAL.into());
     }
     for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *slot = byte as libc::c_char;
     }
-    // SAFETY: the kernel reads the name and writes the flags of one `ifreq` that lives across the call.
-    unsafe { get_interface_flags(socket.as_raw_fd(), &raw mut request) }?;
+    // SAFETY: what this number reads and writes is one `ifreq`.
+    let get = unsafe { Updater::<GET_FLAGS, _>::new(&mut request) };
+    // SAFETY: the kernel reads the name and writes the flags, and keeps no pointer.
+    unsafe { ioctl(socket, get) }?;
     // SAFETY: SIOCGIFFLAGS has just filled this member of the union.
     let flags = unsafe { request.ifr_ifru.ifru_flags };
     request.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
-    // SAFETY: the kernel reads one `ifreq` that lives across the call.
-    unsafe { set_interface_flags(socket.as_raw_fd(), &raw const request) }?;
+    // SAFETY: what this number reads is one `ifreq`.
+    let set = unsafe { Setter::<SET_FLAGS, _>::new(request) };
+    // SAFETY: the kernel reads it during the call.
+    unsafe { ioctl(socket, set) }?;
     Ok(())
+}
+
+/// The same of a new network namespace's loopback, with a socket that takes no protocol of the kernel's.
+pub(crate) fn loopback_up() -> Result<(), Errno> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    interface_up(socket.as_fd(), "lo").map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::rig::{Bundle, need, program};
+use crate::rig::{Bundle, need, program, until};
 
 struct Podman {
     dir: tempfile::TempDir,
@@ -16,14 +16,15 @@ struct Answer {
     err: String,
 }
 
-/// A user's limits may be higher than what this machine lets root set.
-const LIMITS: [&str; 4] = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"];
+/// Podman's own limits may be higher than what this machine lets root set.
+const CONFIG: &str = "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n";
 
 impl Podman {
     fn new() -> Self {
         need("podman", "podman");
         need("conmon", "conmon");
         let podman = Self { dir: tempfile::tempdir().unwrap() };
+        std::fs::write(podman.path("containers.conf"), CONFIG).unwrap();
         let image = Bundle::new("true");
         let archive = podman.dir.path().join("image.tar");
         let tar = Command::new("tar").arg("-C").arg(image.rootfs()).arg("-cf").arg(&archive).arg(".").status();
@@ -48,6 +49,7 @@ impl Podman {
             .arg("--tmpdir")
             .arg(self.path("tmp"))
             .args(words)
+            .env("CONTAINERS_CONF", self.path("containers.conf"))
             .stdin(Stdio::null());
         let output = command.output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -55,12 +57,13 @@ impl Podman {
     }
 
     fn run(&self, options: &[&str], words: &[&str]) -> Answer {
-        self.call(&[&["run", "--rm", "--network", "none"], &LIMITS[..], options, &["test:1"], words].concat())
+        self.call(&[&["run", "--rm", "--network", "none"], options, &["test:1"], words].concat())
     }
 }
 
 impl Drop for Podman {
     fn drop(&mut self) {
+        self.call(&["pod", "rm", "--all", "--force", "--time", "0"]);
         self.call(&["rm", "--all", "--force", "--time", "0"]);
     }
 }
@@ -107,9 +110,7 @@ fn podman_limits_users_volumes_and_terminals() {
 fn podman_execs_pauses_stops_starts_and_removes() {
     let podman = Podman::new();
     let script = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
-    let run =
-        [&["run", "-d", "--name", "web", "--network", "none"], &LIMITS[..], &["test:1", "sh", "-c", script]].concat();
-    podman.call(&run).good();
+    podman.call(&["run", "-d", "--name", "web", "--network", "none", "test:1", "sh", "-c", script]).good();
     assert_eq!(podman.call(&["exec", "-e", "A=b", "web", "sh", "-c", "echo $A"]).good(), "b\n");
     assert!(podman.call(&["exec", "-t", "web", "tty"]).good().contains("/dev/pts/"));
     assert_eq!(podman.call(&["exec", "web", "sh", "-c", "exit 4"]).code, Some(4));
@@ -128,4 +129,39 @@ fn podman_execs_pauses_stops_starts_and_removes() {
     assert_eq!(status(), "running\n");
     podman.call(&["rm", "-f", "-t", "0", "web"]).good();
     assert!(!Path::new("/run/edged-oci").exists() || podman.call(&["ps", "-aq"]).good().is_empty());
+}
+
+/// Three containers: podman's own that holds the namespaces, and two that are in them.
+#[test]
+fn podman_pods_share_namespaces() {
+    need("../libexec/podman/catatonit", "catatonit");
+    let podman = Podman::new();
+    podman.call(&["pod", "create", "--name", "pod", "--network", "none", "--hostname", "shared"]).good();
+    let run = |name: &str, script: &str| {
+        let script = format!("trap 'exit 3' TERM; {script}; while :; do sleep 0.05; done");
+        podman.call(&["run", "-d", "--pod", "pod", "--name", name, "test:1", "sh", "-c", &script]).good();
+    };
+    run("server", "echo in memory > /dev/shm/word; echo over the loopback | busybox nc -l -p 8000");
+    let ask = "until busybox nc 127.0.0.1 8000 < /dev/null 2> /dev/null; do sleep 0.05; done";
+    run("client", &format!("hostname; cat /dev/shm/word; {ask}"));
+    let said = || podman.call(&["logs", "client"]).good();
+    until("all that comes from beside", || said().contains("loopback").then_some(()));
+    assert_eq!(said(), "shared\nin memory\nover the loopback\n");
+
+    let namespace =
+        |name: &str, kind: &str| podman.call(&["exec", name, "readlink", &format!("/proc/self/ns/{kind}")]).good();
+    for (kind, is_shared) in [("net", true), ("ipc", true), ("uts", true), ("pid", false), ("mnt", false)] {
+        assert_eq!(namespace("server", kind) == namespace("client", kind), is_shared, "{kind}");
+    }
+    let status = || podman.call(&["pod", "inspect", "pod", "--format", "{{.State}}"]).good();
+    podman.call(&["pod", "pause", "pod"]).good();
+    assert_eq!(status(), "Paused\n");
+    podman.call(&["pod", "unpause", "pod"]).good();
+    podman.call(&["pod", "stop", "--time", "20", "pod"]).good();
+    let codes = podman.call(&["inspect", "server", "client", "--format", "{{.State.ExitCode}}"]).good();
+    assert_eq!(codes, "3\n3\n", "they were asked, not killed");
+    podman.call(&["pod", "start", "pod"]).good();
+    assert_eq!(status(), "Running\n");
+    podman.call(&["pod", "rm", "--force", "--time", "0", "pod"]).good();
+    assert_eq!(podman.call(&["ps", "--all", "--quiet"]).good(), "");
 }

@@ -498,6 +498,21 @@ fn kernel_parameters_of_a_namespace_are_set() {
     assert!(bundle.create().bad().contains("kernel.panic"));
 }
 
+/// Engines leave it to the runtime, as runc and crun do it.
+#[test]
+fn a_new_network_namespace_has_its_loopback_up() {
+    let script = "busybox ip addr show dev lo | grep -c -e LOOPBACK,UP -e 127.0.0.1/8";
+    let mut bundle = Bundle::new(script);
+    assert_eq!(bundle.run().good(), "2\n");
+    let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 1000 }]);
+    add_namespace(&mut bundle, json!({ "type": "user" }));
+    bundle.config["linux"]["uidMappings"] = map.clone();
+    bundle.config["linux"]["gidMappings"] = map;
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(bundle.dir.path(), open).unwrap();
+    assert_eq!(bundle.run().good(), "2\n");
+}
+
 #[test]
 fn a_read_only_root_is_read_only() {
     let mut bundle = Bundle::new("touch /x || echo ro; touch /dev/shm/x && echo rw");

@@ -54,7 +54,7 @@ fn a_step_that_fails_is_named() {
 
     let mut spec = rig.spec("x", "");
     spec.mounts[1].fstype = "nofs".into();
-    assert_eq!(link.fails(spec), ("mounts (tmpfs at /dev)".into(), 19));
+    assert_eq!(link.fails(spec), ("mounts (nofs tmpfs at /dev)".into(), 19));
 
     let mut spec = rig.spec("x", "");
     spec.seccomp = vec![0; 8];
