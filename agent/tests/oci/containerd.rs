@@ -10,32 +10,42 @@ use serde_json::{Value, json};
 
 use crate::rig::{Bundle, Seen, need, program, until};
 
-const IMAGE: &str = "docker.io/test/busybox:1";
+pub const IMAGE: &str = "docker.io/test/busybox:1";
 
 /// A daemon of its own, in a directory of its own.
-struct Containerd {
-    dir: tempfile::TempDir,
-    /// Of containerd, and of the cgroups it makes.
+pub struct Containerd {
+    pub dir: tempfile::TempDir,
+    /// What containerd calls so: engines on one daemon do not see each other.
     namespace: String,
+    /// The parent of its containers' cgroups.
+    pub group: String,
     daemon: Child,
 }
 
-/// What a network, or the kubelet, would take is left out.
+/// What a network would take is left out.
 const CONFIG: &str = r#"version = 2
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.aufs",
-    "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
-    "io.containerd.internal.v1.opt"]
+disabled_plugins = ["io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs", "io.containerd.internal.v1.opt"WITHOUT]
 "#;
 
 impl Containerd {
+    /// Without what kubelets speak to.
     fn new() -> Self {
+        Self::of("", |_| String::new())
+    }
+
+    /// In that namespace, or one of its own, with more of a configuration.
+    pub fn of(namespace: &str, more: impl FnOnce(&Path) -> String) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         need("containerd", "containerd");
         need("ctr", "containerd");
         let dir = tempfile::tempdir().unwrap();
-        let namespace = format!("edged-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let group = format!("edged-test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let namespace = if namespace.is_empty() { &group } else { namespace }.to_owned();
         let config = dir.path().join("config.toml");
-        fs::write(&config, CONFIG).unwrap();
+        let more = more(dir.path());
+        let without = if more.is_empty() { ", \"io.containerd.grpc.v1.cri\"" } else { "" };
+        fs::write(&config, CONFIG.replace("WITHOUT", without) + &more).unwrap();
         let log = fs::File::create(dir.path().join("log")).unwrap();
         let daemon = Command::new("containerd")
             .arg("--config")
@@ -51,7 +61,7 @@ impl Containerd {
             .stderr(log)
             .spawn()
             .unwrap();
-        let containerd = Self { dir, namespace, daemon };
+        let containerd = Self { dir, namespace, group, daemon };
         until("containerd", || (containerd.call(&["version"]).code == Some(0)).then_some(()));
         let archive = containerd.image();
         containerd.call(&["image", "import", archive.to_str().unwrap()]).good();
@@ -70,7 +80,7 @@ impl Containerd {
         let layer = Digest::of(&fs::read(dir.join("layer.tar")).unwrap());
         let config = json!({
             "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" }, "os": "linux",
-            "config": { "Env": ["PATH=/bin"], "Cmd": ["sh"] },
+            "config": { "Env": ["PATH=/bin"], "Cmd": ["sleep", "1000"] },
             "rootfs": { "type": "layers", "diff_ids": [layer.to_string()] },
         });
         fs::write(dir.join("config.json"), config.to_string()).unwrap();
@@ -81,8 +91,12 @@ impl Containerd {
         archive
     }
 
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("sock")
+    }
+
     fn ctr(&self) -> Vec<String> {
-        let address = self.dir.path().join("sock").to_string_lossy().into_owned();
+        let address = self.socket().to_string_lossy().into_owned();
         ["ctr", "--address", &address, "--namespace", &self.namespace].map(str::to_owned).to_vec()
     }
 
@@ -139,17 +153,17 @@ impl Containerd {
     }
 
     /// What the runtime keeps of this engine's containers.
-    fn kept(&self) -> Vec<String> {
+    pub fn kept(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(self.dir.path().join("oci").join(&self.namespace)) else { return Vec::new() };
         entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect()
     }
 
     /// The limit in a file of the container's cgroups, of either version.
-    fn limit(&self, name: &str, v1: &str, v2: &str) -> String {
+    pub fn limit(&self, name: &str, v1: &str, v2: &str) -> String {
         let below = |path: &str| Path::new("/sys/fs/cgroup").join(path);
         let (controller, file) = v1.split_once('/').unwrap();
-        let v1 = below(controller).join(&self.namespace).join(name).join(file);
-        let v2 = below(&self.namespace).join(name).join(v2);
+        let v1 = below(controller).join(&self.group).join(name).join(file);
+        let v2 = below(&self.group).join(name).join(v2);
         let text = fs::read_to_string(&v1).or_else(|_| fs::read_to_string(&v2));
         text.unwrap_or_else(|error| panic!("{}, {}: {error}", v1.display(), v2.display())).trim().to_owned()
     }
@@ -166,9 +180,9 @@ impl Drop for Containerd {
         let _ = self.daemon.wait();
         // The engine's own parent of its containers' groups, which it leaves behind.
         for group in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            let _ = fs::remove_dir(group.path().join(&self.namespace));
+            let _ = fs::remove_dir(group.path().join(&self.group));
         }
-        let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(&self.namespace));
+        let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(&self.group));
         if std::thread::panicking() {
             eprintln!("{}", fs::read_to_string(self.dir.path().join("log")).unwrap_or_default());
         }

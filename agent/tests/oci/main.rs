@@ -3,6 +3,7 @@
 
 mod attacks;
 mod containerd;
+mod cri;
 mod engine;
 mod fields;
 mod life;
