@@ -386,11 +386,13 @@ pub struct Log {
     pub level: String,
     /// Log space of one workload.
     pub workload_max: Bytes,
+    /// What is kept, for a second, of each of a workload's two streams, once a burst of sixteen seconds' worth is used up.
+    pub rate: Bytes,
 }
 
 impl Default for Log {
     fn default() -> Self {
-        Self { level: "info".to_owned(), workload_max: Bytes::mebi(4) }
+        Self { level: "info".to_owned(), workload_max: Bytes::mebi(4), rate: Bytes(64 << 10) }
     }
 }
 

@@ -406,10 +406,15 @@ impl Keeper {
                 Err(errno) => self.send(id, ReplyBody::Refused { why: format!("`{key}`: {errno}") }, None),
             },
             Act::SignalChildren { signal } => self.signal_children(signal),
-            Act::End { key, signal } => match self.signal(&key, signal) {
-                Ok(()) | Err(Errno::SRCH) => {}
-                Err(errno) => log::line(&format!("`{key}`: {errno}")),
-            },
+            Act::End { key, signal } => {
+                if signal == rustix::process::Signal::KILL.as_raw() {
+                    shutdown::lift_cpu_limit(&key);
+                }
+                match self.signal(&key, signal) {
+                    Ok(()) | Err(Errno::SRCH) => {}
+                    Err(errno) => log::line(&format!("`{key}`: {errno}")),
+                }
+            }
             Act::KillAll => shutdown::kill_all(),
             Act::ClosePidfd { key } => {
                 if let Some(doors) = self.kept.doors.get_mut(&key) {

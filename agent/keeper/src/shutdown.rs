@@ -13,7 +13,11 @@ use crate::{boot, log};
 
 /// Kills every process but PID 1 itself: orphans, and what a workload left behind.
 pub fn kill_all() {
-    if let Err(error) = std::fs::write("/sys/fs/cgroup/edged/workloads/cgroup.kill", "1") {
+    let groups = std::fs::read_dir(WORKLOADS).into_iter().flatten().flatten();
+    for group in groups.filter(|entry| entry.path().is_dir()) {
+        lift_cpu_limit(&group.file_name().to_string_lossy());
+    }
+    if let Err(error) = std::fs::write(format!("{WORKLOADS}/cgroup.kill"), "1") {
         log::line(&format!("cgroup.kill: {error}"));
     }
     match kill(Pid::from_raw(-1), Signal::SIGKILL) {
@@ -33,6 +37,17 @@ pub fn kill_all() {
 }
 
 const REAP_MS: u64 = 1_000;
+const WORKLOADS: &str = "/sys/fs/cgroup/edged/workloads";
+
+/// Before SIGKILL: a group that has used up its share of time stands still until the next period, and the dead in it too.
+pub fn lift_cpu_limit(workload: &str) {
+    let path = format!("{WORKLOADS}/{workload}/cpu.max");
+    match std::fs::write(&path, "max") {
+        // On a host the agent's groups are elsewhere; a probe or a command has none of its own.
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => log::line(&format!("{path}: {error}")),
+        _ => {}
+    }
+}
 
 type Step = (&'static str, fn(&Path) -> nix::Result<()>);
 

@@ -40,6 +40,8 @@ impl fmt::Display for ExitCause {
             Self::Code { code } => write!(f, "exit {code}"),
             Self::Signal { signal, .. } => write!(f, "signal {signal}"),
             Self::OutOfMemory => f.write_str("out of memory"),
+            // It did not come as far as a system call of its own.
+            Self::NotStarted { stage, errno: 0 } => write!(f, "not started: {stage}"),
             Self::NotStarted { stage, errno } => write!(f, "not started: {stage}: errno {errno}"),
             Self::Unknown => f.write_str("unknown"),
         }

@@ -1,7 +1,7 @@
 //! What workloads print. The agent reads each pipe, cuts it into lines and hands them to one writer thread, which
 //! appends to two segments per workload (`current`, `previous`); when `current` has half the allowed space it becomes
-//! `previous`. A workload that prints faster than the disk takes loses lines, with a count: it never blocks, and
-//! neither does anyone else.
+//! `previous`. A workload that prints faster than `log.rate` allows, or than the disk takes, loses lines, with a count: it
+//! never blocks, and neither does anyone else.
 //!
 //! One line on disk: `<unix ms> <o|e> <text>\n`. Bytes that are not UTF-8 and control characters are replaced when
 //! read, so that a log cannot drive the reader's terminal.
@@ -21,6 +21,7 @@ use edged_model::quantity::Bytes;
 use tokio::net::unix::pipe;
 use tokio::sync::broadcast;
 
+use super::log_budget::LogBudget;
 use crate::crash_point;
 
 /// A line longer than this is cut into several.
@@ -53,9 +54,28 @@ impl Dropped {
     }
 }
 
+/// The time of a line, and the time that passes for its budget.
+#[derive(Debug, Clone, Copy)]
+pub struct Clocks {
+    pub unix_ms: fn() -> i64,
+    pub boot_ms: fn() -> u64,
+}
+
+/// One stream of one workload, as far as it was read.
+struct Source {
+    workload: WorkloadName,
+    stream: Stream,
+    lines: LineCutter,
+    budget: LogBudget,
+    /// Lost since the last line that was kept.
+    lost: u64,
+}
+
 /// The door to all logs. Cheap to clone.
 #[derive(Clone)]
 pub struct Logs {
+    /// Of each stream.
+    bytes_per_second: u64,
     queue: SyncSender<Work>,
     /// Lines in the queue, about.
     waiting: Arc<AtomicUsize>,
@@ -67,8 +87,8 @@ pub struct Logs {
 }
 
 impl Logs {
-    /// Starts the writer thread. `max` is the space of one workload.
-    pub fn start(dir: PathBuf, max: Bytes) -> io::Result<Self> {
+    /// Starts the writer thread. `max` is the space of one workload, `rate` what a second of one of its streams may take.
+    pub fn start(dir: PathBuf, max: Bytes, rate: Bytes) -> io::Result<Self> {
         std::fs::create_dir_all(&dir)?;
         let (queue, lines) = sync_channel(QUEUE_LINES);
         let (followers, _) = broadcast::channel(FOLLOW_LINES);
@@ -79,15 +99,16 @@ impl Logs {
         let writer =
             Writer { dir: dir.clone(), lost, taken, max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
         std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run(&lines))?;
-        Ok(Self { queue, waiting, held: Arc::default(), followers, dropped, dir })
+        Ok(Self { bytes_per_second: rate.0, queue, waiting, held: Arc::default(), followers, dropped, dir })
     }
 
-    /// Reads `fd` to its end on the current runtime. `clock` gives the wall time in milliseconds.
-    pub fn pump(&self, workload: &WorkloadName, stream: Stream, fd: OwnedFd, clock: fn() -> i64) -> io::Result<()> {
+    /// Reads `fd` to its end on the current runtime.
+    pub fn pump(&self, workload: &WorkloadName, stream: Stream, fd: OwnedFd, clocks: Clocks) -> io::Result<()> {
         let pipe = pipe::Receiver::from_owned_fd(fd)?;
-        let (logs, workload) = (self.clone(), workload.clone());
+        let logs = self.clone();
+        let budget = LogBudget::new(self.bytes_per_second, (clocks.boot_ms)());
+        let mut source = Source { workload: workload.clone(), stream, lines: LineCutter::default(), budget, lost: 0 };
         tokio::spawn(async move {
-            let mut lines = LineCutter::default();
             // A read error on a pipe cannot be mended: it ends the stream like its end does.
             while pipe.readable().await.is_ok() {
                 if logs.held.load(Ordering::Relaxed) {
@@ -97,7 +118,7 @@ impl Logs {
                 let mut buffer = [0_u8; 16 * 1024];
                 match pipe.try_read(&mut buffer) {
                     Ok(count @ 1..) => {
-                        logs.take(&workload, stream, &mut lines, &buffer[..count], clock);
+                        logs.take(&mut source, &buffer[..count], clocks);
                         // A pipe that is never empty: an operator and every probe wait for one such turn, not for the flood.
                         tokio::task::yield_now().await;
                     }
@@ -105,40 +126,80 @@ impl Logs {
                     Ok(0) | Err(_) => break,
                 }
             }
-            lines.finish(|text| logs.line(&workload, stream, text, clock()));
+            logs.end_of(&mut source, clocks);
         });
         Ok(())
     }
 
-    fn take(&self, workload: &WorkloadName, stream: Stream, lines: &mut LineCutter, bytes: &[u8], clock: fn() -> i64) {
-        // In a flood most lines are lost: that costs no more than to count their ends.
-        if self.is_flooded() {
-            return match lines.skip(bytes) {
+    fn take(&self, source: &mut Source, bytes: &[u8], clocks: Clocks) {
+        let is_kept = !self.is_full() && source.budget.spend(bytes.len(), (clocks.boot_ms)());
+        if is_kept {
+            self.say_what_is_lost(source, clocks);
+        } else if self.followers.receiver_count() == 0 {
+            // In a flood most lines are lost: that costs no more than to count their ends.
+            return match source.lines.skip(bytes) {
                 0 => {}
-                lost => self.dropped.more(workload, lost),
+                lost => self.lose(source, lost),
             };
         }
-        lines.feed(bytes, |text| self.line(workload, stream, text, clock()));
+        let mut lost = 0;
+        let Source { workload, stream, lines, .. } = source;
+        lines.feed(bytes, |text| lost += u64::from(!self.line(workload, *stream, text, (clocks.unix_ms)(), is_kept)));
+        if lost > 0 {
+            self.lose(source, lost);
+        }
     }
 
-    fn is_flooded(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) >= QUEUE_LINES && self.followers.receiver_count() == 0
+    fn end_of(&self, source: &mut Source, clocks: Clocks) {
+        self.say_what_is_lost(source, clocks);
+        let Source { workload, stream, lines, .. } = source;
+        let mut lost = 0;
+        lines.finish(|text| lost += u64::from(!self.line(workload, *stream, text, (clocks.unix_ms)(), true)));
+        if lost > 0 {
+            self.lose(source, lost);
+        }
     }
 
-    fn line(&self, workload: &WorkloadName, stream: Stream, text: &[u8], at_unix_ms: i64) {
-        if self.is_flooded() {
-            return self.dropped.one_more(workload);
+    fn lose(&self, source: &mut Source, lines: u64) {
+        source.lost += lines;
+        self.dropped.more(&source.workload, lines);
+    }
+
+    /// Among the lines that were kept, at the place where others were.
+    fn say_what_is_lost(&self, source: &mut Source, clocks: Clocks) {
+        let lost = std::mem::take(&mut source.lost);
+        if lost > 0 {
+            let text =
+                format!("[edged: {lost} lines are not here: they came faster than log.rate, or than the disk takes]");
+            self.line(&source.workload, source.stream, text.as_bytes(), (clocks.unix_ms)(), true);
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) >= QUEUE_LINES
+    }
+
+    /// Shows it to those who follow, and has it written if it is to be kept. Whether it is.
+    fn line(&self, workload: &WorkloadName, stream: Stream, text: &[u8], at_unix_ms: i64, is_kept: bool) -> bool {
+        let is_followed = self.followers.receiver_count() > 0;
+        if !is_followed && (!is_kept || self.is_full()) {
+            return false;
         }
         let line = LogLine { at_unix_ms, stream, text: printable(text) };
-        // No follower is the ordinary case, not an error.
-        let _ = self.followers.send((workload.clone(), line.clone()));
+        if is_followed {
+            // Nobody may be there any more.
+            let _ = self.followers.send((workload.clone(), line.clone()));
+        }
+        if !is_kept {
+            return false;
+        }
         match self.queue.try_send(Work::Line(workload.clone(), line)) {
             Ok(()) => drop(self.waiting.fetch_add(1, Ordering::Relaxed)),
+            // The writer is gone: this agent ends.
             Err(TrySendError::Disconnected(_)) => {}
-            Err(TrySendError::Full(_)) => {
-                self.dropped.one_more(workload);
-            }
+            Err(TrySendError::Full(_)) => return false,
         }
+        true
     }
 
     /// Reads no more, and comes back when all that was read is written: this agent ends. Blocking.
@@ -151,7 +212,7 @@ impl Logs {
         }
     }
 
-    /// Lines lost because the disk was slower than the workloads, or took none.
+    /// Lines lost because workloads printed faster than `log.rate`, or than the disk takes, or it took none.
     pub fn dropped(&self) -> u64 {
         self.dropped.0.lock().unwrap_or_else(PoisonError::into_inner).values().sum()
     }
@@ -344,6 +405,8 @@ mod tests {
     use super::*;
     use std::time::{Duration, Instant};
 
+    const CLOCKS: Clocks = Clocks { unix_ms: || 7, boot_ms: || 7 };
+
     fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !done() {
@@ -403,7 +466,7 @@ mod tests {
     fn who_asks_waits_for_one_turn_of_a_flood() {
         let dir = tempfile::tempdir().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let logs = Logs::start(dir.path().to_owned(), Bytes(64 * 1024)).unwrap();
+        let logs = Logs::start(dir.path().to_owned(), Bytes(64 * 1024), Bytes(1 << 40)).unwrap();
         let web = WorkloadName::parse("web").unwrap();
         let (read, write) = rustix::pipe::pipe().unwrap();
         rustix::io::ioctl_fionbio(&read, true).unwrap();
@@ -426,7 +489,7 @@ mod tests {
             (0..200).map(ask).collect::<Vec<Duration>>()
         });
         runtime.block_on(async {
-            logs.pump(&web, Stream::Stdout, read, || 7).unwrap();
+            logs.pump(&web, Stream::Stdout, read, CLOCKS).unwrap();
             let mut answers = tokio::net::UnixStream::from_std(answers).unwrap();
             let mut byte = [0];
             while tokio::io::AsyncReadExt::read_exact(&mut answers, &mut byte).await.is_ok() {
@@ -440,9 +503,36 @@ mod tests {
     }
 
     #[test]
+    fn a_flood_is_kept_up_to_its_rate_and_what_is_missing_is_said_where_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = Logs::start(dir.path().to_owned(), Bytes::mebi(1), Bytes(100)).unwrap();
+        let web = WorkloadName::parse("web").unwrap();
+        let mut source = Source {
+            workload: web.clone(),
+            stream: Stream::Stdout,
+            lines: LineCutter::default(),
+            budget: LogBudget::new(100, 7),
+            lost: 0,
+        };
+        // 1,600 bytes are saved up.
+        (0..20).for_each(|n| logs.take(&mut source, format!("{n:099}\n").as_bytes(), CLOCKS));
+        let later = Clocks { boot_ms: || 1007, ..CLOCKS };
+        let mut follower = logs.follow();
+        logs.take(&mut source, b"a line in time\n", later);
+        logs.take(&mut source, &[b"x".repeat(200), b"\n".to_vec()].concat(), later);
+        wait_until("the last line", || logs.tail(&web, 1).unwrap().iter().any(|line| line.text == "a line in time"));
+        let kept = logs.tail(&web, 100).unwrap();
+        assert_eq!(kept.len(), 18, "{kept:?}");
+        assert!(kept[16].text.contains("4 lines are not here") && kept[16].text.contains("log.rate"), "{kept:?}");
+        assert_eq!((logs.dropped_of(&web), logs.dropped()), (5, 5));
+        // Who follows sees what is not kept too.
+        assert!((0..3).map(|_| follower.try_recv().unwrap().1.text).any(|text| text.starts_with("xxx")));
+    }
+
+    #[test]
     fn the_disk_holds_the_newest_lines_within_the_bound() {
         let dir = tempfile::tempdir().unwrap();
-        let logs = Logs::start(dir.path().to_owned(), Bytes(16 * 1024)).unwrap();
+        let logs = Logs::start(dir.path().to_owned(), Bytes(16 * 1024), Bytes(1 << 40)).unwrap();
         let web = WorkloadName::parse("web").unwrap();
         for n in 0..2000 {
             let line = line(&format!("line {n:04} {}", "x".repeat(40)));

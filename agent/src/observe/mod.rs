@@ -10,6 +10,8 @@ pub mod disk;
 pub mod kernel_log;
 /// The locks with which workloads ask for peace.
 pub mod locks;
+/// How much of what is printed is kept.
+pub mod log_budget;
 /// The workload's output: bounded segments on disk, followers in memory.
 pub mod logs;
 /// Memory, CPU and I/O pressure of the machine.

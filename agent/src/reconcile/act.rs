@@ -15,6 +15,7 @@ use super::store_thread::Busy;
 use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, resize, suspect};
 use crate::crash_point;
 use crate::execute::{copies, isolate, place, pull, start, stop};
+use crate::observe::logs::Clocks;
 use crate::report::Taken;
 use crate::runtime::keeper_link::{LaunchError, Launched};
 use crate::store::{Durability, SavedHistory, inline_chain};
@@ -218,8 +219,9 @@ impl Agent {
 
     pub(super) fn take_outputs(&self, name: &WorkloadName, outputs: Vec<std::os::fd::OwnedFd>) {
         use edged_model::api::Stream;
+        let clocks = Clocks { unix_ms: clock::unix_ms, boot_ms: clock::boot_ms };
         for (stream, fd) in [Stream::Stdout, Stream::Stderr].into_iter().zip(outputs) {
-            if let Err(error) = self.logs.pump(name, stream, fd, clock::unix_ms) {
+            if let Err(error) = self.logs.pump(name, stream, fd, clocks) {
                 tracing::error!(workload = %name, "its output cannot be read: {error}");
             }
         }
@@ -277,6 +279,9 @@ impl Agent {
         }
         let text = format!("{name} did not stop in its time and is killed ({})", why.text);
         self.tell(Some(name), None, &Reason::new(why.code, text), "planner");
+        if let Some(Err(error)) = self.runs.get(name).map(|run| run.cgroup.lift_cpu_limit()) {
+            tracing::warn!(workload = %name, "its end may take long: {}", inline_chain(&error));
+        }
         if let Err(error) = self.link.signal(name.as_str(), nix::sys::signal::Signal::SIGKILL as i32).await {
             tracing::warn!(workload = %name, "kill: {}", inline_chain(&error));
         }

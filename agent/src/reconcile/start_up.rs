@@ -71,7 +71,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     if is_device {
         cgroups.limit_all(capacity.memory_total.0.saturating_sub(capacity.memory_reserve.0))?;
     }
-    let logs = Logs::start(places.log(), config.log.workload_max)?;
+    let logs = Logs::start(places.log(), config.log.workload_max, config.log.rate)?;
     let key = key::load_or_make(&places.device_key())?;
     crash_point::pass("key-made");
     let fleet = FleetLine::new(key, config.device.id.clone(), config.device.groups.clone());

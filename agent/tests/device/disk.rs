@@ -1,12 +1,12 @@
 //! The disk of a device that is updated again and again: what no generation needs goes, what one can go back to stays.
 
 use std::fs;
+use std::path::PathBuf;
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 
 use crate::rig::{Device, Factory, head, until};
+use crate::tmpfs;
 
 /// Three images with one layer each of its own, over a common one.
 fn images(factory: &Factory) -> Vec<String> {
@@ -83,6 +83,15 @@ fn what_is_old_goes_by_itself_once_a_generation_is_good() {
     device.running("app");
 }
 
+/// A data disk for this test's device alone.
+fn small_disk(factory: &Factory, options: &str) -> PathBuf {
+    let root = factory.path("device");
+    fs::create_dir_all(&root).unwrap();
+    tmpfs::own_mounts();
+    tmpfs::mount_at(&root, options);
+    root
+}
+
 /// An image with so much that does not compress.
 pub fn noise(factory: &Factory, name: &str, mebibytes: usize) -> String {
     let own = factory.path(name);
@@ -100,11 +109,7 @@ pub fn noise(factory: &Factory, name: &str, mebibytes: usize) -> String {
 fn an_update_that_cannot_fit_is_refused_as_a_whole_with_the_numbers_and_one_that_just_fits_is_taken() {
     let factory = Factory::start();
     // A data disk of 92 MiB for this device alone, 64 of them in reserve.
-    unshare(CloneFlags::CLONE_NEWNS).unwrap();
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-    let root = factory.path("device");
-    fs::create_dir_all(&root).unwrap();
-    mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), Some("size=92m")).unwrap();
+    small_disk(&factory, "size=92m");
     let [first, second] = ["first", "second"].map(|name| noise(&factory, name, 16));
     let busybox = factory.publish_busybox();
     let device = factory.device("");
@@ -135,11 +140,7 @@ fn an_update_that_cannot_fit_is_refused_as_a_whole_with_the_numbers_and_one_that
 #[test]
 fn a_copy_of_layers_that_cannot_fit_is_refused_before_anything_is_switched() {
     let factory = Factory::start();
-    unshare(CloneFlags::CLONE_NEWNS).unwrap();
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-    let root = factory.path("device");
-    fs::create_dir_all(&root).unwrap();
-    mount(Some("tmpfs"), &root, Some("tmpfs"), MsFlags::empty(), Some("size=98m")).unwrap();
+    let root = small_disk(&factory, "size=98m");
     let image = noise(&factory, "noise", 8);
     // 34 MiB beside the reserve: the image, and one copy of it.
     let device = factory.device("[runtime]\nidmapped-layers = false\n");
@@ -175,4 +176,35 @@ fn a_copy_of_layers_that_cannot_fit_is_refused_before_anything_is_switched() {
     device.take(&factory.sign("three", &one_more));
     device.wait_for_generation(3, "good");
     assert_eq!((device.pid("app"), copies()), (pid, 2));
+}
+
+#[test]
+fn on_a_full_disk_what_cannot_start_says_why_and_starts_once_there_is_room() {
+    let factory = Factory::start();
+    let disk = small_disk(&factory, "size=98m");
+    let image = factory.publish_busybox();
+    let device = factory.device("");
+    let both = format!(
+        "{}workloads:\n  first:\n    image: {image}\n    \
+         command: [/bin/sh, -c, \"echo > /data/wait; while [ -e /data/wait ]; do sleep 0.1; done\"]\n    \
+         restart: {{ policy: on-failure }}\n    resources: {{ memory: 8Mi, cpu: 100m }}\n  second:\n    \
+         image: {image}\n    command: [/bin/sleep, \"10000\"]\n    dependsOn: {{ first: completed }}\n    \
+         resources: {{ memory: 8Mi, cpu: 100m }}\n",
+        head(1)
+    );
+    device.take(&factory.sign("one", &both));
+    until("the first one at work", || {
+        device.edgectl(&["exec", "first", "test", "-e", "/data/wait"]).status.success().then_some(())
+    });
+    let in_use = nix::sys::statvfs::statvfs(&disk).unwrap();
+    let inodes = in_use.files() - in_use.files_free();
+    tmpfs::resize(&disk, &format!("nr_inodes={inodes}"));
+    device.ask(&["exec", "first", "/bin/busybox", "rm", "/data/wait"]);
+    device.workload_that("second", "without room", |second| {
+        second["why"]["text"].as_str().is_some_and(|text| text.contains("No space left on device"))
+    });
+    let said = device.ask(&["inspect", "second"]);
+    assert!(said.contains("cannot prepare") && !said.contains("errno 0"), "{said}");
+    tmpfs::resize(&disk, "nr_inodes=100000");
+    device.running("second");
 }

@@ -24,5 +24,7 @@ mod rotation;
 mod scrub;
 mod survived;
 mod tables;
+#[path = "../support/tmpfs.rs"]
+mod tmpfs;
 mod upgrade;
 mod userns;

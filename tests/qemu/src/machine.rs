@@ -164,6 +164,22 @@ impl Machine {
         self.child.id()
     }
 
+    /// What the emulated processors have worked until now, in the host's processor time: a busy host makes it no longer.
+    /// They do not work while they wait.
+    pub fn worked(&self) -> Result<Duration> {
+        let mut total = Duration::ZERO;
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let task = task?.path();
+            if fs::read_to_string(task.join("comm"))?.contains("CPU") {
+                // proc_pid_schedstat(5): nanoseconds on a processor come first.
+                let text = fs::read_to_string(task.join("schedstat"))?;
+                let spent = text.split(' ').next().context("an empty schedstat")?;
+                total += Duration::from_nanos(spent.parse()?);
+            }
+        }
+        Ok(total)
+    }
+
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -271,6 +287,8 @@ fn command(
     let accelerator = std::env::var("EDGED_QEMU_ACCEL").ok().filter(|_| Arch::host() == Some(arch));
     command.args(["-accel", accelerator.as_deref().unwrap_or("tcg")]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+    // Threads have names then: those of the processors can be told from the others.
+    command.args(["-name", "edged,debug-threads=on"]);
     command.args(["-m", &setup.memory_mib.to_string(), "-smp", &setup.cores.to_string()]);
     command.arg("-kernel").arg(firmware.kernel()).arg("-initrd").arg(initramfs);
     command.args(["-append", &kernel_command_line(firmware, setup)]);

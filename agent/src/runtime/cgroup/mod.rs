@@ -201,6 +201,15 @@ impl Cgroup {
         }
     }
 
+    /// No limit of time any more, for whoever is killed next: a group that has used up its share stands still until the
+    /// next period, and the dead in it too, hundreds of them one after the other. Its next start sets the limit again.
+    pub fn lift_cpu_limit(&self) -> Result<(), CgroupError> {
+        match self {
+            Self::V2(path) => v2::write(path, "cpu.max", "max"),
+            Self::V1(group) => group.lift_cpu_limit(),
+        }
+    }
+
     /// SIGKILL for everything in it.
     pub fn kill_all(&self) -> Result<(), CgroupError> {
         match self {

@@ -74,6 +74,8 @@ impl Group {
         let cpu = CpuController::new(self.cpu.clone(), false);
         let quota_us = i64::try_from((limits.cpu_milli * CPU_PERIOD_US / 1000).max(1000)).unwrap_or(i64::MAX);
         cpu.set_cfs_quota_and_period(Some(quota_us), Some(CPU_PERIOD_US)).map_err(at("CPU limit"))?;
+        // As `cpu.weight` of v2: a whole core has the kernel's own choice, and it takes no less than 2.
+        cpu.set_shares((limits.cpu_milli * 1024 / 1000).max(2)).map_err(at("CPU shares"))?;
         let pids = PidController::new(self.pids.clone(), false);
         let max = i64::try_from(limits.pids).unwrap_or(i64::MAX);
         pids.set_pid_max(MaxValue::Value(max)).map_err(at("pids limit"))
@@ -112,9 +114,15 @@ impl Group {
             (&self.memory, "memory.limit_in_bytes"),
             (&self.cpu, "cpu.cfs_quota_us"),
             (&self.cpu, "cpu.cfs_period_us"),
+            (&self.cpu, "cpu.shares"),
             (&self.pids, "pids.max"),
         ];
         files.iter().filter_map(|(dir, file)| read_pair(dir, file)).collect()
+    }
+
+    pub fn lift_cpu_limit(&self) -> Result<(), CgroupError> {
+        let cpu = CpuController::new(self.cpu.clone(), false);
+        cpu.set_cfs_quota(-1).map_err(|source| CgroupError::V1 { what: "CPU limit".to_owned(), source })
     }
 
     /// v1 has no kill file: each process is signalled, and again until none is left or nothing changes.

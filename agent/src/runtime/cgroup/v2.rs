@@ -9,8 +9,8 @@ use rustix::fs::{Mode, OFlags};
 
 use super::{CPU_PERIOD_US, CgroupError, IoLimits, Limits, Usage, read_keyed, read_number};
 
-pub const LIMIT_FILES: [&str; 6] =
-    ["memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "pids.max", "io.max"];
+pub const LIMIT_FILES: [&str; 7] =
+    ["memory.max", "memory.swap.max", "memory.oom.group", "cpu.max", "cpu.weight", "pids.max", "io.max"];
 
 pub fn write(dir: &Path, file: &str, text: &str) -> Result<(), CgroupError> {
     let path = dir.join(file);
@@ -91,14 +91,20 @@ fn set(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
 /// Both product architectures run with 4 KiB pages; with larger ones the kernel rounds down further and says so.
 const PAGE_BYTES: u64 = 4096;
 
-fn files(limits: &Limits) -> [(&'static str, String); 4] {
+fn files(limits: &Limits) -> [(&'static str, String); 5] {
     let quota_us = (limits.cpu_milli * CPU_PERIOD_US / 1000).max(1000);
     [
         ("memory.max", limits.memory_bytes.to_string()),
         ("memory.oom.group", "1".to_owned()),
         ("cpu.max", format!("{quota_us} {CPU_PERIOD_US}")),
+        ("cpu.weight", cpu_weight(limits.cpu_milli).to_string()),
         ("pids.max", limits.pids.to_string()),
     ]
+}
+
+/// Who may have twice as much comes to its turn twice as soon. A whole core has the kernel's own choice, 100.
+fn cpu_weight(cpu_milli: u64) -> u64 {
+    (cpu_milli / 10).clamp(1, 10_000)
 }
 
 fn io_max(io: &IoLimits) -> Option<String> {
@@ -149,6 +155,8 @@ mod tests {
         let files = files(&limits);
         assert_eq!(files[0], ("memory.max", "67108864".to_owned()));
         assert_eq!(files[2], ("cpu.max", "25000 100000".to_owned()));
+        assert_eq!(files[3], ("cpu.weight", "25".to_owned()));
+        assert_eq!([1, 1000, 1_000_000].map(cpu_weight), [1, 100, 10_000]);
         assert_eq!(io_max(&io).as_deref(), Some("254:0 wbps=1048576"));
         assert_eq!(io_max(&IoLimits::default()), None);
     }

@@ -1,5 +1,7 @@
 //! What a device has to bear: neighbours that take all they can, a clock that knows nothing, a machine that hangs.
 
+mod starvation;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -83,6 +85,18 @@ fn neighbours_that_take_all_they_can_get_leave_the_others_and_the_operator_their
         let table = console_shows(&mut device, "ps", "spinner", LONG)?;
         ensure!(table.lines().any(|line| line.starts_with("spinner") && line.contains("stopped")), "{table}");
         Ok(())
+    });
+}
+
+#[test]
+#[ignore = "needs QEMU: cargo xtask test"]
+fn neighbours_that_take_what_the_kernel_has_only_so_much_of_leave_answers_quick() {
+    story::tell("greed", |firmware, dir| {
+        if firmware.arch != Arch::X86_64 {
+            println!("looked at on x86_64: its emulation is the steadiest clock");
+            return Ok(());
+        }
+        starvation::take_all(firmware, dir)
     });
 }
 
