@@ -544,3 +544,26 @@ impl Places {
         self.keep().join("device.key")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_often_layers_are_read_is_a_span_or_off() {
+        let scrub = |text: &str| Config::parse(&format!("[images]\nscrub = {text}\n")).map(|config| config.images.scrub);
+        assert_eq!(Images::default().scrub, Scrub::Every(Span::from_secs(30 * 86_400)));
+        assert_eq!(scrub("\"30days\"").unwrap(), Images::default().scrub);
+        assert_eq!(scrub("\"30d\"").unwrap(), Images::default().scrub);
+        assert_eq!(scrub("\"off\"").unwrap(), Scrub::Off);
+        for (bad, said) in [
+            ("\"never\"", "`never` is not a time span"),
+            ("\"0s\"", "at least a second"),
+            ("\"30\"", "is not a time span"),
+            ("30", "invalid type"),
+        ] {
+            let error = scrub(bad).unwrap_err().to_string();
+            assert!(error.contains(said), "{bad}: {error}");
+        }
+    }
+}

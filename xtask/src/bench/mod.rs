@@ -22,6 +22,8 @@ mod sizes;
 mod start;
 /// The state store after a whole life.
 mod store;
+/// What fs-verity adds to a pull, in QEMU.
+mod verity;
 
 use anyhow::Result;
 
@@ -47,6 +49,8 @@ pub enum Bench {
     Start,
     /// Size of the state store and what it writes, over 10,000 generations and 1,000,000 restarts
     Store,
+    /// A pull with fs-verity against one without, in QEMU
+    Verity,
 }
 
 pub fn run(what: &[Bench]) -> Result<()> {
@@ -61,6 +65,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
         Bench::Idle,
         Bench::Images,
         Bench::Boot,
+        Bench::Verity,
     ];
     let what = if what.is_empty() { &all[..] } else { what };
     for bench in what {
@@ -75,6 +80,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
             Bench::Idle => idle::run()?,
             Bench::Images => images::run()?,
             Bench::Store => store::run()?,
+            Bench::Verity => verity::run()?,
         }
     }
     Ok(())
