@@ -551,7 +551,8 @@ mod tests {
 
     #[test]
     fn how_often_layers_are_read_is_a_span_or_off() {
-        let scrub = |text: &str| Config::parse(&format!("[images]\nscrub = {text}\n")).map(|config| config.images.scrub);
+        let scrub =
+            |text: &str| Config::parse(&format!("[images]\nscrub = {text}\n")).map(|config| config.images.scrub);
         assert_eq!(Images::default().scrub, Scrub::Every(Span::from_secs(30 * 86_400)));
         assert_eq!(scrub("\"30days\"").unwrap(), Images::default().scrub);
         assert_eq!(scrub("\"30d\"").unwrap(), Images::default().scrub);

@@ -1,9 +1,9 @@
 //! The contents of files, read for their sums. From the page cache where that is as good; past it where the question is what
 //! the disk has now: a program that runs is in the cache for months, as it was when it was read.
 //!
-//! Past the cache is O_DIRECT (open(2)), which leaves the cache of others alone as well. Files under fs-verity, and file
-//! systems that have no such thing, are read through the cache all the same (ext4 and f2fs do so by themselves); what of it
-//! nobody has mapped is dropped before, so that the disk is asked, and afterwards.
+//! Past the cache is O_DIRECT (open(2)), which leaves the cache of others alone as well. Files under fs-verity are read
+//! through the cache (ext4 and f2fs do so whatever they are asked for), and so is everything on a file system that has no
+//! such thing; what of it nobody has mapped is dropped before, so that the disk is asked, and afterwards.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -75,62 +75,75 @@ impl Buffer {
     }
 }
 
-/// Gives each piece of a file to `take`; how much it was. `size`: what the file has, by its inode.
+/// What is read.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Content<'f> {
+    pub(super) directory: &'f OwnedFd,
+    pub(super) path: &'f Path,
+    /// By its inode.
+    pub(super) bytes: u64,
+    /// The kernel checks it when it comes from the disk, and so not when it is in the cache.
+    pub(super) is_protected: bool,
+}
+
+/// Gives each piece of a file to `take`; how much it was.
 pub(super) fn read(
-    directory: &OwnedFd,
-    path: &Path,
-    size: u64,
+    content: Content<'_>,
     buffer: &mut Buffer,
     reader: &mut dyn Reader,
     take: &mut dyn FnMut(&[u8]),
 ) -> io::Result<u64> {
+    let Content { directory, path, bytes, is_protected } = content;
     if !reader.is_past_the_cache() {
-        return pieces(open(directory, path, OFlags::empty())?, None, buffer, reader, take);
+        return pieces(&open(directory, path, OFlags::empty())?, None, buffer, reader, take);
     }
-    match open(directory, path, OFlags::DIRECT) {
-        Ok(file) => {
+    let direct = if is_protected { Err(Errno::INVAL.into()) } else { open(directory, path, OFlags::DIRECT) };
+    match direct {
+        Err(error) if is_not_so(&error) => {
+            let file = open(directory, path, OFlags::empty())?;
             forget(&file);
-            let first = refused_at_first(&file, buffer);
-            if !first {
-                let read = pieces(file.try_clone()?, Some(size), buffer, reader, take);
-                forget(&file);
-                return read;
-            }
+            pieces(&file, None, buffer, reader, take)
         }
-        Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {}
-        Err(error) => return Err(error),
+        Err(error) => Err(error),
+        Ok(file) => pieces(&file, Some(bytes), buffer, reader, take),
     }
-    let file = open(directory, path, OFlags::empty())?;
-    forget(&file);
-    let read = pieces(file.try_clone()?, None, buffer, reader, take);
-    forget(&file);
-    read
 }
 
-/// Whether the file system took the flag and does not mean it. Reads nothing that is counted.
-fn refused_at_first(file: &File, buffer: &mut Buffer) -> bool {
-    rustix::io::pread(file, &mut buffer.part()[..ALIGNED], 0) == Err(Errno::INVAL)
+/// This file, or this place in it, cannot be read by O_DIRECT.
+fn is_not_so(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::INVAL.raw_os_error())
 }
 
+/// `direct`: how much there is, where the cache is passed by.
 fn pieces(
-    mut file: File,
-    size: Option<u64>,
+    mut file: &File,
+    mut direct: Option<u64>,
     buffer: &mut Buffer,
     reader: &mut dyn Reader,
     take: &mut dyn FnMut(&[u8]),
 ) -> io::Result<u64> {
     let mut bytes = 0;
-    // Past the cache a file is not asked for more than it has: its end is no place that O_DIRECT may read at.
-    while size.is_none_or(|size| bytes < size) {
+    // A file's end is no place that O_DIRECT may read at.
+    while direct.is_none_or(|size| bytes < size) {
         let part = buffer.part();
-        match file.read(part)? {
-            0 => break,
-            count => {
+        match file.read(part) {
+            Ok(0) => break,
+            Ok(count) => {
                 take(&part[..count]);
                 bytes += count as u64;
                 reader.has_read(count);
             }
+            // It took the flag and did not mean it, or stopped at an odd place: on through the cache.
+            Err(error) if direct.is_some() && is_not_so(&error) => {
+                rustix::fs::fcntl_setfl(file, OFlags::empty())?;
+                direct = None;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
+    }
+    if direct.is_none() && reader.is_past_the_cache() {
+        forget(file);
     }
     Ok(bytes)
 }
@@ -150,10 +163,15 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn sum_of(reader: &mut dyn Reader, directory: &OwnedFd, name: &str, size: u64) -> (Vec<u8>, u64) {
+    fn sum_of(
+        reader: &mut dyn Reader,
+        directory: &OwnedFd,
+        (name, size, is_protected): (&str, u64, bool),
+    ) -> (Vec<u8>, u64) {
         let (mut all, mut buffer) = (Vec::new(), Buffer::new(2 * ALIGNED));
         let take = &mut |piece: &[u8]| all.extend_from_slice(piece);
-        let bytes = read(directory, Path::new(name), size, &mut buffer, reader, take).unwrap();
+        let content = Content { directory, path: Path::new(name), bytes: size, is_protected };
+        let bytes = read(content, &mut buffer, reader, take).unwrap();
         (all, bytes)
     }
 
@@ -168,9 +186,11 @@ mod tests {
             File::open(&path).unwrap().sync_all().unwrap();
             let directory = OwnedFd::from(File::open(dir.path()).unwrap());
             for reader in [&mut FromTheDisk as &mut dyn Reader, &mut |_: Asked| true] {
-                let (all, bytes) = sum_of(reader, &directory, "file", size as u64);
-                prop_assert_eq!(bytes, size as u64);
-                prop_assert_eq!(&all, &is);
+                for is_protected in [false, true] {
+                    let (all, bytes) = sum_of(reader, &directory, ("file", size as u64, is_protected));
+                    prop_assert_eq!(bytes, size as u64);
+                    prop_assert_eq!(&all, &is);
+                }
             }
         }
     }

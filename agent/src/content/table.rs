@@ -26,7 +26,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, readlinkat,
 use rustix::io::Errno;
 use twox_hash::XxHash64;
 
-use super::reading::{self, Buffer, Reader};
+use super::reading::{self, Buffer, Content, Reader};
 use super::verity;
 use crate::config::FsVerity;
 
@@ -116,7 +116,7 @@ pub fn write(layer: &Path, sums: &Sums, path: &Path, fs_verity: FsVerity) -> io:
         let sum = match (entry.is_file(), sums.by_inode.get(&entry.stat.st_ino)) {
             (false, _) => None,
             (true, Some(sum)) => Some(*sum),
-            (true, None) => Some(walk.content_sum(&entry, &mut buffer, &mut |_: Asked| true)?.0),
+            (true, None) => Some(walk.content_sum(&entry, false, &mut buffer, &mut |_: Asked| true)?.0),
         };
         let protected = walk.protect(&entry, fs_verity)?;
         let line = entry.line(sum, protected);
@@ -192,7 +192,7 @@ fn compare(found: &mut Found, was: &Line, entry: &Entry, walk: &Walk, buffer: &m
         found.unread += u64::from(!is_protected);
         return;
     }
-    match walk.content_sum(entry, buffer, reader) {
+    match walk.content_sum(entry, is_protected, buffer, reader) {
         Ok((sum, bytes)) => {
             found.read_bytes += bytes;
             if format!("{sum:016x}") != was.sum() {
@@ -442,9 +442,16 @@ impl Walk {
         }
     }
 
-    fn content_sum(&self, entry: &Entry, buffer: &mut Buffer, reader: &mut dyn Reader) -> io::Result<(u64, u64)> {
+    fn content_sum(
+        &self,
+        entry: &Entry,
+        is_protected: bool,
+        buffer: &mut Buffer,
+        reader: &mut dyn Reader,
+    ) -> io::Result<(u64, u64)> {
         let mut sum = Sum::default();
-        let bytes = reading::read(&self.top, &entry.path, entry.size(), buffer, reader, &mut |piece| sum.add(piece))?;
+        let content = Content { directory: &self.top, path: &entry.path, bytes: entry.size(), is_protected };
+        let bytes = reading::read(content, buffer, reader, &mut |piece| sum.add(piece))?;
         Ok((sum.value(), bytes))
     }
 }
