@@ -21,6 +21,8 @@ pub enum Profile {
     Release,
     /// For the tests: builds in a fraction of the time.
     Firmware,
+    /// The OCI runtime alone: fastest.
+    Runtime,
 }
 
 impl Profile {
@@ -28,6 +30,7 @@ impl Profile {
         match self {
             Self::Release => "release",
             Self::Firmware => "firmware",
+            Self::Runtime => "runtime",
         }
     }
 }
@@ -50,11 +53,7 @@ pub fn build(arch: Arch, profile: Profile, package: &str, programs: &[&str]) -> 
     }
     let variable = target.replace('-', "_").to_uppercase();
     let linker = if Arch::host() == Some(arch) { "cc" } else { arch.linker() };
-    let mut flags = format!("-C target-feature=+crt-static{}", model(package));
-    if can_pack_relocations(linker)? {
-        flags.push_str(" -C link-arg=-Wl,-z,pack-relative-relocs");
-    }
-    command.env(format!("CARGO_TARGET_{variable}_RUSTFLAGS"), flags);
+    command.env(format!("CARGO_TARGET_{variable}_RUSTFLAGS"), flags(package, linker)?);
     if Arch::host() != Some(arch) {
         command.env(format!("CARGO_TARGET_{variable}_LINKER"), linker);
         command.env(format!("CC_{}", target.replace('-', "_")), arch.linker());
@@ -62,6 +61,28 @@ pub fn build(arch: Arch, profile: Profile, package: &str, programs: &[&str]) -> 
     progress::step(&format!("building {} for {arch}, static, {}", programs.join(" and "), profile.name()));
     progress::run(&mut command)?;
     Ok(target_dir.join(target).join(profile.name()))
+}
+
+/// A bench of this machine, to be given its arguments: built as the shipped programs are, static, and not run yet.
+pub fn bench(package: &str, name: &str) -> Result<Command> {
+    let arch = Arch::host().context("this machine's architecture is none of ours")?;
+    let artifacts = Artifacts::find();
+    let target = arch.rust_target();
+    let mut command = Command::new("cargo");
+    command.current_dir(artifacts.root()).args(["bench", "--quiet", "--package", package, "--bench", name]);
+    command.args(["--target", target, "--target-dir"]).arg(artifacts.root().join("target/image").join(arch.name()));
+    let variable = target.replace('-', "_").to_uppercase();
+    command.env(format!("CARGO_TARGET_{variable}_RUSTFLAGS"), flags(package, "cc")?);
+    command.arg("--");
+    Ok(command)
+}
+
+fn flags(package: &str, linker: &str) -> Result<String> {
+    let mut flags = format!("-C target-feature=+crt-static{}", model(package));
+    if can_pack_relocations(linker)? {
+        flags.push_str(" -C link-arg=-Wl,-z,pack-relative-relocs");
+    }
+    Ok(flags)
 }
 
 /// Packed (DT_RELR), the addresses that a program at a random place must correct take 10 KB instead of half a megabyte.

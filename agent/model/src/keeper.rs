@@ -236,6 +236,10 @@ pub struct LaunchSpec {
     /// The compiled filter: `struct sock_filter` array as bytes, native endian. Empty: none.
     #[serde(with = "serde_bytes_vec")]
     pub seccomp: Vec<u8>,
+    /// The filter comes while the child makes its file system: whoever launches it says it to the child, and nothing
+    /// before it. Not through the keeper, and not where the child holds.
+    #[serde(skip)]
+    pub seccomp_follows: bool,
     /// SECCOMP_FILTER_FLAG_*.
     pub seccomp_flags: u32,
     /// Index of a connected socket, for a filter that asks somebody outside (seccomp_unotify(2)): the filter's descriptor

@@ -2,13 +2,12 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 use edged_model::keeper::{Hook, LaunchSpec, NamespaceJoin, Rootfs, Stdio};
 use edged_sys::hook;
 use edged_sys::spawn::{self, Heard, Launching, SingleThread};
 use nix::sched::CloneFlags;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxSeccomp, Spec};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::arguments::Parsed;
@@ -46,12 +45,12 @@ pub fn create(parsed: &Parsed) -> Result<(), OciError> {
     bring_up(parsed, Purpose::Create).map(drop)
 }
 
-pub fn run(parsed: &Parsed) -> Result<ExitCode, OciError> {
+pub fn run(parsed: &Parsed) -> Result<u8, OciError> {
     // Blocked before the clone: no end of the program, and no signal to it, is missed.
     let signals = if parsed.has("detach") { None } else { Some(wait::Signals::block()?) };
     let up = bring_up(parsed, Purpose::Run)?;
     run_hooks(parsed, &up.hooks.poststart, &up.record, Status::Running);
-    let Some(signals) = signals else { return Ok(ExitCode::SUCCESS) };
+    let Some(signals) = signals else { return Ok(crate::SUCCESS) };
     let code = match &up.master {
         Some(master) => terminal::relay(master.as_fd(), &signals, up.launching.pidfd.as_fd(), up.launching.pid)?,
         None => signals.wait_for(up.launching.pid, up.launching.pidfd.as_fd())?,
@@ -87,7 +86,7 @@ fn bring_up(parsed: &Parsed, purpose: Purpose) -> Result<Up, OciError> {
     let cgroups_path = linux.and_then(|linux| linux.cgroups_path().as_deref()).map(Path::to_string_lossy);
     let groups = Groups::place(cgroups_path.as_deref(), &home.id, resources)?;
     let profile = linux.and_then(|linux| linux.seccomp().as_ref());
-    let filter = profile.map(seccomp::compile).transpose()?;
+    profile.map_or(Ok(()), seccomp::check)?;
     let rootfs = root_directory(&spec, &bundle)?;
     let place = LaunchPlace {
         key: home.id.clone(),
@@ -98,7 +97,7 @@ fn bring_up(parsed: &Parsed, purpose: Purpose) -> Result<Up, OciError> {
         },
         cgroup: edged_model::keeper::CgroupEntry::Inherit,
         netns_fd: None,
-        seccomp: filter.clone().unwrap_or_default(),
+        seccomp: Vec::new(),
         cgroups: groups.view(has_cgroup_namespace(&spec)),
     };
     let translated = translate(&spec, place)?;
@@ -112,11 +111,19 @@ fn bring_up(parsed: &Parsed, purpose: Purpose) -> Result<Up, OciError> {
     };
     let notifier = profile.map(Notifier::connect).transpose()?.flatten();
     home.make()?;
-    let job = Job { parsed, purpose, home: &home, bundle, rootfs, spec: &spec, groups: &groups, notifier };
-    let result = job.keep_copies(&bytes, filter.as_deref()).and_then(|()| {
-        groups.create(resources)?;
-        job.launch(translated, hooks)
-    });
+    let job = Job {
+        parsed,
+        purpose,
+        home: &home,
+        bundle,
+        rootfs,
+        spec: &spec,
+        config: &bytes,
+        profile,
+        groups: &groups,
+        notifier,
+    };
+    let result = groups.create(resources).map_err(OciError::from).and_then(|()| job.launch(translated, hooks));
     result.inspect_err(|_| {
         // What failed is what is told; the rest of it is taken away as far as it goes.
         let _ = groups.kill_all();
@@ -139,16 +146,30 @@ struct Job<'j> {
     bundle: PathBuf,
     rootfs: PathBuf,
     spec: &'j Spec,
+    config: &'j [u8],
+    profile: Option<&'j LinuxSeccomp>,
     groups: &'j Groups,
     notifier: Option<Notifier>,
 }
 
 impl Job<'_> {
-    /// For `exec`: the bundle may be gone by then.
-    fn keep_copies(&self, config: &[u8], filter: Option<&[u8]>) -> Result<(), OciError> {
+    /// What need not be there before the child is: done while that makes its file system, on another processor where
+    /// there is one.
+    fn beside(&self, launching: &Launching, launch: &LaunchSpec) -> Result<(), OciError> {
+        let compiled = match self.profile.filter(|_| launch.seccomp_follows) {
+            Some(profile) => {
+                let filter = seccomp::compile(profile)?;
+                // A child that has failed by now says why.
+                let _ = spawn::give_filter(launching.talk.as_fd(), &filter);
+                filter
+            }
+            None => Vec::new(),
+        };
+        let filter = if launch.seccomp_follows { &compiled } else { &launch.seccomp };
+        // For `exec`: the bundle may be gone by then.
         let write = |path: PathBuf, bytes: &[u8]| std::fs::write(&path, bytes).map_err(OciError::file(&path));
-        write(self.home.config(), config)?;
-        filter.map_or(Ok(()), |filter| write(self.home.filter(), filter))
+        write(self.home.config(), self.config)?;
+        if filter.is_empty() { Ok(()) } else { write(self.home.filter(), filter) }
     }
 
     fn launch(&self, translated: Translated, hooks: EarlyHooks) -> Result<Up, OciError> {
@@ -160,7 +181,8 @@ impl Job<'_> {
             kernel::missing_namespace(launch.0.namespaces).map_or_else(|| OciError::from(error), OciError::from)
         })?;
         drop(fds);
-        match self.see_through(&launching, &hooks, &offsets) {
+        let seen = self.beside(&launching, &launch.0).and_then(|()| self.see_through(&launching, &hooks, &offsets));
+        match seen {
             Ok((record, master)) => {
                 let hooks = LateHooks { poststart: hooks.poststart, poststop: hooks.poststop };
                 Ok(Up { home: self.home.clone(), record, launching, hooks, master })
@@ -226,6 +248,10 @@ impl Job<'_> {
             || !hooks.create_runtime.is_empty()
             || !launch.create_container_hooks.is_empty()
             || !launch.start_container_hooks.is_empty();
+        match self.profile {
+            Some(profile) if launch.hold => launch.seccomp = seccomp::compile(profile)?,
+            profile => launch.seccomp_follows = profile.is_some(),
+        }
         Ok((launch, time_offsets))
     }
 

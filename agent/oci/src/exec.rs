@@ -2,7 +2,6 @@
 //! otherwise.
 
 use std::os::fd::AsFd;
-use std::process::ExitCode;
 
 use edged_model::keeper::{LaunchSpec, Stdio};
 use edged_sys::privilege;
@@ -17,7 +16,7 @@ use crate::spec::{SpecError, launch_process};
 use crate::state::{self, Home, Record, Status};
 use crate::{bundle, caps, kernel, seccomp, terminal, wait};
 
-pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
+pub fn exec(parsed: &Parsed) -> Result<u8, OciError> {
     let (home, record) = state::find(&parsed.global.root, parsed.id()?)?;
     let status = home.status(&record);
     let wrong = || OciError::WrongState {
@@ -78,7 +77,7 @@ pub fn exec(parsed: &Parsed) -> Result<ExitCode, OciError> {
     if let Some(path) = parsed.path("pid-file") {
         state::write_renamed(&path, launching.pid.to_string().as_bytes())?;
     }
-    let Some(signals) = signals else { return Ok(ExitCode::SUCCESS) };
+    let Some(signals) = signals else { return Ok(crate::SUCCESS) };
     match own_master {
         Some(master) => terminal::relay(master.as_fd(), &signals, launching.pidfd.as_fd(), launching.pid),
         None => signals.wait_for(launching.pid, launching.pidfd.as_fd()),

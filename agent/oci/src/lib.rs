@@ -64,17 +64,25 @@ use error::OciError;
 
 pub use bundle::parse as parse_config;
 
+/// Exit codes.
+const SUCCESS: u8 = 0;
+const FAILURE: u8 = 1;
+
 /// The name under which edged is this program.
 pub const PROGRAM: &str = "edged-oci";
 
 /// Runs one command. `words` do not have the program's name.
 pub fn main(words: impl IntoIterator<Item = OsString>, version: &str) -> ExitCode {
-    let words: Vec<OsString> = words.into_iter().collect();
+    ExitCode::from(run_words(words.into_iter().collect(), version))
+}
+
+/// As [`main`], with the exit code as a number.
+pub fn run_words(words: Vec<OsString>, version: &str) -> u8 {
     let parsed = match arguments::parse(&words) {
         Ok(parsed) => parsed,
         Err(error) => {
             error::report(&arguments::Global::of(&words), &error);
-            return ExitCode::FAILURE;
+            return FAILURE;
         }
     };
     // Nobody in a container may look into us, nor into what we clone until it has exec'd (CVE-2016-9962).
@@ -86,20 +94,20 @@ pub fn main(words: impl IntoIterator<Item = OsString>, version: &str) -> ExitCod
         Err(error) => {
             error::report(&parsed.global, &error);
             // What shells and engines take for "not found" and "not executable".
-            ExitCode::from(error.exit_code())
+            error.exit_code()
         }
     }
 }
 
-fn run(parsed: &Parsed, version: &str) -> Result<ExitCode, OciError> {
+fn run(parsed: &Parsed, version: &str) -> Result<u8, OciError> {
     if matches!(parsed.verb, Verb::Create | Verb::Run | Verb::Exec) {
         seal::ensure()?;
     }
-    let done = |result: Result<(), OciError>| result.map(|()| ExitCode::SUCCESS);
+    let done = |result: Result<(), OciError>| result.map(|()| SUCCESS);
     match parsed.verb {
         Verb::Help => {
             print!("{}", arguments::help(parsed.words.first().map(String::as_str)));
-            Ok(ExitCode::SUCCESS)
+            Ok(SUCCESS)
         }
         Verb::Version => done(query::version(version)),
         Verb::Create => done(create::create(parsed)),

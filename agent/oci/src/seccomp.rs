@@ -90,8 +90,8 @@ pub fn asks_a_listener(profile: &LinuxSeccomp) -> bool {
     profile.default_action() == notify || profile.syscalls().iter().flatten().any(|group| group.action() == notify)
 }
 
-/// The filter's descriptor must reach the listener through the filter.
-fn check_notifications(profile: &LinuxSeccomp) -> Result<(), SeccompError> {
+/// What can be told before anything is made: the filter's descriptor must reach the listener through the filter.
+pub fn check(profile: &LinuxSeccomp) -> Result<(), SeccompError> {
     let refused = |what: &str| Err(SeccompError::Unsupported { what: what.to_owned() });
     let notify = LinuxSeccompAction::ScmpActNotify;
     let groups = || profile.syscalls().iter().flatten();
@@ -111,7 +111,7 @@ fn check_notifications(profile: &LinuxSeccomp) -> Result<(), SeccompError> {
 
 /// A profile as an array of `struct sock_filter`.
 pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<u8>, SeccompError> {
-    check_notifications(profile)?;
+    check(profile)?;
     let default = action(profile.default_action(), profile.default_errno_ret());
     let mut arches = vec![NATIVE];
     for arch in profile.architectures().iter().flatten() {

@@ -2,7 +2,6 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::process::ExitCode;
 
 use nix::sys::signal::Signal;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -46,12 +45,7 @@ impl Drop for Raw {
 }
 
 /// Copies between our standard streams and `master` until the program has ended and its last word was written.
-pub fn relay(
-    master: BorrowedFd<'_>,
-    signals: &Signals,
-    program: BorrowedFd<'_>,
-    pid: i32,
-) -> Result<ExitCode, OciError> {
+pub fn relay(master: BorrowedFd<'_>, signals: &Signals, program: BorrowedFd<'_>, pid: i32) -> Result<u8, OciError> {
     let failed = |errno: Errno| OciError::system("the terminal", errno);
     let _raw = Raw::enter();
     follow_size(master);

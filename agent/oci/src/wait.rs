@@ -1,7 +1,6 @@
 //! Waiting for a program in the foreground: signals to us are signals to it, its end is ours.
 
 use std::os::fd::BorrowedFd;
-use std::process::ExitCode;
 
 use edged_sys::pidfd;
 use nix::sys::signal::{SigSet, Signal};
@@ -24,7 +23,7 @@ impl Signals {
     }
 
     /// Waits for `pid`, passing on what comes.
-    pub fn wait_for(&self, pid: i32, program: BorrowedFd<'_>) -> Result<ExitCode, OciError> {
+    pub fn wait_for(&self, pid: i32, program: BorrowedFd<'_>) -> Result<u8, OciError> {
         loop {
             if let Some(code) = ended(pid)? {
                 return Ok(code);
@@ -48,10 +47,10 @@ impl Signals {
 }
 
 /// The exit code of `pid` if it has ended: its own, or 128 and the signal.
-pub fn ended(pid: i32) -> Result<Option<ExitCode>, OciError> {
+pub fn ended(pid: i32) -> Result<Option<u8>, OciError> {
     let waited = rustix::process::waitpid(Pid::from_raw(pid), WaitOptions::NOHANG);
     let status = waited.map_err(|errno| OciError::system("waiting for the program", errno))?;
-    Ok(status.map(|(_, status)| ExitCode::from(code_of(status))))
+    Ok(status.map(|(_, status)| code_of(status)))
 }
 
 fn code_of(status: WaitStatus) -> u8 {

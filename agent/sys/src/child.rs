@@ -175,6 +175,7 @@ fn steps(
         }
         None => make_container(spec, fds, talk, network)?,
     };
+    let filter = at(Stage::Seccomp, if spec.seccomp_follows { hear(talk) } else { Ok(Vec::new()) })?;
     let notifier = at(Stage::Hold, Notifier::hear(spec, fds, talk))?;
     if join.is_none() && !spec.keep_keyring {
         at(Stage::Session, privilege::new_session_keyring())?;
@@ -200,13 +201,15 @@ fn steps(
     if let Some(index) = spec.gate_fd {
         *starter = Some(at(Stage::Gate, wait_at_gate(fds, index, talk))?);
     }
-    become_the_program(spec, talk, starter.as_ref(), &Words { state, notifier }, &program)
+    become_the_program(spec, talk, starter.as_ref(), &Words { state, filter, notifier }, &program)
 }
 
 /// What the parent has said.
 struct Words<'a> {
     /// The container's state as hooks read it; empty where nobody held the child.
     state: Vec<u8>,
+    /// The filter; empty where the launch has it, or none.
+    filter: Vec<u8>,
     notifier: Option<Notifier<'a>>,
 }
 
@@ -234,7 +237,7 @@ fn become_the_program(
 ) -> Step<Infallible> {
     if !spec.no_new_privs {
         // Without no_new_privs a filter needs CAP_SYS_ADMIN, which is gone a few lines below (seccomp(2)).
-        at(Stage::Seccomp, seccomp(spec, words.notifier.as_ref()))?;
+        at(Stage::Seccomp, seccomp(spec, words))?;
     }
     at(Stage::Capabilities, privilege::drop_bounding(spec.capabilities.bounding))?;
     at(Stage::User, privilege::set_ids(spec.uid, spec.gid, &spec.additional_gids))?;
@@ -252,7 +255,7 @@ fn become_the_program(
     }
     if spec.no_new_privs {
         at(Stage::Seccomp, privilege::set_no_new_privs())?;
-        at(Stage::Seccomp, seccomp(spec, words.notifier.as_ref()))?;
+        at(Stage::Seccomp, seccomp(spec, words))?;
     }
     about(Stage::Exec, spec.argv.first().map_or("", String::as_str), program.exec())
 }
@@ -329,14 +332,15 @@ fn reset_signals() -> Result<(), Errno> {
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).map_err(errno)
 }
 
-fn seccomp(spec: &LaunchSpec, notifier: Option<&Notifier<'_>>) -> Result<(), Errno> {
-    if spec.seccomp.is_empty() {
+fn seccomp(spec: &LaunchSpec, words: &Words<'_>) -> Result<(), Errno> {
+    let filter = if spec.seccomp_follows { &words.filter } else { &spec.seccomp };
+    if filter.is_empty() {
         return Ok(());
     }
-    let Some(Notifier { socket, words }) = notifier else {
-        return privilege::install_seccomp(&spec.seccomp, spec.seccomp_flags);
+    let Some(Notifier { socket, words }) = &words.notifier else {
+        return privilege::install_seccomp(filter, spec.seccomp_flags);
     };
-    let listener = privilege::install_seccomp_with_listener(&spec.seccomp, spec.seccomp_flags)?;
+    let listener = privilege::install_seccomp_with_listener(filter, spec.seccomp_flags)?;
     // The one call that the filter must not ask about: nobody could answer yet.
     fdpass::send(socket.as_fd(), words, &[listener.as_fd()]).map_err(|error| io_errno(&error))
 }
@@ -414,7 +418,9 @@ fn hold(talk: &OwnedFd) -> Result<Vec<u8>, Errno> {
 }
 
 fn hear(talk: &OwnedFd) -> Result<Vec<u8>, Errno> {
-    let mut word = vec![0; MAX_STATE_BYTES];
+    // Asked first how long it is: each page of a buffer for the longest would be a page made for nothing.
+    let long = fdpass::length_of_next(talk.as_fd()).map_err(|error| io_errno(&error))?;
+    let mut word = vec![0; long.min(MAX_STATE_BYTES)];
     let (count, _) = fdpass::recv(talk.as_fd(), &mut word).map_err(|error| io_errno(&error))?;
     // Whoever cloned us has died.
     if count == 0 {

@@ -32,6 +32,17 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io:
     }
 }
 
+/// Waits for the next message, leaves it where it is, and says how many bytes it has.
+pub fn length_of_next(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    loop {
+        match rustix::net::recv(socket, &mut [0_u8; 0][..], RecvFlags::PEEK | RecvFlags::TRUNC) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok((_, bytes)) => return Ok(bytes),
+        }
+    }
+}
+
 /// Receives one message into `buffer`. Zero bytes: the other side has closed. A message larger than `buffer`, or with
 /// more descriptors than allowed, is an error: half a message is none.
 pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {

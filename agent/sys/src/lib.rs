@@ -13,6 +13,7 @@
 //! | [`fdpass`] | unix(7), SCM_RIGHTS |
 //! | [`pidfd`] | pidfd_send_signal(2), waitid(2) |
 //! | [`device_filter`] | bpf(2) |
+//! | [`entry`] | execve(2) |
 //! | [`memory`] | malloc_trim(3) |
 //! | [`idle`] | ioprio_set(2), setpriority(2) |
 //! | [`verity`] | ioctl(2), filesystems/fsverity.rst |
@@ -20,6 +21,8 @@
 //!
 //! And one that is not the kernel's: `unzstd`, a library with the interface of C.
 
+/// The beginning of a program that lives for milliseconds.
+pub mod entry;
 /// Starting a child: clone3 with a pidfd, into its cgroup.
 pub mod spawn;
 

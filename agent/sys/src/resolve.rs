@@ -71,6 +71,18 @@ pub fn ensure(root: BorrowedFd<'_>, path: &Path, want: Want) -> Result<OwnedFd, 
     open_path(root, path)
 }
 
+/// A new directory in `parent`, and an `O_PATH` descriptor of it; `None` if something has that name. What it is then
+/// takes a look-up inside the root: it may be a link.
+pub fn make_directory(parent: BorrowedFd<'_>, name: &OsStr) -> Result<Option<OwnedFd>, Errno> {
+    match mkdirat(parent, name, Mode::from_raw_mode(0o755)) {
+        Err(Errno::EXIST) => return Ok(None),
+        made => made?,
+    }
+    // Should somebody have put something else in its place by now: no link, and nothing mounted there.
+    let itself = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    openat2(parent, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), itself).map(Some)
+}
+
 /// A file at the path itself, made if missing: a link at its end is an error.
 pub fn ensure_itself(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
     let (parent, name) = ensure_parent(root, path)?;
@@ -145,6 +157,18 @@ mod tests {
         // The absolute link is read inside the root, where nothing of that name exists: it dangles.
         assert!(ensure(fd.as_fd(), Path::new("/out/x"), Want::File).is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_directory_is_made_only_where_nothing_is() {
+        let (dir, fd) = root();
+        let outside = tempfile::tempdir().unwrap();
+        symlink(outside.path(), dir.path().join("link")).unwrap();
+        assert!(make_directory(fd.as_fd(), OsStr::new("link")).unwrap().is_none());
+        let made = make_directory(fd.as_fd(), OsStr::new("new")).unwrap().unwrap();
+        std::fs::create_dir(dir.path().join("new/below")).unwrap();
+        assert!(open_path(made.as_fd(), Path::new("/below")).is_ok());
+        assert!(make_directory(fd.as_fd(), OsStr::new("new")).unwrap().is_none());
     }
 
     #[test]

@@ -28,12 +28,16 @@ pub(crate) fn make(
     state: &[u8],
 ) -> Step {
     let root = make_root(spec, rootfs, fds)?;
+    let mut targets = Targets { root: root.as_fd(), last: None };
     for step in &spec.mounts {
         if !beside::has_no_use_for_it(step) {
             enter_network(network)?;
         }
-        about(Stage::Mounts, &words_of(step), mount_step(root.as_fd(), step, fds, procfs))?;
+        if let Err(errno) = mount_step(&mut targets, step, fds, procfs) {
+            about(Stage::Mounts, &words_of(step), Err(errno))?;
+        }
     }
+    drop(targets);
     let mut parents = Parents { root: root.as_fd(), last: None };
     let mask = rustix::process::umask(Mode::empty());
     for node in &spec.device_nodes {
@@ -178,7 +182,41 @@ fn mount_overlay(lower: &[String], upper: Option<(&str, &str)>, at: &str, volati
     mount::attach(tree.as_fd(), target.as_fd())
 }
 
-fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd], procfs: Option<&OwnedFd>) -> Result<(), Errno> {
+/// What mounts are put onto. The next target most often lies directly in the file system that was mounted last (`/dev`,
+/// then `/dev/pts`): that one is still at hand, and what is made in it is looked up in no other way.
+struct Targets<'r> {
+    root: BorrowedFd<'r>,
+    /// A file system of ours, and where it was put.
+    last: Option<(PathBuf, OwnedFd)>,
+}
+
+impl Targets<'_> {
+    /// A target, made if missing. Nothing that is mounted on one that was made here covers the file system it lies in:
+    /// what is kept stays true. After any other look-up nothing is kept.
+    fn ensure(&mut self, path: &Path, want: Want) -> Result<OwnedFd, Errno> {
+        if let (Some((parent, tree)), Some(name), Want::Directory) = (&self.last, path.file_name(), want)
+            && path.parent() == Some(parent)
+            && let Some(made) = resolve::make_directory(tree.as_fd(), name)?
+        {
+            return Ok(made);
+        }
+        self.last = None;
+        resolve::ensure(self.root, path, want)
+    }
+
+    /// A new file system was put onto `path`.
+    fn keep(&mut self, path: &Path, tree: OwnedFd) {
+        self.last.get_or_insert_with(|| (path.to_owned(), tree));
+    }
+}
+
+fn mount_step(
+    targets: &mut Targets<'_>,
+    step: &MountStep,
+    fds: &[OwnedFd],
+    procfs: Option<&OwnedFd>,
+) -> Result<(), Errno> {
+    let root = targets.root;
     if step.remount {
         let target = resolve::open_path(root, Path::new(&step.target))?;
         return set_step_attributes(target.as_fd(), step, 0);
@@ -186,11 +224,11 @@ fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd], procfs: O
     let attributes = mount::attributes_of(step.flags);
     if let Some(index) = step.tree_fd {
         let tree = fds.get(index as usize).ok_or(Errno::BADF)?;
-        return attach_bind(root, tree.as_fd(), step);
+        return attach_bind(targets, tree.as_fd(), step);
     }
     if step.bind {
         let tree = mount::clone_tree_at(&step.source, step.recursive, step.source_no_follow)?;
-        return attach_bind(root, tree.as_fd(), step);
+        return attach_bind(targets, tree.as_fd(), step);
     }
     let tree = match procfs.filter(|_| step.fstype == "proc") {
         Some(procfs) => rustix::io::fcntl_dupfd_cloexec(procfs, 0)?,
@@ -199,12 +237,14 @@ fn mount_step(root: BorrowedFd<'_>, step: &MountStep, fds: &[OwnedFd], procfs: O
     // A new mount that says nothing is private as it is.
     let propagation = step.propagation;
     mount::set_attributes(tree.as_fd(), Attributes { propagation, ..Attributes::default() })?;
-    let target = resolve::ensure(root, Path::new(&step.target), Want::Directory)?;
+    let target = targets.ensure(Path::new(&step.target), Want::Directory)?;
     refuse_covered(target.as_fd(), root, step)?;
     if step.copy_up {
         copy_up::fill(target.as_fd(), tree.as_fd())?;
     }
-    mount::attach(tree.as_fd(), target.as_fd())
+    mount::attach(tree.as_fd(), target.as_fd())?;
+    targets.keep(Path::new(&step.target), tree);
+    Ok(())
 }
 
 /// With the SELinux context of all that is in it, where there is one: as an option of the mount, but for message queues,
@@ -261,13 +301,13 @@ impl Parents<'_> {
     }
 }
 
-fn attach_bind(root: BorrowedFd<'_>, tree: BorrowedFd<'_>, step: &MountStep) -> Result<(), Errno> {
+fn attach_bind(targets: &mut Targets<'_>, tree: BorrowedFd<'_>, step: &MountStep) -> Result<(), Errno> {
     let is_directory = FileType::from_raw_mode(rustix::fs::fstat(tree)?.st_mode) == FileType::Directory;
     let propagation = if step.propagation == 0 { MS_PRIVATE } else { step.propagation };
     set_step_attributes(tree, step, propagation)?;
     let want = if is_directory { Want::Directory } else { Want::File };
-    let target = resolve::ensure(root, Path::new(&step.target), want)?;
-    refuse_covered(target.as_fd(), root, step)?;
+    let target = targets.ensure(Path::new(&step.target), want)?;
+    refuse_covered(target.as_fd(), targets.root, step)?;
     mount::attach(tree, target.as_fd())
 }
 

@@ -73,6 +73,11 @@ pub fn go_on(talk: BorrowedFd<'_>, state: &[u8]) -> io::Result<()> {
     crate::fdpass::send(talk, state, &[])
 }
 
+/// Gives a child the filter that it waits for ([`LaunchSpec::seccomp_follows`]).
+pub fn give_filter(talk: BorrowedFd<'_>, filter: &[u8]) -> io::Result<()> {
+    go_on(talk, filter)
+}
+
 /// Which step failed, how, and on what.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {

@@ -1,11 +1,14 @@
 //! A device on this machine: the shipped program under a directory, pulling from a real registry beside it.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use edged_model::api::Request;
 use edged_qemu::arch::Arch;
 use edged_qemu::artifacts::{Artifacts, RunDir};
 use edged_qemu::certs::Authority;
@@ -20,6 +23,18 @@ use crate::toolchain::{self, Profile};
 use crate::workloads;
 
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A request that waits to be sent.
+pub struct Word {
+    socket: UnixStream,
+    frame: Vec<u8>,
+}
+
+impl Word {
+    pub fn say(&self) -> Result<()> {
+        Ok((&self.socket).write_all(&self.frame)?)
+    }
+}
 
 pub struct Device {
     pub keeper: u32,
@@ -105,6 +120,24 @@ impl Device {
             Some((workload["name"].as_str()?.to_owned(), pid))
         };
         list.iter().map(|workload| pid(workload).with_context(|| format!("not running: {workload}"))).collect()
+    }
+
+    pub fn stop(&self, name: &str) -> Result<()> {
+        process::run(self.edgectl().args(["stop", name])).map(drop)
+    }
+
+    /// What `edgectl start` says, ready to be said: its own start is not to be measured.
+    pub fn word_to_start(&self, name: &str) -> Result<Word> {
+        let request = Request::Start { workload: name.parse().ok().context("no name of a workload")? };
+        let bytes = edged_model::cbor::encode(&request)?;
+        let frame = [&u32::try_from(bytes.len())?.to_be_bytes(), bytes.as_slice()].concat();
+        Ok(Word { socket: UnixStream::connect(&self.socket)?, frame })
+    }
+
+    /// Until the agent says so, too.
+    pub fn wait_for(&self, name: &str, pid: u32) -> Result<()> {
+        let running = || Ok(self.pids().ok().filter(|all| all.contains(&(name.to_owned(), pid))).map(drop));
+        wait::until(&format!("{name} as process {pid}"), PATIENCE, running)
     }
 
     /// The agent: the keeper's child that was started so.

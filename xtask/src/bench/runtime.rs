@@ -13,13 +13,13 @@ use edged_qemu::artifacts::Artifacts;
 use edged_qemu::process;
 use serde_json::{Value, json};
 
-use super::median_and_p95;
+use super::Quantiles;
 use crate::progress;
 use crate::setup::{self, Need};
 use crate::toolchain::{self, Profile};
 
 /// Enough for a median that stays when the run is repeated; half of it is thrown away as warm-up.
-const ROUNDS: usize = 100;
+const ROUNDS: usize = 200;
 
 /// Set for the part that runs in a mount namespace of its own.
 const INSIDE: &str = "EDGED_BENCH_RUNTIME";
@@ -31,6 +31,8 @@ struct Runner {
     before: Vec<String>,
     after: Vec<String>,
     times: Vec<f64>,
+    /// Of the processor, all processes of it together.
+    work: Vec<f64>,
 }
 
 struct Programs<'p> {
@@ -46,7 +48,7 @@ pub fn run() -> Result<()> {
     }
     setup::ensure(&[Need::HostTests])?;
     let arch = Arch::host().context("this machine's architecture is none of ours")?;
-    let alone = toolchain::build(arch, Profile::Release, "edged-oci", &["edged-oci"])?.join("edged-oci");
+    let alone = toolchain::build(arch, Profile::Runtime, "edged-oci", &["edged-oci"])?.join("edged-oci");
     let whole = toolchain::build(arch, Profile::Release, "edged", &["edged"])?.join("edged");
     let dir = tempfile::tempdir()?;
     // Where every engine has it: in memory.
@@ -66,7 +68,7 @@ pub fn run() -> Result<()> {
 pub fn prepare(dir: &Path) -> Result<[PathBuf; 3]> {
     setup::ensure(&[Need::HostTests])?;
     let arch = Arch::host().context("this machine's architecture is none of ours")?;
-    let program = toolchain::build(arch, Profile::Release, "edged-oci", &["edged-oci"])?.join("edged-oci");
+    let program = toolchain::build(arch, Profile::Runtime, "edged-oci", &["edged-oci"])?.join("edged-oci");
     let bundle = make_bundle(dir, &program, true)?;
     let filter = filter_of(dir, &program, &bundle)?;
     Ok([bundle, filter, build_bare(dir)?])
@@ -142,6 +144,7 @@ fn measure(dir: &Path, programs: &Programs<'_>, network: bool) -> Result<Value> 
         before: words(&[program, "--root", "/run/edged-bench", "run", "--bundle", &bundle]),
         after: Vec::new(),
         times: Vec::new(),
+        work: Vec::new(),
     };
     let mut runners = vec![
         Runner {
@@ -149,6 +152,7 @@ fn measure(dir: &Path, programs: &Programs<'_>, network: bool) -> Result<Value> 
             before: vec![text(programs.bare)?, format!("{bundle}/rootfs")],
             after: words(&["", if network { "1" } else { "0" }, &text(&filter)?]),
             times: Vec::new(),
+            work: Vec::new(),
         },
         runtime("edged-oci", &text(&alone)?),
         runtime("edged-oci, sealing itself", &text(programs.alone)?),
@@ -160,9 +164,10 @@ fn measure(dir: &Path, programs: &Programs<'_>, network: bool) -> Result<Value> 
         let count = runners.len();
         for place in 0..count {
             let runner = &mut runners[(place + round) % count];
-            let time = once(runner, round)?;
+            let (time, work) = once(runner, round)?;
             if round >= ROUNDS / 2 {
                 runner.times.push(time);
+                runner.work.push(work);
             }
         }
     }
@@ -187,28 +192,42 @@ fn filter_of(dir: &Path, program: &Path, bundle: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn once(runner: &Runner, round: usize) -> Result<f64> {
+/// How long it took, and how much of the processor.
+fn once(runner: &Runner, round: usize) -> Result<(f64, f64)> {
     let mut words = runner.before.iter();
     let mut command = Command::new(words.next().context("no program")?);
     command.args(words).arg(format!("bench-{round}")).args(&runner.after).stdin(Stdio::null()).stdout(Stdio::null());
+    let work_before = work_of_children_ms()?;
     let begin = Instant::now();
     let status = command.status()?;
     let took = begin.elapsed().as_secs_f64() * 1000.0;
+    let work = work_of_children_ms()? - work_before;
     if !status.success() {
         bail!("{}: {status}", runner.name);
     }
-    Ok(took)
+    Ok((took, work))
+}
+
+/// User and system time of all children that have ended, and of theirs (getrusage(2)).
+fn work_of_children_ms() -> Result<f64> {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_CHILDREN)?;
+    let ms = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 * 1e3 + time.tv_usec() as f64 / 1e3;
+    Ok(ms(usage.user_time()) + ms(usage.system_time()))
 }
 
 fn table(network: bool, runners: Vec<Runner>) -> Value {
     let title = format!("run to its end, {} network namespace, ms", if network { "with" } else { "without" });
-    println!("{title:<46} {:>8} {:>8} {:>8}", "median", "p95", "to bare");
+    Quantiles::print_head(&title);
     let mut floor = None;
     let rows = runners.into_iter().map(|runner| {
-        let (median, p95) = median_and_p95(runner.times);
-        let ratio = median / *floor.get_or_insert(median);
-        println!("{:<46} {median:>8.2} {p95:>8.2} {ratio:>7.2}x", runner.name);
-        json!({ "name": runner.name, "median_ms": median, "p95_ms": p95, "to_bare": ratio })
+        let (took, work) = (Quantiles::of(runner.times), Quantiles::of(runner.work));
+        let (floor, floor_work) = *floor.get_or_insert((took, work));
+        took.print(runner.name, floor);
+        work.print("    of the processor", floor_work);
+        json!({
+            "name": runner.name, "median_ms": took.median, "p95_ms": took.p95, "to_bare": took.median / floor.median,
+            "quarter_ms": took.quarter, "processor_ms": work.median, "processor_to_bare": work.median / floor_work.median,
+        })
     });
     json!({ "network_namespace": network, "rounds": ROUNDS, "rows": rows.collect::<Vec<_>>() })
 }

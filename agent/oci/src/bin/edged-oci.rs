@@ -2,7 +2,6 @@
 //! to start for it.
 
 #![forbid(unsafe_code)]
+#![no_main]
 
-fn main() -> std::process::ExitCode {
-    edged_oci::main(std::env::args_os().skip(1), env!("CARGO_PKG_VERSION"))
-}
+edged_sys::entry!(|words| edged_oci::run_words(words, env!("CARGO_PKG_VERSION")));
