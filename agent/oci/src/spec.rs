@@ -101,6 +101,12 @@ pub fn translate(spec: &Spec, place: LaunchPlace) -> Result<Translated, SpecErro
     refuse(spec, linux)?;
     let (namespaces, joins) = namespaces(linux, place.netns_fd.is_some())?;
     let all = joins.iter().fold(namespaces, |all, (flag, _)| all | flag);
+    for (field, name) in [("hostname", spec.hostname()), ("domainname", spec.domainname())] {
+        // It would be the host's.
+        if name.is_some() && all & bits(CloneFlags::CLONE_NEWUTS) == 0 {
+            return Err(SpecError::Invalid { field, value: "without a UTS namespace".to_owned() });
+        }
+    }
     let mut launch = launch_process(process)?;
     let (uid_map, gid_map) = id_maps(linux, namespaces)?;
     launch.mount_label = linux.mount_label().clone().filter(|label| !label.is_empty());

@@ -178,7 +178,7 @@ fn steps(
     let filter = at(Stage::Seccomp, if spec.seccomp_follows { hear(talk) } else { Ok(Vec::new()) })?;
     let notifier = at(Stage::Hold, Notifier::hear(spec, fds, talk))?;
     if join.is_none() && !spec.keep_keyring {
-        at(Stage::Session, privilege::new_session_keyring())?;
+        at(Stage::Session, new_keyring(spec))?;
     }
     at(Stage::Limits, limits(spec))?;
     let (stdio, terminal) = match stdio {
@@ -310,6 +310,19 @@ fn set_label(label: &SecurityLabel) -> Result<(), Errno> {
         SecurityLabel::AppArmor(profile) => (&["self/attr/apparmor/exec", "self/attr/exec"], format!("exec {profile}")),
         SecurityLabel::SeLinux(context) => (&["self/attr/exec"], context.clone()),
     };
+    set_attribute(paths, &text)
+}
+
+/// With the program's own label, or the program could not use it (keyrings(7)). The next exec forgets that again.
+fn new_keyring(spec: &LaunchSpec) -> Result<(), Errno> {
+    if let Some(SecurityLabel::SeLinux(context)) = &spec.label {
+        set_attribute(&["self/attr/keycreate"], context)?;
+    }
+    privilege::new_session_keyring()
+}
+
+/// The first of `paths` that this kernel has.
+fn set_attribute(paths: &[&str], text: &str) -> Result<(), Errno> {
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let mut result = Err(Errno::NOENT);
     for path in paths {

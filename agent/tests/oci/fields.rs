@@ -630,6 +630,28 @@ fn a_file_system_that_the_kernel_does_not_have_is_named() {
     }
 }
 
+#[test]
+fn a_limit_below_what_is_in_use_is_refused_where_that_is_asked_for() {
+    let mut bundle =
+        Bundle::new("dd if=/dev/zero of=/dev/shm/held bs=1M count=16 2> /dev/null; echo up; exec sleep 100");
+    if !is_cgroup_v2() {
+        bundle.config["linux"]["resources"]["memory"] = json!({ "useHierarchy": true });
+    }
+    bundle.create().good();
+    bundle.start();
+    bundle.wait_for_out("up");
+    let file = bundle.dir.path().join("resources.json");
+    let update = |limit: u64| {
+        let memory = json!({ "memory": { "limit": limit, "checkBeforeUpdate": true } });
+        fs::write(&file, memory.to_string()).unwrap();
+        bundle.call(&["update", "--resources", file.to_str().unwrap(), &bundle.id])
+    };
+    let text = update(8 << 20).bad();
+    assert!(text.contains("memory in use is") && text.contains("8388608"), "{text}");
+    update(64 << 20).good();
+    assert_eq!(bundle.state()["status"], "running");
+}
+
 /// A real disk's number, in whichever hierarchy this host has; what its kernel lacks is named by its option.
 #[test]
 fn limits_of_disks_and_other_devices_are_the_groups() {

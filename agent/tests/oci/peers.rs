@@ -18,7 +18,7 @@ const LOOK: &str = "id; hostname; pwd; umask; env | sort | grep -vE '^(SHLVL|HOM
     cat /proc/keys | wc -c; ls /sys/firmware | wc -l; touch /proc/sys/x 2>&1; echo 1 2>&1 > /proc/sysrq-trigger; \
     cat /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max 2>/dev/null; \
     for n in net ipc uts pid mnt cgroup; do test -e /proc/self/ns/$n && echo has $n; done; \
-    cat /proc/sys/net/core/somaxconn; ls /proc/self/fd | wc -l; mkdir /tmp/denied 2>&1; exit 3";
+    busybox ip addr show dev lo; cat /proc/sys/net/core/somaxconn; ls /proc/self/fd | wc -l; mkdir /tmp/denied 2>&1; exit 3";
 
 fn observe(runtime: Runtime) -> BTreeSet<String> {
     let mut bundle = Bundle::of(runtime, LOOK);

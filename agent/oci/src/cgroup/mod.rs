@@ -147,14 +147,17 @@ impl Groups {
 
     /// Writes limits: all, or with `update` the changed ones only (device rules stay).
     pub fn set(&self, resources: &LinuxResources, with_devices: bool) -> Result<(), CgroupError> {
+        if let Some(limit) = v2::checked_limit(resources) {
+            let used = match self {
+                Self::V2 { path } => read_number(path, "memory.current"),
+                Self::V1 { hierarchies } => read_number(v1::directory(hierarchies, "memory")?, "memory.usage_in_bytes"),
+            };
+            if let Some(used) = used.filter(|used| *used > limit) {
+                return Err(CgroupError::InUse { used, limit });
+            }
+        }
         match self {
             Self::V2 { path } => {
-                if let Some(limit) = v2::checked_limit(resources) {
-                    let used = read_number(path, "memory.current").unwrap_or(0);
-                    if used > limit {
-                        return Err(CgroupError::InUse { used, limit });
-                    }
-                }
                 for (file, text) in v2::settings(resources)? {
                     // A machine that has no swap needs no such limit, and its kernel may have no such file.
                     if file == "memory.swap.max" && !path.join(&file).exists() && !has_swap() {

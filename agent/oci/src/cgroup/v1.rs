@@ -161,6 +161,10 @@ fn memory_settings(memory: &LinuxMemory) -> Vec<Setting> {
     if let Some(swappiness) = memory.swappiness() {
         all.push(set("memory", "memory.swappiness", swappiness));
     }
+    if let Some(whole_tree) = memory.use_hierarchy() {
+        // The kernel refuses what it cannot do any more.
+        all.push(set("memory", "memory.use_hierarchy", u8::from(whole_tree)));
+    }
     if memory.disable_oom_killer() == Some(true) {
         all.push(set("memory", "memory.oom_control", 1));
     }

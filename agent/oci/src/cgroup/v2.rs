@@ -108,6 +108,10 @@ fn memory_files(memory: &LinuxMemory) -> Result<Settings, CgroupError> {
     if memory.swappiness().is_some() {
         return Err(unsupported("memory.swappiness", V1_ONLY));
     }
+    // There it is always on.
+    if memory.use_hierarchy() == Some(false) {
+        return Err(unsupported("memory.useHierarchy", V1_ONLY));
+    }
     if memory.disable_oom_killer() == Some(true) {
         return Err(unsupported("memory.disableOOMKiller", V1_ONLY));
     }
@@ -171,7 +175,8 @@ pub fn weight_of(shares: u64) -> u64 {
 
 fn io_files(io: &LinuxBlockIo) -> Result<Settings, CgroupError> {
     let mut files = Settings::new();
-    if io.leaf_weight().is_some_and(|weight| weight != 0) {
+    let of_devices = io.weight_device().iter().flatten().map(|device| device.leaf_weight());
+    if of_devices.chain([io.leaf_weight()]).flatten().any(|weight| weight != 0) {
         return Err(unsupported("blockIO.leafWeight", V1_ONLY));
     }
     let throttles = [
@@ -232,8 +237,7 @@ mod tests {
     #[test]
     fn a_weight_is_told_on_both_scales() {
         let resources: LinuxResources = serde_json::from_str(
-            r#"{"blockIO": {"weight": 1000, "weightDevice": [{"major": 8, "minor": 0, "weight": 10},
-                {"major": 8, "minor": 16, "leafWeight": 10}]}}"#,
+            r#"{"blockIO": {"weight": 1000, "weightDevice": [{"major": 8, "minor": 0, "weight": 10}]}}"#,
         )
         .unwrap();
         let pair = |bfq: &str, cost: &str| {
@@ -241,5 +245,22 @@ mod tests {
         };
         assert_eq!(io_weights(&resources), [pair("default 1000", "default 10000"), pair("8:0 10", "8:0 1")]);
         assert_eq!(settings(&resources).unwrap(), []);
+    }
+
+    #[test]
+    fn what_only_v1_has_is_refused_by_name() {
+        for (resources, field) in [
+            (r#"{"blockIO": {"leafWeight": 10}}"#, "blockIO.leafWeight"),
+            (r#"{"blockIO": {"weightDevice": [{"major": 8, "minor": 0, "leafWeight": 10}]}}"#, "blockIO.leafWeight"),
+            (r#"{"memory": {"useHierarchy": false}}"#, "memory.useHierarchy"),
+            (r#"{"memory": {"swappiness": 1}}"#, "memory.swappiness"),
+            (r#"{"memory": {"disableOOMKiller": true}}"#, "memory.disableOOMKiller"),
+            (r#"{"cpu": {"realtimeRuntime": 1}}"#, "cpu.realtimeRuntime"),
+            (r#"{"network": {"classID": 1}}"#, "network"),
+        ] {
+            let resources: LinuxResources = serde_json::from_str(resources).unwrap();
+            let refused = settings(&resources).unwrap_err().to_string();
+            assert_eq!(refused, format!("linux.resources.{field}: {V1_ONLY}"));
+        }
     }
 }

@@ -50,6 +50,7 @@ fn a_network_namespace_by_descriptor_is_not_made() {
 #[test]
 fn namespaces_are_made_or_joined() {
     let translated = launch(|document| {
+        document["hostname"] = serde_json::Value::Null;
         document["linux"]["namespaces"] = serde_json::json!([
             { "type": "mount" }, { "type": "time" }, { "type": "ipc", "path": "/proc/1/ns/ipc" }
         ]);
@@ -63,7 +64,7 @@ fn namespaces_are_made_or_joined() {
     assert!(refusal(|document| document["linux"]["namespaces"] = twice).contains("twice"));
     let none = serde_json::json!([]);
     assert!(refusal(|document| document["linux"]["namespaces"] = none).contains("mount namespace"));
-    let user = serde_json::json!([{ "type": "mount" }, { "type": "user" }]);
+    let user = serde_json::json!([{ "type": "mount" }, { "type": "uts" }, { "type": "user" }]);
     assert!(refusal(|document| document["linux"]["namespaces"] = user).contains("uidMappings"));
 }
 
@@ -140,6 +141,14 @@ fn what_is_not_done_is_named() {
         assert!(text.contains(word), "{text}");
     }
     assert!(refusal(|document| document["ociVersion"] = "2.0.0".into()).contains("ociVersion"));
+    for field in ["hostname", "domainname"] {
+        let text = refusal(|document| {
+            document["hostname"] = serde_json::Value::Null;
+            document[field] = "other".into();
+            document["linux"]["namespaces"] = serde_json::json!([{ "type": "mount" }]);
+        });
+        assert!(text.contains(field) && text.contains("UTS"), "{text}");
+    }
     assert!(refusal(|document| document["process"]["cwd"] = "here".into()).contains("process.cwd"));
     let prestart = serde_json::json!({ "prestart": [{ "path": "hook" }] });
     assert!(
@@ -155,7 +164,8 @@ fn a_kernel_parameter_needs_a_namespace_of_its_own() {
         launch(|document| {
             document["linux"]["sysctl"] = sysctl.clone();
             if !network {
-                document["linux"]["namespaces"] = serde_json::json!([{ "type": "mount" }, { "type": "ipc" }]);
+                document["linux"]["namespaces"] =
+                    serde_json::json!([{ "type": "mount" }, { "type": "ipc" }, { "type": "uts" }]);
             }
         })
     };

@@ -100,17 +100,19 @@ pub fn of_the_engine() -> Vec<Bundle> {
 }
 
 /// The context, the mounts that are labelled, and whether files may be written where they are and where they are not. Nobody
-/// writes to a message queue as to a file: that it can be made is enough.
+/// writes to a message queue as to a file: that it can be made is enough. The session keyring is seen by whose label it has.
 const LABELS: &str = "box=/bin/busybox; $box tr -d '\\0' < /proc/self/attr/current; echo; \
     for path in /dev /dev/pts /dev/shm /secret; do \
     echo $path $($box grep \" $path \" /proc/self/mountinfo | $box grep -o 'context=\"[^\"]*\"'); done; \
     echo x > /dev/shm/x && echo written; $box touch /dev/mqueue/queue 2> /dev/null; $box ls /dev/mqueue; \
-    (echo x > /bin/x) 2> /dev/null || echo refused";
+    (echo x > /bin/x) 2> /dev/null || echo refused; $box grep -c _ses /proc/keys";
 
 fn label(config: &mut Value) {
     config["process"]["selinuxLabel"] = CONTEXT.into();
     config["linux"]["mountLabel"] = MOUNT_CONTEXT.into();
-    config["linux"]["maskedPaths"].as_array_mut().expect("the template masks paths").push("/secret".into());
+    let masked = config["linux"]["maskedPaths"].as_array_mut().expect("the template masks paths");
+    masked.retain(|path| path != "/proc/keys");
+    masked.push("/secret".into());
 }
 
 pub fn of_selinux() -> Vec<Bundle> {

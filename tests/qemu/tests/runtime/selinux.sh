@@ -19,7 +19,8 @@ step labels 'system_u:system_r:container_t:s0:c1,c2
 /secret context="system_u:object_r:container_file_t:s0:c1,c2"
 written
 queue
-refused' oci run labelled
+refused
+1' oci run labelled
 
 bundle sleeps
 oci create --bundle /oci/bundle sleeps > /dev/null 2>&1
