@@ -178,7 +178,7 @@ fn steps(
     let filter = at(Stage::Seccomp, if spec.seccomp_follows { hear(talk) } else { Ok(Vec::new()) })?;
     let notifier = at(Stage::Hold, Notifier::hear(spec, fds, talk))?;
     if join.is_none() && !spec.keep_keyring {
-        at(Stage::Session, new_keyring(spec))?;
+        new_keyring(spec)?;
     }
     at(Stage::Limits, limits(spec))?;
     let (stdio, terminal) = match stdio {
@@ -314,11 +314,11 @@ fn set_label(label: &SecurityLabel) -> Result<(), Errno> {
 }
 
 /// With the program's own label, or the program could not use it (keyrings(7)). The next exec forgets that again.
-fn new_keyring(spec: &LaunchSpec) -> Result<(), Errno> {
+fn new_keyring(spec: &LaunchSpec) -> Step {
     if let Some(SecurityLabel::SeLinux(context)) = &spec.label {
-        set_attribute(&["self/attr/keycreate"], context)?;
+        about(Stage::Label, context, set_attribute(&["self/attr/keycreate"], context))?;
     }
-    privilege::new_session_keyring()
+    at(Stage::Session, privilege::new_session_keyring())
 }
 
 /// The first of `paths` that this kernel has.
