@@ -10,7 +10,7 @@
 pub const FILE_ENV: &str = "EDGED_CRASH_POINT_FILE";
 
 /// Every point, in the order in which a device comes by.
-pub const POINTS: [&str; 73] = [
+pub const POINTS: [&str; 74] = [
     // The store and its second copy.
     "store-opening",
     "store-set-aside",
@@ -53,6 +53,7 @@ pub const POINTS: [&str; 73] = [
     "namespace-made",
     "start-prepared",
     "start-sent",
+    "start-unlimited",
     "start-answered",
     "start-taken",
     // It is stopped, ends, goes.

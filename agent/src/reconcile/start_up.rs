@@ -286,6 +286,13 @@ impl Agent {
         if child.exit.as_ref().is_some_and(|exit| self.world.knows_end(&name, exit.boot_ms)) {
             return self.forget(&child.key).await;
         }
+        // The agent before us may have ended between its start and this; with other limits the planner sets all of them.
+        if let Some(spec) = spec.filter(|spec| child.exit.is_none() && spec.digest() == began.spec) {
+            let limits = crate::execute::start::limits(&spec, self.start_context.places.data());
+            if let Err(error) = self.start_context.cgroups.open(name.as_str()).limit_cpu(limits.cpu_milli) {
+                tracing::error!(workload = %name, "its limit of time: {}", crate::store::inline_chain(&error));
+            }
+        }
         self.world.adopted(&name, &began);
         if self.world.was_restarted(&name, began.since_boot_ms) {
             self.hold(&name, None);

@@ -46,7 +46,7 @@ enum Scene {
 use Scene::{Birth, Check, Collect, Damage, Large, Limits, Print, Pull, Report, Rollback, Start, Trust, Update};
 
 /// The point, and how often it is passed before the agent dies there.
-const PLAN: [(Scene, &str, u32); 77] = [
+const PLAN: [(Scene, &str, u32); 78] = [
     (Birth, "store-written", 1),
     (Birth, "store-written", 2),
     (Birth, "store-synced", 1),
@@ -101,6 +101,7 @@ const PLAN: [(Scene, &str, u32); 77] = [
     (Update, "start-prepared", 1),
     (Update, "start-sent", 1),
     (Update, "start-sent", 2),
+    (Update, "start-unlimited", 1),
     (Update, "start-answered", 1),
     (Update, "start-taken", 1),
     (Update, "stop-told", 1),

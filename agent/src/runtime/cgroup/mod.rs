@@ -108,7 +108,9 @@ impl CgroupRoot {
         }
     }
 
-    /// Makes the group of a workload with its limits, or gives an existing one these limits.
+    /// Makes the group of a workload with its limits, or gives an existing one these limits; all but that of time, which
+    /// begins with the program ([`Cgroup::limit_cpu`]). What makes a container is no work of the workload's: in a twentieth of
+    /// a core it takes longer than a period, and stands still for the rest of the next one.
     pub fn create(&self, name: &str, limits: &Limits) -> Result<Cgroup, CgroupError> {
         let cgroup = self.open(name);
         match &cgroup {
@@ -201,11 +203,19 @@ impl Cgroup {
         }
     }
 
+    /// From now on it has this much time.
+    pub fn limit_cpu(&self, cpu_milli: u64) -> Result<(), CgroupError> {
+        match self {
+            Self::V2(path) => v2::limit_cpu(path, cpu_milli),
+            Self::V1(group) => group.limit_cpu(cpu_milli),
+        }
+    }
+
     /// No limit of time any more, for whoever is killed next: a group that has used up its share stands still until the
     /// next period, and the dead in it too, hundreds of them one after the other. Its next start sets the limit again.
     pub fn lift_cpu_limit(&self) -> Result<(), CgroupError> {
         match self {
-            Self::V2(path) => v2::write(path, "cpu.max", "max"),
+            Self::V2(path) => v2::lift_cpu_limit(path),
             Self::V1(group) => group.lift_cpu_limit(),
         }
     }

@@ -38,12 +38,13 @@ impl Group {
         for path in self.paths() {
             std::fs::create_dir_all(&path).map_err(|source| CgroupError::File { path, source })?;
         }
+        self.lift_cpu_limit()?;
         self.set(name, limits)
     }
 
     pub fn resize(&self, limits: &Limits) -> Result<(), CgroupError> {
         let name = self.memory.file_name().unwrap_or_default().to_string_lossy();
-        let result = self.set(&name, limits);
+        let result = self.set(&name, limits).and_then(|()| self.limit_cpu(limits.cpu_milli));
         // The kernel takes back what it can, and then says EBUSY.
         let limit_bytes = limits.memory_bytes;
         match read_number(&self.memory, "memory.usage_in_bytes") {
@@ -72,8 +73,6 @@ impl Group {
             memory.set_memswap_limit(limit).map_err(at("swap limit"))?;
         }
         let cpu = CpuController::new(self.cpu.clone(), false);
-        let quota_us = i64::try_from((limits.cpu_milli * CPU_PERIOD_US / 1000).max(1000)).unwrap_or(i64::MAX);
-        cpu.set_cfs_quota_and_period(Some(quota_us), Some(CPU_PERIOD_US)).map_err(at("CPU limit"))?;
         // As `cpu.weight` of v2: a whole core has the kernel's own choice, and it takes no less than 2.
         cpu.set_shares((limits.cpu_milli * 1024 / 1000).max(2)).map_err(at("CPU shares"))?;
         let pids = PidController::new(self.pids.clone(), false);
@@ -118,6 +117,13 @@ impl Group {
             (&self.pids, "pids.max"),
         ];
         files.iter().filter_map(|(dir, file)| read_pair(dir, file)).collect()
+    }
+
+    pub fn limit_cpu(&self, cpu_milli: u64) -> Result<(), CgroupError> {
+        let cpu = CpuController::new(self.cpu.clone(), false);
+        let quota_us = i64::try_from((cpu_milli * CPU_PERIOD_US / 1000).max(1000)).unwrap_or(i64::MAX);
+        let set = cpu.set_cfs_quota_and_period(Some(quota_us), Some(CPU_PERIOD_US));
+        set.map_err(|source| CgroupError::V1 { what: "CPU limit".to_owned(), source })
     }
 
     pub fn lift_cpu_limit(&self) -> Result<(), CgroupError> {

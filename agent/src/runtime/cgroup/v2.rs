@@ -49,20 +49,30 @@ pub fn create(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
         }
         _ => {}
     }
+    lift_cpu_limit(dir)?;
     set(dir, limits)
+}
+
+pub fn limit_cpu(dir: &Path, cpu_milli: u64) -> Result<(), CgroupError> {
+    write(dir, "cpu.max", &cpu_max(cpu_milli))
+}
+
+pub fn lift_cpu_limit(dir: &Path) -> Result<(), CgroupError> {
+    write(dir, "cpu.max", "max")
 }
 
 /// `memory.high` takes back what it can and kills nobody (cgroup-v2.rst); `memory.max` would kill.
 pub fn resize(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
     let limit_bytes = limits.memory_bytes;
     let in_use = || read_number(dir, "memory.current").unwrap_or(0);
+    let set = || set(dir, limits).and_then(|()| limit_cpu(dir, limits.cpu_milli));
     if in_use() <= limit_bytes {
-        return set(dir, limits);
+        return set();
     }
     write(dir, "memory.high", &limit_bytes.to_string())?;
     let result = match in_use() {
         in_use_bytes if in_use_bytes > limit_bytes => Err(CgroupError::MemoryInUse { in_use_bytes, limit_bytes }),
-        _ => set(dir, limits),
+        _ => set(),
     };
     write(dir, "memory.high", "max").and(result)
 }
@@ -91,12 +101,15 @@ fn set(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
 /// Both product architectures run with 4 KiB pages; with larger ones the kernel rounds down further and says so.
 const PAGE_BYTES: u64 = 4096;
 
-fn files(limits: &Limits) -> [(&'static str, String); 5] {
-    let quota_us = (limits.cpu_milli * CPU_PERIOD_US / 1000).max(1000);
+fn cpu_max(cpu_milli: u64) -> String {
+    format!("{} {CPU_PERIOD_US}", (cpu_milli * CPU_PERIOD_US / 1000).max(1000))
+}
+
+/// Those that hold from the beginning: all but `cpu.max`.
+fn files(limits: &Limits) -> [(&'static str, String); 4] {
     [
         ("memory.max", limits.memory_bytes.to_string()),
         ("memory.oom.group", "1".to_owned()),
-        ("cpu.max", format!("{quota_us} {CPU_PERIOD_US}")),
         ("cpu.weight", cpu_weight(limits.cpu_milli).to_string()),
         ("pids.max", limits.pids.to_string()),
     ]
@@ -154,8 +167,8 @@ mod tests {
         let limits = Limits { memory_bytes: 64 << 20, cpu_milli: 250, pids: 32, io };
         let files = files(&limits);
         assert_eq!(files[0], ("memory.max", "67108864".to_owned()));
-        assert_eq!(files[2], ("cpu.max", "25000 100000".to_owned()));
-        assert_eq!(files[3], ("cpu.weight", "25".to_owned()));
+        assert_eq!(cpu_max(limits.cpu_milli), "25000 100000");
+        assert_eq!(files[2], ("cpu.weight", "25".to_owned()));
         assert_eq!([1, 1000, 1_000_000].map(cpu_weight), [1, 100, 10_000]);
         assert_eq!(io_max(&io).as_deref(), Some("254:0 wbps=1048576"));
         assert_eq!(io_max(&IoLimits::default()), None);
