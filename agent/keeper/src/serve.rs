@@ -406,15 +406,10 @@ impl Keeper {
                 Err(errno) => self.send(id, ReplyBody::Refused { why: format!("`{key}`: {errno}") }, None),
             },
             Act::SignalChildren { signal } => self.signal_children(signal),
-            Act::End { key, signal } => {
-                if signal == rustix::process::Signal::KILL.as_raw() {
-                    shutdown::lift_cpu_limit(&key);
-                }
-                match self.signal(&key, signal) {
-                    Ok(()) | Err(Errno::SRCH) => {}
-                    Err(errno) => log::line(&format!("`{key}`: {errno}")),
-                }
-            }
+            Act::End { key, signal } => match self.signal(&key, signal) {
+                Ok(()) | Err(Errno::SRCH) => {}
+                Err(errno) => log::line(&format!("`{key}`: {errno}")),
+            },
             Act::KillAll => shutdown::kill_all(),
             Act::ClosePidfd { key } => {
                 if let Some(doors) = self.kept.doors.get_mut(&key) {
@@ -484,6 +479,9 @@ impl Keeper {
 
     fn signal(&self, key: &str, signal: i32) -> Result<(), Errno> {
         let pidfd = self.kept.doors.get(key).and_then(|doors| doors.pidfd.as_ref()).ok_or(Errno::SRCH)?;
+        if signal == rustix::process::Signal::KILL.as_raw() {
+            shutdown::lift_cpu_limit(key);
+        }
         pidfd::send_signal(pidfd.as_fd(), signal)
     }
 

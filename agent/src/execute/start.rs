@@ -209,11 +209,16 @@ pub(super) fn prepare(
     Ok(Prepared { spec, fds, cgroup })
 }
 
+/// Thousandths of a core.
+pub fn cpu_milli(workload: &Workload) -> u64 {
+    workload.resources.cpu.unwrap_or_default().0
+}
+
 /// The walls that the manifest wants.
 pub fn limits(workload: &Workload, data: &Path) -> Limits {
     Limits {
         memory_bytes: workload.resources.memory.unwrap_or_default().0,
-        cpu_milli: workload.resources.cpu.unwrap_or_default().0,
+        cpu_milli: cpu_milli(workload),
         pids: u64::from(workload.resources.pids),
         io: io_limits(workload, data),
     }

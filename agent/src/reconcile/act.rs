@@ -137,9 +137,7 @@ impl Agent {
         let started = Box::new(spec.clone());
         tokio::spawn(async move {
             let name = workload.clone();
-            let cgroup = context.cgroups.open(name.as_str());
-            let cpu_milli = start::limits(&spec, context.places.data()).cpu_milli;
-            let note = resize::note(&spec);
+            let (note, cpu_milli) = (resize::note(&spec), start::cpu_milli(&spec));
             let prepared = tokio::task::spawn_blocking(move || {
                 let launch = isolate::Launch { name: &name, workload: &spec, manifest: &manifest, image: &image };
                 isolate::run(&context, &launch, note)
@@ -150,7 +148,7 @@ impl Agent {
                     let launched = link.launch(prepared.spec, prepared.fds).await.map_err(StartFailure::Launch);
                     crash_point::pass("start-unlimited");
                     if launched.is_ok()
-                        && let Err(error) = cgroup.limit_cpu(cpu_milli)
+                        && let Err(error) = prepared.cgroup.limit_cpu(cpu_milli)
                     {
                         tracing::error!(%workload, "it does not run without its limit: {}", inline_chain(&error));
                         let _ = link.signal(workload.as_str(), nix::sys::signal::Signal::SIGKILL as i32).await;

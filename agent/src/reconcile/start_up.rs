@@ -25,7 +25,7 @@ use crate::content::Content;
 use crate::crash_point;
 use crate::execute::copies::LayerWay;
 use crate::execute::pull::{self, PullContext, ReadyImage, is_whole};
-use crate::execute::start::StartContext;
+use crate::execute::start::{StartContext, cpu_milli};
 use crate::execute::user_ids::Ranges;
 use crate::execute::volumes::VolumeIds;
 use crate::network::{interface, ports::Ports};
@@ -35,7 +35,7 @@ use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
 use crate::runtime::keeper_link::KeeperLink;
 use crate::runtime::kernel;
-use crate::store::{Store, opened_reason};
+use crate::store::{Store, inline_chain, opened_reason};
 use crate::verify::{image_policy, trust};
 use edged_plan::world::{Began, World};
 
@@ -286,20 +286,21 @@ impl Agent {
         if child.exit.as_ref().is_some_and(|exit| self.world.knows_end(&name, exit.boot_ms)) {
             return self.forget(&child.key).await;
         }
-        // The agent before us may have ended between its start and this; with other limits the planner sets all of them.
-        if let Some(spec) = spec.filter(|spec| child.exit.is_none() && spec.digest() == began.spec) {
-            let limits = crate::execute::start::limits(&spec, self.start_context.places.data());
-            if let Err(error) = self.start_context.cgroups.open(name.as_str()).limit_cpu(limits.cpu_milli) {
-                tracing::error!(workload = %name, "its limit of time: {}", crate::store::inline_chain(&error));
-            }
-        }
         self.world.adopted(&name, &began);
         if self.world.was_restarted(&name, began.since_boot_ms) {
             self.hold(&name, None);
         }
         match child.exit {
             Some(exit) => self.exited(exit).await,
-            None => self.watch(&name, child.pid, child.stop.signal, None).await,
+            None => {
+                // The agent before us may have ended before it did this; where limits differ the planner sets all of them.
+                if let Some(spec) = spec.filter(|spec| spec.digest() == began.spec)
+                    && let Err(error) = self.start_context.cgroups.open(name.as_str()).limit_cpu(cpu_milli(&spec))
+                {
+                    tracing::error!(workload = %name, "its limit of time: {}", inline_chain(&error));
+                }
+                self.watch(&name, child.pid, child.stop.signal, None).await;
+            }
         }
     }
 
@@ -342,7 +343,7 @@ impl Agent {
             self.tell(None, None, &why, "agent");
         }
         if let Err(error) = push::listen(&self.config.api, &self.device, &places.keep(), offers).await {
-            let text = crate::store::inline_chain(&error);
+            let text = inline_chain(&error);
             self.tell(None, None, &Reason::new(Code::Network, text), "agent");
         }
         // A host has somebody who looks after its clock, unless it is told otherwise.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::rig::{Device, Factory, head, until};
+use crate::rig::{Device, Factory, head, sleeper, until};
 use crate::tmpfs;
 
 /// Three images with one layer each of its own, over a common one.
@@ -18,14 +18,6 @@ fn images(factory: &Factory) -> Vec<String> {
             factory.publish_over_busybox(&format!("app-{number}"), &own)
         })
         .collect()
-}
-
-fn sleeper(sequence: u32, image: &str) -> String {
-    format!(
-        "{}workloads:\n  app:\n    image: {image}\n    command: [/bin/sleep, \"10000\"]\n    \
-         resources: {{ memory: 8Mi, cpu: 100m }}\n",
-        head(sequence)
-    )
 }
 
 fn layers(device: &Device) -> (u64, u64) {

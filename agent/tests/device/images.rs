@@ -1,14 +1,13 @@
 //! Images on a device: brought on a stick, listed, checked, and repaired layer by layer after the power was cut.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use edged_qemu::process;
 use serde_json::Value;
 
 use crate::disk::noise;
-use crate::rig::{Device, Factory, head, until};
+use crate::rig::{Device, Factory, head, rot, until};
 
 fn sleeper(sequence: u32, image: &str) -> String {
     format!(
@@ -64,13 +63,6 @@ fn publish_with_a_tool(factory: &Factory) -> String {
     factory.publish_over_busybox("app", &own)
 }
 
-/// As a disk does it: nothing else of the file tells.
-fn change_a_byte(tool: &Path) {
-    let (file, before) = (fs::File::options().write(true).open(tool).unwrap(), fs::metadata(tool).unwrap());
-    file.write_all_at(&[8], 50_000).unwrap();
-    file.set_modified(before.modified().unwrap()).unwrap();
-}
-
 #[test]
 fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_so() {
     let factory = Factory::start();
@@ -91,7 +83,7 @@ fn after_a_power_cut_the_one_damaged_layer_is_fetched_again_and_the_story_says_s
 
     // As after a power cut, with one byte of one file another.
     fs::write(data.join("content/in-use"), "another boot").unwrap();
-    change_a_byte(&tool);
+    rot(&tool);
     let device = factory.device("");
     let told = until("the check", || device.events().into_iter().find(|text| text.contains("were checked")));
     assert!(told.contains("2 layers") && told.contains("1 damaged"), "{told}");
@@ -128,7 +120,7 @@ fn a_workload_that_could_not_read_its_program_has_its_damaged_layer_fetched_agai
     let looked = |device: &Device| device.events().into_iter().filter(|text| text.contains("could not read")).count();
 
     let tool = find(&device, "opt/tool");
-    change_a_byte(&tool);
+    rot(&tool);
     fs::write(&bad, "").unwrap();
     device.ask(&["restart", "app"]);
     until("the check", || (looked(&device) == 1).then_some(()));

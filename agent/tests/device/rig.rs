@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::net::TcpStream;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -30,6 +30,22 @@ pub fn head(sequence: u32) -> String {
         "apiVersion: edge/v1\ndevice: {DEVICE}\nsequence: {sequence}\nissued: 2026-01-01T00:00:00Z\n\
          expires: 2036-01-01T00:00:00Z\nupdate: {{ probation: 2s }}\n"
     )
+}
+
+/// One workload that sleeps.
+pub fn sleeper(sequence: u32, image: &str) -> String {
+    format!(
+        "{}workloads:\n  app:\n    image: {image}\n    command: [/bin/sleep, \"10000\"]\n    \
+         resources: {{ memory: 8Mi, cpu: 100m }}\n",
+        head(sequence)
+    )
+}
+
+/// One byte of a large file changes as on a disk that fails: nothing else of the file tells.
+pub fn rot(file: &Path) {
+    let (open, before) = (File::options().write(true).open(file).unwrap(), fs::metadata(file).unwrap());
+    open.write_all_at(&[8], 50_000).unwrap();
+    open.set_modified(before.modified().unwrap()).unwrap();
 }
 
 pub fn until<T>(what: &str, mut holds: impl FnMut() -> Option<T>) -> T {

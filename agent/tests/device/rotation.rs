@@ -6,7 +6,7 @@ use std::process::Command;
 use edged_qemu::fleet::Fleet;
 use edged_qemu::process;
 
-use crate::rig::{DEVICE, Device, Factory, head, until};
+use crate::rig::{DEVICE, Device, Factory, sleeper, until};
 
 /// The next trust root: signed by the old root's key and the new one's.
 fn rotate(factory: &Factory, from: &Path, old_root: &Path, keys: [&Path; 2], name: &str) -> PathBuf {
@@ -24,14 +24,6 @@ fn key(factory: &Factory, name: &str) -> PathBuf {
     let path = factory.path(name);
     process::run(factory.keys.edgectl().args(["key", "generate", "--out"]).arg(&path)).unwrap();
     path
-}
-
-fn sleeper(sequence: u32, image: &str) -> String {
-    format!(
-        "{}workloads:\n  app:\n    image: {image}\n    command: [/bin/sleep, \"10000\"]\n    \
-         resources: {{ memory: 8Mi, cpu: 100m }}\n",
-        head(sequence)
-    )
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! Bytes that nobody reads and that are not what they were: found by the scrub, without a boot and without being asked.
 
 use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -10,7 +9,7 @@ use serde_json::Value;
 use crate::disk::noise;
 use crate::faults::{Answer, FaultServer};
 use crate::images::find;
-use crate::rig::{Device, Factory, head, until};
+use crate::rig::{Device, Factory, head, rot, until};
 
 const OFTEN: &str = "[images]\nscrub = \"1s\"\nscrub-rate = \"64Mi\"\n";
 
@@ -29,13 +28,6 @@ fn workload(name: &str, image: &str, command: &str, more: &str) -> String {
 }
 
 const FOR_EVER: &str = "[/bin/sleep, \"10000\"]";
-
-/// One byte, and nothing that anybody who does not read it could see.
-fn rot(file: &Path) {
-    let (open, before) = (fs::File::options().write(true).open(file).unwrap(), fs::metadata(file).unwrap());
-    open.write_all_at(&[8], 50_000).unwrap();
-    open.set_modified(before.modified().unwrap()).unwrap();
-}
 
 fn is_whole(file: &Path) -> bool {
     fs::read(file).is_ok_and(|bytes| bytes == vec![7; 100_000])

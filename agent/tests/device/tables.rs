@@ -2,11 +2,11 @@
 //! checked is said to be so.
 
 use std::fs;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::images::find;
-use crate::rig::{Device, Factory, head, until};
+use crate::rig::{Device, Factory, rot, sleeper, until};
 
 /// How a layer's table was written: by the first edged, before there were any; by the first with tables, which wrote down the
 /// time of the layer's own directory; by those before fs-verity, as today's without it; and where there was fs-verity, for a
@@ -53,12 +53,6 @@ fn write_as(device: &Device, writer: &str) {
     fs::write(&table, format!("{all}end\t{count}\t{sum:016x}\n")).unwrap();
 }
 
-fn rot(file: &Path) {
-    let (open, before) = (fs::File::options().write(true).open(file).unwrap(), fs::metadata(file).unwrap());
-    open.write_all_at(&[8], 50_000).unwrap();
-    open.set_modified(before.modified().unwrap()).unwrap();
-}
-
 /// The power is cut and comes back; what the check then says.
 fn after_a_cut(factory: &Factory, device: Device, harm: impl FnOnce()) -> (Device, String) {
     let data = device.data().to_owned();
@@ -89,12 +83,7 @@ fn tables_of_every_age_lie_beside_each_other_and_each_is_taken_for_what_it_says(
         .collect();
     let image = factory.publish_all_over_busybox("app", &own);
     let device = factory.device("");
-    let manifest = format!(
-        "{}workloads:\n  app:\n    image: {image}\n    command: [/bin/sleep, \"10000\"]\n    \
-         resources: {{ memory: 8Mi, cpu: 100m }}\n",
-        head(1)
-    );
-    device.take(&factory.sign("one", &manifest));
+    device.take(&factory.sign("one", &sleeper(1, &image)));
     device.wait_for_generation(1, "good");
     for writer in WRITERS {
         write_as(&device, writer);

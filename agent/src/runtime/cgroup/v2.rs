@@ -44,12 +44,11 @@ pub fn prepare(workloads: &Path) -> Result<(), CgroupError> {
 
 pub fn create(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
     match fs::create_dir(dir) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(CgroupError::File { path: dir.to_owned(), source: error });
-        }
-        _ => {}
+        // A new one has no limit of time.
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => lift_cpu_limit(dir)?,
+        Err(error) => return Err(CgroupError::File { path: dir.to_owned(), source: error }),
     }
-    lift_cpu_limit(dir)?;
     set(dir, limits)
 }
 

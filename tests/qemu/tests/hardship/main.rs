@@ -32,6 +32,15 @@ fn latency(device: &mut Machine) -> Result<Duration> {
     Ok(times[ASKED - 2])
 }
 
+/// A neighbour that is started again whatever becomes of it.
+fn greedy(image: &str, name: &str, args: &str, cpu_milli: u32) -> String {
+    format!(
+        "  {name}:\n    image: {image}\n    args: {args}\n    stopTimeout: 1s\n    \
+         restart: {{ attempts: 1000000, backoff: 1s, backoffMax: 2s }}\n    \
+         resources: {{ memory: 16Mi, cpu: {cpu_milli}m, pids: 32 }}\n"
+    )
+}
+
 #[test]
 #[ignore = "needs QEMU: cargo xtask test"]
 fn neighbours_that_take_all_they_can_get_leave_the_others_and_the_operator_theirs() {
@@ -51,12 +60,7 @@ fn neighbours_that_take_all_they_can_get_leave_the_others_and_the_operator_their
         console_shows(&mut device, "generations", "good", LONG)?;
         let idle = latency(&mut device)?;
 
-        let bad = |name: &str, args: &str, cpu: u32| {
-            format!(
-                "  {name}:\n    image: {image}\n    args: {args}\n    stopTimeout: 1s\n    \
-                 restart: {{ attempts: 1000000, backoff: 1s, backoffMax: 2s }}\n    resources: {{ memory: 16Mi, cpu: {cpu}m, pids: 32 }}\n"
-            )
-        };
+        let bad = |name, args, cpu_milli| greedy(&image, name, args, cpu_milli);
         let crowd = [
             bad("hog", "[hog]", 100),
             bad("spinner", "[spin]", 300),

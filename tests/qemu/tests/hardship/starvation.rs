@@ -15,7 +15,7 @@ use edged_qemu::site::{DEVICE, PROMPT, Site, console_shows};
 use edged_qemu::wait::{self, LONG};
 use serde_json::Value;
 
-use crate::HEAD;
+use crate::{HEAD, greedy};
 
 /// Enough that a ninety-ninth part is not the one that met the host's own hiccup.
 const ASKED: usize = 300;
@@ -86,12 +86,7 @@ fn report_of(device: &mut Machine, site: &Site, word: &str, name: &str, phase: &
 }
 
 fn crowd(image: &str) -> String {
-    let bad = |name: &str, args: &str, cpu: u32| {
-        format!(
-            "  {name}:\n    image: {image}\n    args: {args}\n    stopTimeout: 1s\n    \
-             restart: {{ attempts: 1000000, backoff: 1s, backoffMax: 2s }}\n    resources: {{ memory: 16Mi, cpu: {cpu}m, pids: 32 }}\n"
-        )
-    };
+    let bad = |name, args, cpu_milli| greedy(image, name, args, cpu_milli);
     let all = [
         bad("hog", "[hog]", 80),
         bad("spinner", "[spin]", 150),
