@@ -57,7 +57,13 @@ fn boots(place: &Path) -> PathBuf {
 
 pub fn id(path: &Path) -> io::Result<FileId> {
     let file = fs::metadata(path)?;
-    Ok(FileId { device: file.dev(), inode: file.ino() })
+    Ok(FileId {
+        device: file.dev(),
+        inode: file.ino(),
+        bytes: file.len(),
+        modified_s: file.mtime(),
+        modified_ns: file.mtime_nsec(),
+    })
 }
 
 /// A child under way, and where it writes what it has to say.
@@ -299,6 +305,17 @@ mod tests {
         assert!(is_same(&again, &refused(&place)).unwrap());
         fs::write(&again, "neu").unwrap();
         assert!(!is_same(&again, &refused(&place)).unwrap());
+    }
+
+    /// A file system gives the number of a file that was removed to the next one.
+    #[test]
+    fn another_file_of_the_same_number_is_another() {
+        let (_dir, place) = place();
+        let before = id(&place).unwrap();
+        fs::write(&place, "a newer one").unwrap();
+        let now = id(&place).unwrap();
+        assert_eq!(before.inode, now.inode);
+        assert_ne!(before, now);
     }
 
     /// The power went between the two steps of sending it away.

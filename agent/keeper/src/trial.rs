@@ -101,13 +101,18 @@ pub enum Looked {
     },
 }
 
-pub fn ask(table: &Table, asked: Asked, acts: &mut Vec<Act>) {
+pub fn ask(table: &mut Table, asked: Asked, acts: &mut Vec<Act>) {
     // On the way down nothing new is begun.
     let why = match (&table.down, table.upgrade.trying) {
         (Some(_), _) => "the machine is going down",
         (None, Some(_)) => "a newer program is being tried already",
         (None, None) => {
-            let refused = table.upgrade.refused.as_ref().and_then(|refused| refused.file);
+            let mut refused = None;
+            if let Some(before) = &mut table.upgrade.refused {
+                // Whoever insists has the file forgotten as its bytes are ([`crate::program::look`]).
+                before.file.take_if(|_| asked.again);
+                refused = before.file;
+            }
             return acts.push(Act::LookAtProgram { asked, refused, is_on_trial: table.upgrade.trial.is_some() });
         }
     };

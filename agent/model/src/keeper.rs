@@ -133,11 +133,17 @@ pub struct RefusedProgram {
     pub file: Option<FileId>,
 }
 
-/// A file, whatever its name (stat(2)).
+/// A file, whatever its name (stat(2)). The number of one that was removed is given to the next: hence the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileId {
     pub device: u64,
     pub inode: u64,
+    #[serde(default)]
+    pub bytes: u64,
+    #[serde(default)]
+    pub modified_s: i64,
+    #[serde(default)]
+    pub modified_ns: i64,
 }
 
 /// One child of the keeper.

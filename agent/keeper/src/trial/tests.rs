@@ -5,7 +5,7 @@ use edged_model::keeper::{Request, RequestBody};
 use super::*;
 use crate::decide::{Event, Wish, decide};
 
-const FILE: FileId = FileId { device: 1, inode: 2 };
+const FILE: FileId = FileId { device: 1, inode: 2, bytes: 3, modified_s: 4, modified_ns: 5 };
 
 fn end(code: i32) -> End {
     End { code: Some(code), signal: None, core_dumped: false }
@@ -126,6 +126,18 @@ fn what_cannot_take_over_is_refused_with_its_words() {
     try_it(&mut table, 20_000);
     let _ = decide(&mut table, Event::Tried { end: end(2), words: String::new() }, 20_001);
     assert!(table.upgrade.refused.as_ref().unwrap().why.ends_with("cannot take over: exit code 2"));
+}
+
+#[test]
+fn what_was_refused_is_refused_until_somebody_insists() {
+    let mut table = table();
+    try_it(&mut table, 1_000);
+    let _ = decide(&mut table, Event::Tried { end: end(2), words: String::new() }, 1_001);
+    for (again, known) in [(false, Some(FILE)), (true, None), (false, None)] {
+        let acts = request(&mut table, RequestBody::Rehearse { again }, 2_000);
+        let [Act::LookAtProgram { refused, .. }] = acts[..] else { panic!("{acts:?}") };
+        assert_eq!(refused, known, "{again}");
+    }
 }
 
 #[test]
