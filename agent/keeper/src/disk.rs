@@ -14,6 +14,8 @@ use nix::mount::{MsFlags, mount};
 use crate::boot::parameter;
 use crate::{KeeperConfig, log, modules};
 
+mod format;
+
 /// The data disk's driver may need this long to find it.
 const DISK_WAIT: Duration = Duration::from_secs(10);
 
@@ -41,20 +43,6 @@ impl Filesystem {
         match self {
             Self::Ext4 => "ext4",
             Self::F2fs => "f2fs",
-        }
-    }
-
-    /// `protects`: with its feature `verity`, by which the agent has the kernel check layers whenever they are read
-    /// (filesystems/fsverity.rst). Older kernels want blocks of a page then (ext4 before Linux 6.3).
-    fn make(self, protects: bool) -> Tool {
-        match (self, protects) {
-            (Self::Ext4, false) => ("/sbin/mkfs.ext4", &["-q", "-L", "edged-data", "-E", "lazy_itable_init=1"]),
-            (Self::Ext4, true) => (
-                "/sbin/mkfs.ext4",
-                &["-q", "-L", "edged-data", "-E", "lazy_itable_init=1", "-O", "verity", "-b", "4096"],
-            ),
-            (Self::F2fs, false) => ("/sbin/mkfs.f2fs", &["-q", "-l", "edged-data"]),
-            (Self::F2fs, true) => ("/sbin/mkfs.f2fs", &["-q", "-l", "edged-data", "-O", "verity"]),
         }
     }
 
@@ -91,28 +79,51 @@ impl Filesystem {
     }
 }
 
-/// What is on a disk, as far as its first blocks tell.
+/// What is on a disk, as far as its first blocks and its end tell.
 #[derive(Debug, PartialEq, Eq)]
 enum Content {
     Empty,
+    /// We were about to format it when the power went.
+    Unfinished,
     Ours(Filesystem),
     Foreign,
 }
 
 const PROBE_BYTES: usize = 64 * 1024;
+/// Where both kinds of file system have their superblock, and where f2fs has its copy (linux/f2fs_fs.h).
+const SUPERBLOCK: usize = 1024;
+const F2FS_COPY: usize = 4096 + SUPERBLOCK;
 
-/// Both keep their superblock's magic number, little-endian, in the second KiB: ext4 0xEF53 at 56
-/// (filesystems/ext4/super.rst), f2fs 0xF2F52010 at 0 (linux/f2fs_fs.h).
-fn content(head: &[u8]) -> Content {
-    if head.get(1080..1082) == Some(&[0x53, 0xef]) {
-        Content::Ours(Filesystem::Ext4)
-    } else if head.get(1024..1028) == Some(&[0x10, 0x20, 0xf5, 0xf2]) {
-        Content::Ours(Filesystem::F2fs)
-    } else if head.iter().all(|byte| *byte == 0) {
-        Content::Empty
-    } else {
-        Content::Foreign
+fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at + N)?.try_into().ok()
+}
+
+/// The file system that the first blocks tell of, and how far it reaches. Numbers are little-endian: filesystems/ext4/super.rst
+/// has those of ext4, linux/f2fs_fs.h those of f2fs.
+fn superblock(head: &[u8]) -> Option<(Filesystem, u64)> {
+    let is_ext4 = number(head, SUPERBLOCK + 0x38) == Some([0x53, 0xef]);
+    if is_ext4 {
+        let word = |at: usize| number(head, SUPERBLOCK + at).map_or(0, u32::from_le_bytes);
+        let blocks = u64::from(word(0x150)) << 32 | u64::from(word(0x4));
+        return Some((Filesystem::Ext4, blocks.saturating_mul(1024 << word(0x18).min(6))));
     }
+    let is_f2fs = |at: &usize| number(head, *at) == Some([0x10, 0x20, 0xf5, 0xf2]);
+    let at = [SUPERBLOCK, F2FS_COPY].into_iter().find(is_f2fs)?;
+    let blocks = number(head, at + 36).map_or(0, u64::from_le_bytes);
+    Some((Filesystem::F2fs, blocks.saturating_mul(4096)))
+}
+
+fn content(device: &Path) -> io::Result<Content> {
+    let mut disk = fs::File::open(device)?;
+    let mut head = vec![0; PROBE_BYTES];
+    disk.read_exact(&mut head)?;
+    let there = superblock(&head);
+    Ok(match there {
+        _ if format::is_unfinished(&mut disk, there.map(|(_, extent)| extent))? => Content::Unfinished,
+        Some((filesystem, _)) => Content::Ours(filesystem),
+        None if head.iter().all(|byte| *byte == 0) => Content::Empty,
+        None => Content::Foreign,
+    })
 }
 
 pub fn mount_data(config: &KeeperConfig) -> io::Result<()> {
@@ -138,15 +149,15 @@ fn memory_disk(config: &KeeperConfig) -> io::Result<()> {
 
 fn mount_disk(device: &Path, data: &Path) -> io::Result<()> {
     wait_for_block_device(device)?;
-    let mut head = vec![0; PROBE_BYTES];
-    fs::File::open(device)?.read_exact(&mut head)?;
-    let filesystem = match content(&head) {
-        Content::Empty => {
+    let content = content(device)?;
+    let filesystem = match content {
+        Content::Empty | Content::Unfinished => {
             let filesystem = Filesystem::named(&parameter("edged.data-type").unwrap_or_else(|| "ext4".to_owned()))?;
-            log::line(&format!("{} is empty: formatting it as {}", device.display(), filesystem.name()));
+            let what = if content == Content::Empty { "is empty" } else { "was being formatted when the power went" };
+            log::line(&format!("{} {what}: formatting it as {}", device.display(), filesystem.name()));
             // What it can is known when it is there.
             load(filesystem);
-            run(filesystem.make(filesystem.protects()), device, &[0])?;
+            format::format(filesystem, filesystem.protects(), device)?;
             filesystem
         }
         Content::Ours(filesystem) => {
@@ -188,9 +199,10 @@ fn check_disk(filesystem: Filesystem, device: &Path) -> io::Result<()> {
         log::line(&format!("there is no {}: {} is mounted unchecked", usual.0, device.display()));
         return Ok(());
     }
-    run(usual, device, &[0, 1, 2]).or_else(|error| {
+    let run = |(program, args): Tool| done(Command::new(program).args(args).arg(device), &[0, 1, 2]);
+    run(usual).or_else(|error| {
         log::line(&format!("{error}: mending {} by force", device.display()));
-        run(by_force, device, &[0, 1, 2])
+        run(by_force)
     })
 }
 
@@ -212,9 +224,9 @@ fn wait_for_block_device(device: &Path) -> io::Result<()> {
 }
 
 /// f2fs's programs tell their work in full: only what goes wrong is for the boot's log.
-fn run((program, args): Tool, device: &Path, good: &[i32]) -> io::Result<()> {
-    let output = Command::new(program).args(args).arg(device).output();
-    let output = output.map_err(|error| io::Error::new(error.kind(), format!("{program}: {error}")))?;
+fn done(command: &mut Command, good: &[i32]) -> io::Result<()> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().map_err(|error| io::Error::new(error.kind(), format!("{program}: {error}")))?;
     match output.status.code() {
         Some(code) if good.contains(&code) => Ok(()),
         _ => {
@@ -225,41 +237,4 @@ fn run((program, args): Tool, device: &Path, good: &[i32]) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_disk_is_only_formatted_when_it_is_empty() {
-        let mut head = vec![0; PROBE_BYTES];
-        assert_eq!(content(&head), Content::Empty);
-        head[1080..1082].copy_from_slice(&[0x53, 0xef]);
-        assert_eq!(content(&head), Content::Ours(Filesystem::Ext4));
-        head[1080] = 0;
-        head[PROBE_BYTES - 1] = 1;
-        assert_eq!(content(&head), Content::Foreign);
-    }
-
-    /// What the tools of today write is what is recognised.
-    #[test]
-    fn real_file_systems_are_recognised() {
-        let dir = std::env::temp_dir().join(format!("edged-disk-{}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
-        let all = [Filesystem::Ext4, Filesystem::F2fs].into_iter();
-        for (filesystem, protects) in all.flat_map(|filesystem| [(filesystem, false), (filesystem, true)]) {
-            let disk = dir.join(filesystem.name());
-            fs::File::create(&disk).unwrap().set_len(128 << 20).unwrap();
-            run(filesystem.make(protects), &disk, &[0]).unwrap();
-            let mut head = vec![0; PROBE_BYTES];
-            fs::File::open(&disk).unwrap().read_exact(&mut head).unwrap();
-            assert_eq!(content(&head), Content::Ours(filesystem));
-            check_disk(filesystem, &disk).unwrap();
-            fs::remove_file(&disk).unwrap();
-        }
-        fs::remove_dir_all(&dir).unwrap();
-    }
-
-    #[test]
-    fn another_kind_of_disk_is_named() {
-        assert!(Filesystem::named("btrfs").unwrap_err().to_string().contains("edged.data-type=btrfs"));
-    }
-}
+mod tests;

@@ -1,0 +1,128 @@
+//! With files instead of disks, and the real programs.
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use fastrand::Rng;
+
+use super::*;
+
+/// Smaller ones have no copy of the superblock.
+const BYTES: u64 = 256 << 20;
+const BLOCK: usize = 4096;
+const KINDS: [(Filesystem, bool); 4] =
+    [(Filesystem::Ext4, false), (Filesystem::Ext4, true), (Filesystem::F2fs, false), (Filesystem::F2fs, true)];
+
+fn disk() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    fs::File::create(&disk).unwrap().set_len(BYTES).unwrap();
+    (dir, disk)
+}
+
+fn write(disk: &Path, at: u64, bytes: &[u8]) {
+    fs::File::options().write(true).open(disk).unwrap().write_all_at(bytes, at).unwrap();
+}
+
+#[test]
+fn a_disk_is_only_formatted_when_it_is_empty() {
+    let (_dir, disk) = disk();
+    assert_eq!(content(&disk).unwrap(), Content::Empty);
+    write(&disk, 1080, &[0x53, 0xef]);
+    assert_eq!(content(&disk).unwrap(), Content::Ours(Filesystem::Ext4));
+    write(&disk, 1080, &[0]);
+    write(&disk, PROBE_BYTES as u64 - 1, &[1]);
+    assert_eq!(content(&disk).unwrap(), Content::Foreign);
+}
+
+/// What the tools of today write is what is recognised, f2fs also by its copy.
+#[test]
+fn real_file_systems_are_recognised() {
+    for (filesystem, protects) in KINDS {
+        let (_dir, disk) = disk();
+        format::format(filesystem, protects, &disk).unwrap();
+        assert_eq!(content(&disk).unwrap(), Content::Ours(filesystem));
+        let mut head = vec![0; PROBE_BYTES];
+        fs::File::open(&disk).unwrap().read_exact(&mut head).unwrap();
+        let (_, extent) = superblock(&head).unwrap();
+        assert!(extent < BYTES && extent > BYTES - (4 << 20), "{filesystem:?}: {extent}");
+        check_disk(filesystem, &disk).unwrap();
+        if filesystem == Filesystem::F2fs {
+            write(&disk, 0, &[0; BLOCK]);
+            assert_eq!(content(&disk).unwrap(), Content::Ours(filesystem));
+        }
+    }
+}
+
+/// A cut may leave the first sector of a superblock new and the second, with ext4's checksum, old.
+#[test]
+fn a_torn_superblock_is_mended() {
+    for (filesystem, protects) in KINDS {
+        let (_dir, disk) = disk();
+        format::format(filesystem, protects, &disk).unwrap();
+        // When it was written last, and f2fs's number of its file.
+        let at = if filesystem == Filesystem::Ext4 { 0x30 } else { 108 };
+        write(&disk, (SUPERBLOCK + at) as u64, &[0xa5]);
+        assert_eq!(content(&disk).unwrap(), Content::Ours(filesystem));
+        check_disk(filesystem, &disk).unwrap();
+        let [(program, _), _] = filesystem.mend();
+        let look: &[&str] = if filesystem == Filesystem::Ext4 { &["-f", "-n"] } else { &["--dry-run", "-f"] };
+        done(Command::new(program).args(look).arg(&disk), &[0]).unwrap();
+    }
+}
+
+/// Whatever part of what was written until the cut has reached the disk, and whether or not the last step has.
+#[test]
+fn a_cut_while_a_disk_is_formatted_is_noticed() {
+    let mut rng = Rng::with_seed(11);
+    for (filesystem, protects) in KINDS {
+        let (_dir, whole) = disk();
+        format::set_mark(&whole, true);
+        let open = fs::File::open(&whole).unwrap();
+        done(&mut format::make(filesystem, protects, &whole, &open, BYTES - (1 << 20)), &[0]).unwrap();
+        assert_eq!(content(&whole).unwrap(), Content::Unfinished, "mkfs leaves the mark alone");
+        let bytes = fs::read(&whole).unwrap();
+        let written: Vec<usize> = bytes
+            .chunks(BLOCK)
+            .enumerate()
+            .filter_map(|(at, block)| block.iter().any(|byte| *byte != 0).then_some(at))
+            .collect();
+        let mut looked_whole = 0;
+        for _ in 0..100 {
+            let (_dir, cut) = disk();
+            format::set_mark(&cut, true);
+            let chance = rng.f64();
+            for at in written.iter().filter(|_| rng.f64() < chance) {
+                write(&cut, (at * BLOCK) as u64, &bytes[at * BLOCK..][..BLOCK]);
+            }
+            assert_eq!(content(&cut).unwrap(), Content::Unfinished);
+            // What it would have been taken for without the mark.
+            format::set_mark(&cut, false);
+            looked_whole += u32::from(content(&cut).unwrap() == Content::Ours(filesystem));
+        }
+        assert!(looked_whole > 10, "{filesystem:?}: {looked_whole}");
+        // And it is made again over what is there.
+        let (_dir, cut) = disk();
+        write(&cut, 0, &bytes[..written[written.len() / 2] * BLOCK]);
+        format::format(filesystem, protects, &cut).unwrap();
+        assert_eq!(content(&cut).unwrap(), Content::Ours(filesystem));
+        check_disk(filesystem, &cut).unwrap();
+    }
+}
+
+/// A disk that was formatted whole has files where the mark would lie, and anybody may have written them.
+#[test]
+fn what_a_file_says_is_no_mark() {
+    for (filesystem, protects) in KINDS {
+        let (_dir, disk) = disk();
+        let open = fs::File::open(&disk).unwrap();
+        done(&mut format::make(filesystem, protects, &disk, &open, BYTES), &[0]).unwrap();
+        format::set_mark(&disk, true);
+        assert_eq!(content(&disk).unwrap(), Content::Ours(filesystem));
+    }
+}
+
+#[test]
+fn another_kind_of_disk_is_named() {
+    assert!(Filesystem::named("btrfs").unwrap_err().to_string().contains("edged.data-type=btrfs"));
+}
