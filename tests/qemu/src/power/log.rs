@@ -84,6 +84,7 @@ impl WriteLog {
             let mut head = [0; 32];
             file.read_exact_at(&mut head, at).with_context(|| format!("entry {number} of {count} at {at}"))?;
             let [sector, sectors, flags] = [0, 8, 16].map(|at| word(&head, at));
+            ensure!(sectors > 0 || flags != 0, "entry {number} of {count} at {at} was never written");
             at += SECTOR;
             let (place, length) = (sector * SECTOR, sectors * SECTOR);
             if flags & DISCARD != 0 {
