@@ -390,6 +390,21 @@ pub struct Inspect {
     /// How long its probe took, of the last times it passed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe: Option<Took>,
+    /// How often its limit of processor time made it wait; nothing while it has no group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttled: Option<Throttled>,
+}
+
+/// What `cpu.max` did to a workload since its group was made (admin-guide/cgroup-v2.rst, `cpu.stat`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Throttled {
+    /// Periods of 100 ms in which it ran.
+    pub periods: u64,
+    /// Those in which it had used up its share and waited for the next.
+    pub throttled_periods: u64,
+    /// How long it waited, of all its threads on all processors.
+    pub throttled_ms: u64,
 }
 
 /// How long something took.

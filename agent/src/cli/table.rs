@@ -8,7 +8,7 @@ mod disk;
 /// Images and volumes.
 mod images;
 
-use edged_model::api::{Answer, Event, GenerationStatus, Inspect, LogLine, Status, WorkloadStatus};
+use edged_model::api::{Answer, Event, GenerationStatus, Inspect, LogLine, Status, Throttled, WorkloadStatus};
 use edged_model::generation::GenerationState;
 use edged_model::quantity::{Span, Timestamp};
 use edged_model::reason::{Code, Reason};
@@ -297,6 +297,11 @@ fn inspect(inspect: &Inspect, style: Style) -> String {
         let ms = |us: u64| us as f64 / 1000.0;
         let (median, p99) = (ms(took.median_us), ms(took.p99_us));
         let _ = writeln!(out, "{:<10}{median:.1} ms, 99 of 100 within {p99:.1} ms ({} in all)", "probe", took.times);
+    }
+    if let Some(Throttled { periods, throttled_periods: full @ 1.., throttled_ms }) = inspect.throttled {
+        let waited = throttled_ms as f64 / 1000.0;
+        let _ =
+            writeln!(out, "{:<10}in {full} of {periods} periods of 100 ms, {waited:.1} s in all (`cpu`)", "throttled");
     }
     for (file, value) in &inspect.limits {
         let _ = writeln!(out, "{file:<28}{value}");

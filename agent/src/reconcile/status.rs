@@ -13,6 +13,7 @@ use edged_plan::phase::phase_of;
 
 use super::{Agent, clock};
 use crate::observe::{ProbeOutcome, disk, pressure};
+use crate::runtime::cgroup::Cgroup;
 
 pub(super) fn generation_status(generation: &Generation) -> GenerationStatus {
     GenerationStatus {
@@ -103,6 +104,7 @@ impl Agent {
             cgroup: cgroup.map(|cgroup| cgroup.path().display().to_string()),
             limits: cgroup.map(|cgroup| cgroup.limits().into_iter().collect()).unwrap_or_default(),
             probe: self.runs.get(name).and_then(|run| run.probes.took()),
+            throttled: cgroup.and_then(Cgroup::throttled),
         })
     }
 

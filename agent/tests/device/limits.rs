@@ -85,6 +85,35 @@ fn other_limits_are_given_to_the_run_that_is_there() {
 }
 
 #[test]
+fn who_waits_for_its_share_of_time_is_told_so() {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let device = factory.device("");
+    let workload = |name: &str, script: &str| {
+        format!(
+            "  {name}:\n    image: {image}\n    command: [/bin/sh, -c, '{script}']\n    \
+             resources: {{ memory: 8Mi, cpu: 50m }}\n"
+        )
+    };
+    let (busy, idle) = (workload("busy", "while :; do :; done"), workload("idle", "exec sleep 10000"));
+    device.take(&factory.sign("first", &format!("{}workloads:\n{busy}{idle}", head(1))));
+    device.wait_for_generation(1, "good");
+    let throttled = |name: &str| -> Value {
+        let inspected: Value = serde_json::from_str(&device.ask(&["inspect", name, "-o", "json"])).unwrap();
+        inspected["throttled"].clone()
+    };
+    let found = until("ten periods of waiting", || {
+        Some(throttled("busy")).filter(|found| found["throttledPeriods"].as_u64() >= Some(10))
+    });
+    assert!(found["periods"].as_u64() >= found["throttledPeriods"].as_u64(), "{found}");
+    // Half of what is not its share, at least.
+    assert!(found["throttledMs"].as_u64() >= Some(10 * 95 / 2), "{found}");
+    assert!(device.ask(&["inspect", "busy"]).contains("periods of 100 ms"));
+    let rest = throttled("idle");
+    assert!(rest["throttledPeriods"].as_u64() < found["throttledPeriods"].as_u64(), "{rest}");
+}
+
+#[test]
 fn memory_that_is_in_use_is_not_taken_away() {
     let factory = Factory::start();
     let image = factory.publish_busybox();

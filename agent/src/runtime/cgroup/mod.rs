@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use edged_model::api::Throttled;
 use edged_model::keeper::CgroupEntry;
 use edged_model::quantity::Bytes;
 
@@ -156,6 +157,13 @@ impl Cgroup {
         }
     }
 
+    pub fn throttled(&self) -> Option<Throttled> {
+        match self {
+            Self::V2(path) => v2::throttled(path),
+            Self::V1(group) => group.throttled(),
+        }
+    }
+
     /// Other limits for whoever is in it. Memory that can be taken back is; where more is in use than the new limit allows,
     /// nothing is changed, and nobody is killed for it.
     pub fn resize(&self, limits: &Limits) -> Result<(), CgroupError> {
@@ -249,6 +257,16 @@ fn remove_directory(path: &Path) -> Result<(), CgroupError> {
 fn read_pair(dir: &Path, file: &str) -> Option<(String, String)> {
     let text = std::fs::read_to_string(dir.join(file)).ok()?;
     Some((file.to_owned(), text.trim().to_owned()))
+}
+
+/// `nr_periods`, `nr_throttled` of a `cpu.stat` of either version, and the time it was throttled, whose unit differs.
+fn throttled(dir: &Path, time: &str, times_in_ms: u64) -> Option<Throttled> {
+    let stat = std::fs::read_to_string(dir.join("cpu.stat")).ok()?;
+    Some(Throttled {
+        periods: keyed(&stat, "nr_periods")?,
+        throttled_periods: keyed(&stat, "nr_throttled")?,
+        throttled_ms: keyed(&stat, time)? / times_in_ms,
+    })
 }
 
 /// The number after `key ` in a flat keyed file.

@@ -7,6 +7,7 @@ use cgroups_rs::cpu::CpuController;
 use cgroups_rs::memory::MemController;
 use cgroups_rs::pid::PidController;
 use cgroups_rs::{Controller, MaxValue};
+use edged_model::api::Throttled;
 
 use super::{CPU_PERIOD_US, CgroupError, Limits, Usage, keyed, read_number, read_pair};
 
@@ -101,6 +102,10 @@ impl Group {
             pids: PidController::new(self.pids.clone(), false).get_pid_current().unwrap_or(0),
             oom_kills: keyed(&oom, "oom_kill").unwrap_or(0),
         }
+    }
+
+    pub fn throttled(&self) -> Option<Throttled> {
+        super::throttled(&self.cpu, "throttled_time", 1_000_000)
     }
 
     pub fn reset_peak(&self) {

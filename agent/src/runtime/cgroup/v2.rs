@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use edged_model::api::Throttled;
 use rustix::fs::{Mode, OFlags};
 
 use super::{CPU_PERIOD_US, CgroupError, IoLimits, Limits, Usage, read_keyed, read_number};
@@ -150,6 +151,10 @@ pub fn usage(dir: &Path) -> Usage {
         pids: read_number(dir, "pids.current").unwrap_or(0),
         oom_kills: read_keyed(dir, "memory.events", "oom_kill").unwrap_or(0),
     }
+}
+
+pub fn throttled(dir: &Path) -> Option<Throttled> {
+    super::throttled(dir, "throttled_usec", 1_000)
 }
 
 /// `memory.peak` can be reset by writing to it since Linux 6.12, for readers of the same descriptor only: of no use to
