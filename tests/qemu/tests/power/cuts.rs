@@ -95,18 +95,14 @@ impl Run<'_> {
             }
             follower.cut(*cut, Flushes::Kept, &mut self.chance(*cut), &disk)?;
             let promised = self.recording.promised(*cut);
-            let looked = look(
-                self.firmware,
-                &self.dir.join(format!("crashed-{worker}")),
-                &self.recording.setup,
-                &disk,
-                &promised,
-            );
-            let failure = match looked {
+            let home = self.dir.join(format!("crashed-{worker}"));
+            let failure = match look(self.firmware, &home, &self.recording.setup, &disk, &promised) {
                 Ok(()) => None,
                 Err(error) => {
                     let kept = self.dir.join(format!("failed-{cut}.img"));
                     follower.cut(*cut, Flushes::Kept, &mut self.chance(*cut), &kept)?;
+                    // What it said would be lost with the next.
+                    std::fs::rename(&home, kept.with_extension(""))?;
                     Some(self.failure(*cut, &promised, &kept, &error))
                 }
             };
