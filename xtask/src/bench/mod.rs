@@ -8,6 +8,8 @@ mod device;
 mod idle;
 /// Pull and unpack, against what does the same.
 mod images;
+/// Two hundred workloads at once.
+mod many;
 /// What keeper and agent cost with no workload and with twenty.
 mod memory;
 /// After an agent that was killed, and after a power cut.
@@ -37,6 +39,8 @@ pub enum Bench {
     Memory,
     /// Crash to running again, against podman
     Restart,
+    /// Two hundred workloads started at once, and crashed at once
+    Many,
     /// Twenty workloads after an agent that was killed, and after a power cut
     Recovery,
     /// Pull and unpack of an image of 20,000 files, against podman, skopeo with umoci, and tar
@@ -58,6 +62,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
         Bench::Sizes,
         Bench::Memory,
         Bench::Restart,
+        Bench::Many,
         Bench::Recovery,
         Bench::Runtime,
         Bench::Start,
@@ -74,6 +79,7 @@ pub fn run(what: &[Bench]) -> Result<()> {
             Bench::Boot => boot::run()?,
             Bench::Memory => memory::run()?,
             Bench::Restart => restart::run()?,
+            Bench::Many => many::run()?,
             Bench::Recovery => recovery::run()?,
             Bench::Runtime => runtime::run()?,
             Bench::Start => start::run()?,

@@ -70,12 +70,12 @@ fn until_another_runs(keeper: u32, deed: impl FnOnce() -> Result<()>) -> Result<
 }
 
 /// Not by kill(1), whose own start would be measured.
-fn kill(pid: u32) -> Result<()> {
+pub(super) fn kill(pid: u32) -> Result<()> {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid)?).context("no process")?;
     Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
 }
 
-fn until(mut holds: impl FnMut() -> bool) -> Result<()> {
+pub(super) fn until(mut holds: impl FnMut() -> bool) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while !holds() {
         ensure!(Instant::now() < deadline, "nothing stands in its place after {PATIENCE:?}");
@@ -86,7 +86,7 @@ fn until(mut holds: impl FnMut() -> bool) -> Result<()> {
 }
 
 /// The program itself, not the supervisor on its way to execute it.
-fn runs_sample(pid: u32) -> bool {
+pub(super) fn runs_sample(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "sample")
 }
 

@@ -65,7 +65,7 @@ fn json(device: &mut Machine, verb: &str, what: &str, holds: impl Fn(&Value) -> 
 fn probe_p99(device: &mut Machine, at_least: u64) -> Result<(u64, Duration)> {
     let times = |found: &Value| found["probe"]["times"].as_u64();
     let found = json(device, "inspect web", "probes enough", |found| times(found) >= Some(at_least))?;
-    println!("probe: {}", found["probe"]);
+    println!("probe: {}, throttled: {}", found["probe"], found["throttled"]);
     let us = found["probe"]["p99Us"].as_u64().context("the device tells how long its probes took")?;
     Ok((times(&found).unwrap_or(0), Duration::from_micros(us)))
 }
