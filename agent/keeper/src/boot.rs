@@ -134,7 +134,8 @@ fn cgroups() -> io::Result<()> {
         put(&format!("{group}/memory.min"), min);
     }
     // Whoever supervises runs when it has something to do, and that is little: workloads share what is left. An idle group
-    // (cgroup-v2.rst, cpu.idle) gives way at once; the shares among workloads stay what they are.
+    // (cgroup-v2.rst, cpu.idle) gives way at once; the shares among workloads stay what they are. While the agent has work
+    // that takes long it makes both equals.
     for group in ["edged/keeper", "edged/agent"] {
         put(&format!("{group}/cpu.weight"), "10000");
     }

@@ -257,6 +257,8 @@ struct Agent {
     floor: Timestamp,
     reckoning: time::Reckoning,
     is_device: bool,
+    /// Whether workloads have as much time as we; `None` until it has been said.
+    shares_time: Option<bool>,
     refused: Option<Refusal>,
     /// What the keeper says about a newer program.
     upgrade: Option<Reason>,
@@ -305,6 +307,7 @@ impl Agent {
                 () = tokio::time::sleep(wake) => {}
             }
             self.replan().await;
+            self.share_time();
             self.scrub_on();
             self.settle_once().await;
         }
@@ -322,6 +325,20 @@ impl Agent {
             self.act(action, now).await;
         }
         self.under_way.update = None;
+    }
+
+    /// Who answers runs before every workload: it is little. What takes seconds, an image that is unpacked or checked, would
+    /// leave them next to nothing meanwhile.
+    fn share_time(&mut self) {
+        let works = !self.under_way.pulls.is_empty() || self.staging.under_way || self.collected.under_way;
+        // On a host the groups around us are its own.
+        if !self.is_device || self.shares_time == Some(works) {
+            return;
+        }
+        self.shares_time = Some(works);
+        if let Err(error) = self.start_context.cgroups.share_time(works) {
+            tracing::warn!("workloads' share of time: {}", crate::store::inline_chain(&error));
+        }
     }
 
     fn look_whether_all_is_well(&mut self, now: Now) {

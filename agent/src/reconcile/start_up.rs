@@ -132,6 +132,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         floor,
         reckoning: time::Reckoning::new(store.time_floor()?),
         is_device,
+        shares_time: None,
         refused: None,
         upgrade: None,
         is_settled: false,

@@ -109,6 +109,14 @@ impl CgroupRoot {
         }
     }
 
+    /// Whether all workloads together have as much of the processors' time as the supervisor, or what it leaves (v2 only).
+    pub fn share_time(&self, are_equals: bool) -> Result<(), CgroupError> {
+        match &self.layout {
+            Layout::V2 { workloads } => v2::share_time(workloads, are_equals),
+            Layout::V1 { .. } => Ok(()),
+        }
+    }
+
     /// Makes the group of a workload with its limits, or gives an existing one these limits; all but that of time, which
     /// begins with the program ([`Cgroup::limit_cpu`]). What makes a container is no work of the workload's: in a twentieth of
     /// a core it takes longer than a period, and stands still for the rest of the next one.

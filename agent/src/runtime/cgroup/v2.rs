@@ -43,6 +43,17 @@ pub fn prepare(workloads: &Path) -> Result<(), CgroupError> {
     Ok(())
 }
 
+/// `cpu.idle` (since Linux 5.15): what is left. An idle group takes no weight, so that comes in between.
+pub fn share_time(workloads: &Path, are_equals: bool) -> Result<(), CgroupError> {
+    let has_idle = workloads.join("cpu.idle").exists();
+    if has_idle {
+        write(workloads, "cpu.idle", "0")?;
+    }
+    // The supervisor's own, and the kernel's choice.
+    write(workloads, "cpu.weight", if are_equals { "10000" } else { "100" })?;
+    if has_idle && !are_equals { write(workloads, "cpu.idle", "1") } else { Ok(()) }
+}
+
 pub fn create(dir: &Path, limits: &Limits) -> Result<(), CgroupError> {
     match fs::create_dir(dir) {
         // A new one has no limit of time.
