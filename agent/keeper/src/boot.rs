@@ -135,7 +135,7 @@ fn cgroups() -> io::Result<()> {
     }
     // Whoever supervises runs when it has something to do, and that is little: workloads share what is left. An idle group
     // (cgroup-v2.rst, cpu.idle) gives way at once; the shares among workloads stay what they are. While the agent has work
-    // that takes long it makes both equals.
+    // that takes long it makes both equals (the agent's `cgroup/v2.rs` knows this weight).
     for group in ["edged/keeper", "edged/agent"] {
         put(&format!("{group}/cpu.weight"), "10000");
     }

@@ -29,6 +29,8 @@ enum Filesystem {
 
 /// A program and its arguments; the disk comes last.
 type Tool = (&'static str, &'static [&'static str]);
+/// The same with arguments that are not always wanted.
+type Tools = (&'static str, &'static [&'static str], &'static [&'static str]);
 
 impl Filesystem {
     fn named(name: &str) -> io::Result<Self> {
@@ -43,6 +45,29 @@ impl Filesystem {
         match self {
             Self::Ext4 => "ext4",
             Self::F2fs => "f2fs",
+        }
+    }
+
+    /// The device and the size come last. `protects`: with its feature `verity`, by which the agent has the kernel check
+    /// layers whenever they are read (filesystems/fsverity.rst). Older kernels want blocks of a page then (ext4 before Linux
+    /// 6.3).
+    fn make(self, protects: bool) -> Command {
+        let (program, usual, more): Tools = match self {
+            Self::Ext4 => {
+                ("/sbin/mkfs.ext4", &["-q", "-L", LABEL, "-E", "lazy_itable_init=1"], &["-O", "verity", "-b", "4096"])
+            }
+            Self::F2fs => ("/sbin/mkfs.f2fs", &["-q", "-l", LABEL], &["-O", "verity"]),
+        };
+        let mut command = Command::new(program);
+        command.args(usual).args(if protects { more } else { &[] });
+        command
+    }
+
+    /// Over what is there.
+    fn by_force(self) -> &'static str {
+        match self {
+            Self::Ext4 => "-F",
+            Self::F2fs => "-f",
         }
     }
 
@@ -83,45 +108,65 @@ impl Filesystem {
 #[derive(Debug, PartialEq, Eq)]
 enum Content {
     Empty,
-    /// We were about to format it when the power went.
+    /// We had begun to format it and were not done.
     Unfinished,
     Ours(Filesystem),
     Foreign,
 }
 
-const PROBE_BYTES: usize = 64 * 1024;
-/// Where both kinds of file system have their superblock, and where f2fs has its copy (linux/f2fs_fs.h).
+/// As far as the furthest of those that begin with nothing (btrfs: 64 KiB).
+const PROBE_BYTES: usize = 128 * 1024;
+/// Both kinds of file system have it here, and nothing before it.
 const SUPERBLOCK: usize = 1024;
-const F2FS_COPY: usize = 4096 + SUPERBLOCK;
+const LABEL: &str = "edged-data";
 
-fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..at + N)?.try_into().ok()
+/// The file system that the first blocks tell of.
+#[derive(Debug, PartialEq, Eq)]
+struct Superblock {
+    filesystem: Filesystem,
+    /// How far it reaches.
+    bytes: u64,
+    /// Whether it has the name that we give.
+    is_named_ours: bool,
 }
 
-/// The file system that the first blocks tell of, and how far it reaches. Numbers are little-endian: filesystems/ext4/super.rst
-/// has those of ext4, linux/f2fs_fs.h those of f2fs.
-fn superblock(head: &[u8]) -> Option<(Filesystem, u64)> {
-    let is_ext4 = number(head, SUPERBLOCK + 0x38) == Some([0x53, 0xef]);
-    if is_ext4 {
-        let word = |at: usize| number(head, SUPERBLOCK + at).map_or(0, u32::from_le_bytes);
-        let blocks = u64::from(word(0x150)) << 32 | u64::from(word(0x4));
-        return Some((Filesystem::Ext4, blocks.saturating_mul(1024 << word(0x18).min(6))));
+impl Superblock {
+    /// Numbers are little-endian: filesystems/ext4/super.rst has those of ext4, linux/f2fs_fs.h those of f2fs.
+    fn of(head: &[u8]) -> Option<Self> {
+        let block = head.get(SUPERBLOCK..)?;
+        let word = |at: usize| bytes_at(block, at).map_or(0, u32::from_le_bytes);
+        if bytes_at(block, 0x38) == Some([0x53, 0xef]) {
+            let blocks = u64::from(word(0x150)) << 32 | u64::from(word(0x4));
+            let bytes = blocks.saturating_mul(1024 << word(0x18).min(6));
+            let is_named_ours = block[0x78..].starts_with(LABEL.as_bytes());
+            return Some(Self { filesystem: Filesystem::Ext4, bytes, is_named_ours });
+        }
+        if word(0) == 0xf2f5_2010 {
+            let blocks = bytes_at(block, 36).map_or(0, u64::from_le_bytes);
+            let bytes = blocks.saturating_mul(1 << word(16).clamp(12, 16));
+            let name: Vec<u8> = LABEL.encode_utf16().flat_map(u16::to_le_bytes).collect();
+            return Some(Self { filesystem: Filesystem::F2fs, bytes, is_named_ours: block[124..].starts_with(&name) });
+        }
+        None
     }
-    let is_f2fs = |at: &usize| number(head, *at) == Some([0x10, 0x20, 0xf5, 0xf2]);
-    let at = [SUPERBLOCK, F2FS_COPY].into_iter().find(is_f2fs)?;
-    let blocks = number(head, at + 36).map_or(0, u64::from_le_bytes);
-    Some((Filesystem::F2fs, blocks.saturating_mul(4096)))
+}
+
+fn bytes_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..at + N)?.try_into().ok()
 }
 
 fn content(device: &Path) -> io::Result<Content> {
     let mut disk = fs::File::open(device)?;
     let mut head = vec![0; PROBE_BYTES];
     disk.read_exact(&mut head)?;
-    let there = superblock(&head);
+    let is_empty = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+    let there = Superblock::of(&head);
+    // The tools leave the first KiB empty: what has something there was never ours.
+    let is_unfinished = is_empty(&head[..SUPERBLOCK]) && format::is_unfinished(&mut disk, there.as_ref());
     Ok(match there {
-        _ if format::is_unfinished(&mut disk, there.map(|(_, extent)| extent))? => Content::Unfinished,
-        Some((filesystem, _)) => Content::Ours(filesystem),
-        None if head.iter().all(|byte| *byte == 0) => Content::Empty,
+        _ if is_unfinished => Content::Unfinished,
+        Some(Superblock { filesystem, .. }) => Content::Ours(filesystem),
+        None if is_empty(&head) => Content::Empty,
         None => Content::Foreign,
     })
 }
@@ -149,15 +194,15 @@ fn memory_disk(config: &KeeperConfig) -> io::Result<()> {
 
 fn mount_disk(device: &Path, data: &Path) -> io::Result<()> {
     wait_for_block_device(device)?;
-    let content = content(device)?;
-    let filesystem = match content {
+    let found = content(device)?;
+    let filesystem = match found {
         Content::Empty | Content::Unfinished => {
             let filesystem = Filesystem::named(&parameter("edged.data-type").unwrap_or_else(|| "ext4".to_owned()))?;
-            let what = if content == Content::Empty { "is empty" } else { "was being formatted when the power went" };
+            let what = if found == Content::Empty { "is empty" } else { "was not formatted to its end" };
             log::line(&format!("{} {what}: formatting it as {}", device.display(), filesystem.name()));
             // What it can is known when it is there.
             load(filesystem);
-            format::format(filesystem, filesystem.protects(), device)?;
+            format::format(filesystem, filesystem.protects(), device, found == Content::Unfinished)?;
             filesystem
         }
         Content::Ours(filesystem) => {

@@ -196,6 +196,11 @@ fn cannot(table: &mut Table, asked: Asked, file: Option<FileId>, why: String, ac
     if table.upgrade.trial.is_none() {
         acts.push(Act::DropFormer);
     }
+    if asked.again
+        && let Some(refused) = &mut table.upgrade.refused
+    {
+        refused.file = refused.file.or(file);
+    }
     match asked.request {
         Some(id) => send(acts, id, ReplyBody::Refused { why }),
         // Nobody waits for the answer of a signal: the story will have it.

@@ -403,7 +403,7 @@ pub struct Throttled {
     pub periods: u64,
     /// Those in which it had used up its share and waited for the next.
     pub throttled_periods: u64,
-    /// How long it waited, of all its threads on all processors.
+    /// How long it waited, added up over the processors: may be more than the time that passed.
     pub throttled_ms: u64,
 }
 

@@ -328,16 +328,17 @@ impl Agent {
     }
 
     /// Who answers runs before every workload: it is little. What takes seconds, an image that is unpacked or checked, would
-    /// leave them next to nothing meanwhile.
+    /// leave them next to nothing meanwhile. The scrub is slow and steps back by itself.
     fn share_time(&mut self) {
         let works = !self.under_way.pulls.is_empty() || self.staging.under_way || self.collected.under_way;
         // On a host the groups around us are its own.
         if !self.is_device || self.shares_time == Some(works) {
             return;
         }
-        self.shares_time = Some(works);
-        if let Err(error) = self.start_context.cgroups.share_time(works) {
-            tracing::warn!("workloads' share of time: {}", crate::store::inline_chain(&error));
+        match self.start_context.cgroups.share_time(works) {
+            Ok(()) => self.shares_time = Some(works),
+            // Tried again at the next turn.
+            Err(error) => tracing::warn!("workloads' share of time: {}", crate::store::inline_chain(&error)),
         }
     }
 

@@ -102,7 +102,7 @@ impl Device {
             "apiVersion: edge/v1\ndevice: bench\nsequence: {sequence}\nissued: 2026-01-01T00:00:00Z\n\
              expires: 2036-01-01T00:00:00Z\nupdate: {{ probation: 2s }}\nworkloads:\n"
         );
-        // Nine tenths of a core in all: they must fit beside the reserve.
+        // No more than nine tenths of a core in all: they must fit beside the reserve.
         let cpu = (900 / count.max(1)).clamp(1, 20);
         for number in 0..count {
             yaml.push_str(&format!(

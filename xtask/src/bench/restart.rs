@@ -75,7 +75,7 @@ pub(super) fn kill(pid: u32) -> Result<()> {
     Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
 }
 
-pub(super) fn until(mut holds: impl FnMut() -> bool) -> Result<()> {
+fn until(mut holds: impl FnMut() -> bool) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while !holds() {
         ensure!(Instant::now() < deadline, "nothing stands in its place after {PATIENCE:?}");

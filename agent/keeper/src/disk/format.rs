@@ -8,45 +8,59 @@
 //!  the mark, synced ──> mkfs, synced ──> no mark, synced
 //! ```
 //! It lies behind the end of the file system, which is made a little smaller than the disk: not in the way of mkfs, and out
-//! of reach of whoever may write files. A disk that was formatted whole has files there, and what they say means nothing.
+//! of reach of whoever may write files. A disk that was formatted whole has files there, and what they say means nothing. Nor
+//! does a mark that was left behind where something else has been put on the disk since.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
 
-use super::Filesystem;
+use super::{Filesystem, Superblock};
 
-/// What the file system leaves of the disk.
+/// What the file system leaves of the disk, at least.
 const TAIL_BYTES: u64 = 1 << 20;
 /// A sector: there as a whole or not at all.
 const MARK_BYTES: usize = 512;
 const WORDS: &[u8] = b"edged: this disk is being formatted\n";
 
 /// Where the mark lies and the file system ends, in whole MiB; `None` if the disk is too small for any.
-fn end(disk: &mut File) -> io::Result<Option<u64>> {
+pub(super) fn end(disk: &mut File) -> io::Result<Option<u64>> {
     let bytes = disk.seek(SeekFrom::End(0))?;
     Ok(bytes.checked_sub(TAIL_BYTES).map(|bytes| bytes - bytes % TAIL_BYTES).filter(|end| *end > 0))
 }
 
-/// Whether it was being formatted when the power went. `extent`: how far the file system on it reaches, if there is one.
-pub(super) fn is_unfinished(disk: &mut File, extent: Option<u64>) -> io::Result<bool> {
-    let Some(end) = end(disk)? else { return Ok(false) };
-    let mut there = [0; MARK_BYTES];
-    disk.read_exact_at(&mut there, end)?;
-    let (words, rest) = there.split_at(WORDS.len());
-    let is_marked = words == WORDS && rest.iter().all(|byte| *byte == 0);
-    Ok(is_marked && extent.is_none_or(|extent| extent <= end))
+/// Whether we had begun to format it and were not done. A mark that cannot be read is none: a disk with a bad end is of use.
+pub(super) fn is_unfinished(disk: &mut File, there: Option<&Superblock>) -> bool {
+    let Ok(Some(end)) = end(disk) else { return false };
+    if there.is_some_and(|there| there.bytes > end || !there.is_named_ours) {
+        return false;
+    }
+    let mut sector = [0; MARK_BYTES];
+    let is_read = disk.read_exact_at(&mut sector, end).is_ok();
+    let (words, rest) = sector.split_at(WORDS.len());
+    is_read && words == WORDS && rest.iter().all(|byte| *byte == 0)
 }
 
-pub(super) fn format(filesystem: Filesystem, protects: bool, device: &Path) -> io::Result<()> {
+/// `again`: over what the last try has left.
+pub(super) fn format(filesystem: Filesystem, protects: bool, device: &Path, again: bool) -> io::Result<()> {
     let mut disk = File::options().read(true).write(true).open(device)?;
     let Some(end) = end(&mut disk)? else {
         return Err(io::Error::other(format!("{} is too small for a file system", device.display())));
     };
     mark(&disk, end, WORDS)?;
-    super::done(&mut make(filesystem, protects, device, &disk, end), &[0])?;
+    let mut command = filesystem.make(protects);
+    if again {
+        command.arg(filesystem.by_force());
+    }
+    if let Err(error) = super::done(command.arg(device).arg(size(filesystem, &disk, end)), &[0]) {
+        let mut head = vec![0; super::PROBE_BYTES];
+        if disk.read_exact_at(&mut head, 0).is_ok() && head.iter().all(|byte| *byte == 0) {
+            // It has found something that we do not know, or was never started: nothing is half done.
+            mark(&disk, end, &[])?;
+        }
+        return Err(error);
+    }
     disk.sync_all()?;
     mark(&disk, end, &[])
 }
@@ -58,29 +72,13 @@ fn mark(disk: &File, at: u64, words: &[u8]) -> io::Result<()> {
     disk.sync_all()
 }
 
-/// `protects`: with its feature `verity`, by which the agent has the kernel check layers whenever they are read
-/// (filesystems/fsverity.rst). Older kernels want blocks of a page then (ext4 before Linux 6.3).
-///
-/// By force: a part of the same may be there already.
-pub(super) fn make(filesystem: Filesystem, protects: bool, device: &Path, disk: &File, bytes: u64) -> Command {
-    let (mut command, size) = match filesystem {
-        Filesystem::Ext4 => {
-            let mut command = Command::new("/sbin/mkfs.ext4");
-            command.args(["-q", "-F", "-L", "edged-data", "-E", "lazy_itable_init=1"]);
-            command.args(if protects { &["-O", "verity", "-b", "4096"][..] } else { &[] });
-            (command, format!("{}k", bytes / 1024))
-        }
-        Filesystem::F2fs => {
-            let mut command = Command::new("/sbin/mkfs.f2fs");
-            command.args(["-q", "-f", "-l", "edged-data"]);
-            command.args(if protects { &["-O", "verity"][..] } else { &[] });
-            // In sectors of the disk; those of a file are the smallest there are.
-            let sector = rustix::fs::ioctl_blksszget(disk).unwrap_or(512);
-            (command, (bytes / u64::from(sector)).to_string())
-        }
-    };
-    command.arg(device).arg(size);
-    command
+/// How large it is to be, as its program wants to hear it.
+pub(super) fn size(filesystem: Filesystem, disk: &File, bytes: u64) -> String {
+    match filesystem {
+        Filesystem::Ext4 => format!("{}k", bytes / 1024),
+        // In sectors of the disk; those of a file are the smallest there are.
+        Filesystem::F2fs => (bytes / u64::from(rustix::fs::ioctl_blksszget(disk).unwrap_or(512))).to_string(),
+    }
 }
 
 #[cfg(test)]

@@ -24,6 +24,11 @@ fn write(disk: &Path, at: u64, bytes: &[u8]) {
     fs::File::options().write(true).open(disk).unwrap().write_all_at(bytes, at).unwrap();
 }
 
+fn make(filesystem: Filesystem, protects: bool, disk: &Path, bytes: u64) {
+    let size = format::size(filesystem, &fs::File::open(disk).unwrap(), bytes);
+    done(filesystem.make(protects).arg(disk).arg(size), &[0]).unwrap();
+}
+
 #[test]
 fn a_disk_is_only_formatted_when_it_is_empty() {
     let (_dir, disk) = disk();
@@ -35,22 +40,18 @@ fn a_disk_is_only_formatted_when_it_is_empty() {
     assert_eq!(content(&disk).unwrap(), Content::Foreign);
 }
 
-/// What the tools of today write is what is recognised, f2fs also by its copy.
+/// What the tools of today write is what is recognised.
 #[test]
 fn real_file_systems_are_recognised() {
     for (filesystem, protects) in KINDS {
         let (_dir, disk) = disk();
-        format::format(filesystem, protects, &disk).unwrap();
+        format::format(filesystem, protects, &disk, false).unwrap();
         assert_eq!(content(&disk).unwrap(), Content::Ours(filesystem));
         let mut head = vec![0; PROBE_BYTES];
         fs::File::open(&disk).unwrap().read_exact(&mut head).unwrap();
-        let (_, extent) = superblock(&head).unwrap();
-        assert!(extent < BYTES && extent > BYTES - (4 << 20), "{filesystem:?}: {extent}");
+        let there = Superblock::of(&head).unwrap();
+        assert!(there.is_named_ours && there.bytes < BYTES && there.bytes > BYTES - (4 << 20), "{there:?}");
         check_disk(filesystem, &disk).unwrap();
-        if filesystem == Filesystem::F2fs {
-            write(&disk, 0, &[0; BLOCK]);
-            assert_eq!(content(&disk).unwrap(), Content::Ours(filesystem));
-        }
     }
 }
 
@@ -59,7 +60,7 @@ fn real_file_systems_are_recognised() {
 fn a_torn_superblock_is_mended() {
     for (filesystem, protects) in KINDS {
         let (_dir, disk) = disk();
-        format::format(filesystem, protects, &disk).unwrap();
+        format::format(filesystem, protects, &disk, false).unwrap();
         // When it was written last, and f2fs's number of its file.
         let at = if filesystem == Filesystem::Ext4 { 0x30 } else { 108 };
         write(&disk, (SUPERBLOCK + at) as u64, &[0xa5]);
@@ -78,8 +79,7 @@ fn a_cut_while_a_disk_is_formatted_is_noticed() {
     for (filesystem, protects) in KINDS {
         let (_dir, whole) = disk();
         format::set_mark(&whole, true);
-        let open = fs::File::open(&whole).unwrap();
-        done(&mut format::make(filesystem, protects, &whole, &open, BYTES - (1 << 20)), &[0]).unwrap();
+        make(filesystem, protects, &whole, format::end(&mut fs::File::open(&whole).unwrap()).unwrap().unwrap());
         assert_eq!(content(&whole).unwrap(), Content::Unfinished, "mkfs leaves the mark alone");
         let bytes = fs::read(&whole).unwrap();
         let written: Vec<usize> = bytes
@@ -104,7 +104,7 @@ fn a_cut_while_a_disk_is_formatted_is_noticed() {
         // And it is made again over what is there.
         let (_dir, cut) = disk();
         write(&cut, 0, &bytes[..written[written.len() / 2] * BLOCK]);
-        format::format(filesystem, protects, &cut).unwrap();
+        format::format(filesystem, protects, &cut, true).unwrap();
         assert_eq!(content(&cut).unwrap(), Content::Ours(filesystem));
         check_disk(filesystem, &cut).unwrap();
     }
@@ -115,11 +115,62 @@ fn a_cut_while_a_disk_is_formatted_is_noticed() {
 fn what_a_file_says_is_no_mark() {
     for (filesystem, protects) in KINDS {
         let (_dir, disk) = disk();
-        let open = fs::File::open(&disk).unwrap();
-        done(&mut format::make(filesystem, protects, &disk, &open, BYTES), &[0]).unwrap();
+        make(filesystem, protects, &disk, BYTES);
         format::set_mark(&disk, true);
         assert_eq!(content(&disk).unwrap(), Content::Ours(filesystem));
     }
+}
+
+/// Left by a try that never came to its end, and somebody has used the disk for something else since.
+#[test]
+fn a_mark_that_was_left_behind_gives_nobody_away() {
+    let (_dir, disk) = disk();
+    let put = |at: u64, bytes: &[u8]| {
+        format::set_mark(&disk, true);
+        write(&disk, at, bytes);
+        let found = content(&disk).unwrap();
+        write(&disk, at, &vec![0; bytes.len()]);
+        found
+    };
+    assert_eq!(put(0, &[]), Content::Unfinished);
+    for (at, bytes) in [(0, &b"LUKS\xba\xbe"[..]), (0, b"XFSB"), (510, &[0x55, 0xaa])] {
+        assert_eq!(put(at, bytes), Content::Foreign);
+    }
+    format::set_mark(&disk, false);
+    write(&disk, 0x10040, b"_BHRfS_M");
+    assert_eq!(content(&disk).unwrap(), Content::Foreign, "btrfs");
+    write(&disk, 0x10040, &[0; 8]);
+    // A smaller file system that is somebody's.
+    for name in ["-L", "-l"] {
+        let (program, by_force) = if name == "-L" { ("/sbin/mkfs.ext4", "-F") } else { ("/sbin/mkfs.f2fs", "-f") };
+        let mut other = Command::new(program);
+        other.args(["-q", by_force, name, "factory"]).arg(&disk).arg(if name == "-L" { "65536k" } else { "131072" });
+        done(&mut other, &[0]).unwrap();
+        format::set_mark(&disk, true);
+        assert!(matches!(content(&disk).unwrap(), Content::Ours(_)), "{program}");
+    }
+}
+
+#[test]
+fn the_end_is_in_whole_mebibytes() {
+    let (_dir, disk) = disk();
+    let open = fs::File::options().read(true).write(true).open(&disk).unwrap();
+    for (bytes, end) in
+        [(0, None), (1 << 20, None), ((2 << 20) - 1, None), (2 << 20, Some(1)), ((3 << 20) + 512, Some(2))]
+    {
+        open.set_len(bytes).unwrap();
+        let found = format::end(&mut fs::File::open(&disk).unwrap()).unwrap();
+        assert_eq!(found, end.map(|mib: u64| mib << 20), "{bytes}");
+    }
+}
+
+/// A program that refuses, or is not there, has done nothing.
+#[test]
+fn a_format_that_never_began_leaves_no_mark() {
+    let (_dir, disk) = disk();
+    fs::File::options().write(true).open(&disk).unwrap().set_len(2 << 20).unwrap();
+    assert!(format::format(Filesystem::F2fs, false, &disk, false).is_err(), "too small");
+    assert_eq!(content(&disk).unwrap(), Content::Empty);
 }
 
 #[test]

@@ -138,6 +138,12 @@ fn what_was_refused_is_refused_until_somebody_insists() {
         let [Act::LookAtProgram { refused, .. }] = acts[..] else { panic!("{acts:?}") };
         assert_eq!(refused, known, "{again}");
     }
+    // Whoever insists and is refused as well has changed nothing.
+    let acts = request(&mut table, RequestBody::Rehearse { again: true }, 3_000);
+    let [Act::LookAtProgram { asked, .. }] = acts[..] else { panic!("{acts:?}") };
+    let _ = decide(&mut table, Event::Looked { asked, looked: Looked::Trying { pid: 51, file: FILE } }, 3_000);
+    let _ = decide(&mut table, Event::Tried { end: end(2), words: String::new() }, 3_001);
+    assert_eq!(table.upgrade.refused.unwrap().file, Some(FILE));
 }
 
 #[test]

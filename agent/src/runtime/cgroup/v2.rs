@@ -49,7 +49,7 @@ pub fn share_time(workloads: &Path, are_equals: bool) -> Result<(), CgroupError>
     if has_idle {
         write(workloads, "cpu.idle", "0")?;
     }
-    // The supervisor's own, and the kernel's choice.
+    // That of keeper and agent (the keeper's `boot.rs`), or the kernel's choice.
     write(workloads, "cpu.weight", if are_equals { "10000" } else { "100" })?;
     if has_idle && !are_equals { write(workloads, "cpu.idle", "1") } else { Ok(()) }
 }

@@ -1,9 +1,9 @@
 //! Neighbours that take all they can get, all at once, on one emulated core: what the others and the operator keep.
 //!
-//! How long it takes is measured in the state of rest first, while the agent unpacks a large image, and then beside the crowd: the console's answers by the rig
-//! (the line of a technician, from the last key to the next prompt), in what the emulated processor works meanwhile; probes
-//! by the device itself, whose clock counts instructions (`-icount`), so that a busy host makes neither of them longer; reports
-//! from an operator's word until the fleet has it.
+//! How long it takes is measured in the state of rest first and then beside the crowd; probes also while the agent unpacks a
+//! large image. The console's answers by the rig (the line of a technician, from the last key to the next prompt), in what the
+//! emulated processor works meanwhile; probes by the device itself, whose clock counts instructions (`-icount`), so that a
+//! busy host makes neither of them longer; reports from an operator's word until the fleet has it.
 
 use std::time::{Duration, Instant};
 
@@ -196,6 +196,7 @@ fn the_supervisor_has_its_own(device: &mut Machine) -> Result<()> {
     };
     let (memory, peak, max) = (own("memory")?, own("memoryPeak")?, own("memoryMax")?);
     println!("the agent holds {memory} of {max} bytes, with caches it had {peak}");
+    // Caches may fill it: the kernel takes them back.
     ensure!(memory < max / 4 * 3, "the agent holds {memory} of {max} bytes");
     ensure!(status["survived"]["agentRestarts"] == 0, "the agent did not live through it: {}", status["survived"]);
     // The neighbour was neither restarted nor found sick, and its log has all its lines.

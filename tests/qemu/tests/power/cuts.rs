@@ -37,6 +37,8 @@ pub fn anywhere(firmware: &Firmware, dir: &Path, cuts: usize) -> Result<()> {
     let recording = record(firmware, dir)?;
     let requests = recording.log.read()?;
     let reached_the_disk = recording.promises.windows(2).all(|pair| pair[0].0 < pair[1].0);
+    let promised = recording.promises.last().map_or(0, |(at, _)| *at);
+    ensure!(requests.len() >= promised, "the log has a hole after {} of {promised} requests", requests.len());
     ensure!(reached_the_disk, "the device made promises and wrote nothing: {:?}", recording.promises);
     println!("{} requests to the disk, {:?}; seed {seed}", requests.len(), recording.promises);
     println!("recorded in {} s: {:?}", begin.elapsed().as_secs(), recording.chapters);
@@ -100,10 +102,15 @@ impl Run<'_> {
                 Ok(()) => None,
                 Err(error) => {
                     let kept = self.dir.join(format!("failed-{cut}.img"));
-                    follower.cut(*cut, Flushes::Kept, &mut self.chance(*cut), &kept)?;
+                    let mut failure = self.failure(*cut, &promised, &kept, &error);
                     // What it said would be lost with the next.
-                    std::fs::rename(&home, kept.with_extension(""))?;
-                    Some(self.failure(*cut, &promised, &kept, &error))
+                    let saved = follower
+                        .cut(*cut, Flushes::Kept, &mut self.chance(*cut), &kept)
+                        .and_then(|()| Ok(std::fs::rename(&home, kept.with_extension(""))?));
+                    if let Err(lost) = saved {
+                        failure.push_str(&format!("\nnot all of it could be kept: {lost:#}"));
+                    }
+                    Some(failure)
                 }
             };
             self.lock().one_more(self.recording.chapter(*cut), failure);
