@@ -335,10 +335,10 @@ impl Agent {
         if !self.is_device || self.shares_time == Some(works) {
             return;
         }
-        match self.start_context.cgroups.share_time(works) {
-            Ok(()) => self.shares_time = Some(works),
-            // Tried again at the next turn.
-            Err(error) => tracing::warn!("workloads' share of time: {}", crate::store::inline_chain(&error)),
+        // What the kernel refused once is said again with the next change, not at every turn.
+        self.shares_time = Some(works);
+        if let Err(error) = self.start_context.cgroups.share_time(works) {
+            tracing::warn!("workloads' share of time: {}", crate::store::inline_chain(&error));
         }
     }
 
