@@ -2,8 +2,8 @@
 //! device without a disk runs from memory and says so.
 
 use std::fs;
-use std::io::{self, Read};
-use std::os::unix::fs::FileTypeExt;
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -27,10 +27,8 @@ enum Filesystem {
     F2fs,
 }
 
-/// A program and its arguments; the disk comes last.
+/// A program and its arguments; the disk comes behind them.
 type Tool = (&'static str, &'static [&'static str]);
-/// The same with arguments that are not always wanted.
-type Tools = (&'static str, &'static [&'static str], &'static [&'static str]);
 
 impl Filesystem {
     fn named(name: &str) -> io::Result<Self> {
@@ -52,11 +50,11 @@ impl Filesystem {
     /// layers whenever they are read (filesystems/fsverity.rst). Older kernels want blocks of a page then (ext4 before Linux
     /// 6.3).
     fn make(self, protects: bool) -> Command {
-        let (program, usual, more): Tools = match self {
+        let ((program, usual), more): (Tool, &[&str]) = match self {
             Self::Ext4 => {
-                ("/sbin/mkfs.ext4", &["-q", "-L", LABEL, "-E", "lazy_itable_init=1"], &["-O", "verity", "-b", "4096"])
+                (("/sbin/mkfs.ext4", &["-q", "-L", LABEL, "-E", "lazy_itable_init=1"]), &["-O", "verity", "-b", "4096"])
             }
-            Self::F2fs => ("/sbin/mkfs.f2fs", &["-q", "-l", LABEL], &["-O", "verity"]),
+            Self::F2fs => (("/sbin/mkfs.f2fs", &["-q", "-l", LABEL]), &["-O", "verity"]),
         };
         let mut command = Command::new(program);
         command.args(usual).args(if protects { more } else { &[] });
@@ -155,14 +153,22 @@ fn bytes_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..at + N)?.try_into().ok()
 }
 
-fn content(device: &Path) -> io::Result<Content> {
-    let mut disk = fs::File::open(device)?;
+fn head(disk: &fs::File) -> io::Result<Vec<u8>> {
     let mut head = vec![0; PROBE_BYTES];
-    disk.read_exact(&mut head)?;
-    let is_empty = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+    disk.read_exact_at(&mut head, 0)?;
+    Ok(head)
+}
+
+fn is_empty(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
+}
+
+fn content(device: &Path) -> io::Result<Content> {
+    let disk = fs::File::open(device)?;
+    let head = head(&disk)?;
     let there = Superblock::of(&head);
     // The tools leave the first KiB empty: what has something there was never ours.
-    let is_unfinished = is_empty(&head[..SUPERBLOCK]) && format::is_unfinished(&mut disk, there.as_ref());
+    let is_unfinished = is_empty(&head[..SUPERBLOCK]) && format::is_unfinished(&disk, there.as_ref());
     Ok(match there {
         _ if is_unfinished => Content::Unfinished,
         Some(Superblock { filesystem, .. }) => Content::Ours(filesystem),

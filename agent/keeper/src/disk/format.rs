@@ -25,51 +25,57 @@ const MARK_BYTES: usize = 512;
 const WORDS: &[u8] = b"edged: this disk is being formatted\n";
 
 /// Where the mark lies and the file system ends, in whole MiB; `None` if the disk is too small for any.
-pub(super) fn end(disk: &mut File) -> io::Result<Option<u64>> {
+pub(super) fn end(mut disk: &File) -> io::Result<Option<u64>> {
     let bytes = disk.seek(SeekFrom::End(0))?;
     Ok(bytes.checked_sub(TAIL_BYTES).map(|bytes| bytes - bytes % TAIL_BYTES).filter(|end| *end > 0))
 }
 
 /// Whether we had begun to format it and were not done. A mark that cannot be read is none: a disk with a bad end is of use.
-pub(super) fn is_unfinished(disk: &mut File, there: Option<&Superblock>) -> bool {
+pub(super) fn is_unfinished(disk: &File, there: Option<&Superblock>) -> bool {
     let Ok(Some(end)) = end(disk) else { return false };
     if there.is_some_and(|there| there.bytes > end || !there.is_named_ours) {
         return false;
     }
-    let mut sector = [0; MARK_BYTES];
-    let is_read = disk.read_exact_at(&mut sector, end).is_ok();
-    let (words, rest) = sector.split_at(WORDS.len());
-    is_read && words == WORDS && rest.iter().all(|byte| *byte == 0)
+    let mut found = [0; MARK_BYTES];
+    disk.read_exact_at(&mut found, end).is_ok() && found == sector(WORDS)
 }
 
 /// `again`: over what the last try has left.
 pub(super) fn format(filesystem: Filesystem, protects: bool, device: &Path, again: bool) -> io::Result<()> {
-    let mut disk = File::options().read(true).write(true).open(device)?;
-    let Some(end) = end(&mut disk)? else {
+    let disk = File::options().read(true).write(true).open(device)?;
+    let Some(end) = end(&disk)? else {
         return Err(io::Error::other(format!("{} is too small for a file system", device.display())));
     };
-    mark(&disk, end, WORDS)?;
     let mut command = filesystem.make(protects);
     if again {
         command.arg(filesystem.by_force());
     }
-    if let Err(error) = super::done(command.arg(device).arg(size(filesystem, &disk, end)), &[0]) {
-        let mut head = vec![0; super::PROBE_BYTES];
-        if disk.read_exact_at(&mut head, 0).is_ok() && head.iter().all(|byte| *byte == 0) {
+    command.arg(device).arg(size(filesystem, &disk, end));
+    under_mark(&disk, end, || super::done(&mut command, &[0]))
+}
+
+pub(super) fn under_mark(disk: &File, end: u64, make: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    mark(disk, end, WORDS)?;
+    if let Err(error) = make() {
+        if super::head(disk).is_ok_and(|head| super::is_empty(&head)) {
             // It has found something that we do not know, or was never started: nothing is half done.
-            mark(&disk, end, &[])?;
+            mark(disk, end, &[])?;
         }
         return Err(error);
     }
     disk.sync_all()?;
-    mark(&disk, end, &[])
+    mark(disk, end, &[])
 }
 
 fn mark(disk: &File, at: u64, words: &[u8]) -> io::Result<()> {
+    disk.write_all_at(&sector(words), at)?;
+    disk.sync_all()
+}
+
+fn sector(words: &[u8]) -> [u8; MARK_BYTES] {
     let mut sector = [0; MARK_BYTES];
     sector[..words.len()].copy_from_slice(words);
-    disk.write_all_at(&sector, at)?;
-    disk.sync_all()
+    sector
 }
 
 /// How large it is to be, as its program wants to hear it.
@@ -83,7 +89,7 @@ pub(super) fn size(filesystem: Filesystem, disk: &File, bytes: u64) -> String {
 
 #[cfg(test)]
 pub(super) fn set_mark(device: &Path, is_there: bool) {
-    let mut disk = File::options().read(true).write(true).open(device).unwrap();
-    let end = end(&mut disk).unwrap().unwrap();
+    let disk = File::options().read(true).write(true).open(device).unwrap();
+    let end = end(&disk).unwrap().unwrap();
     mark(&disk, end, if is_there { WORDS } else { &[] }).unwrap();
 }

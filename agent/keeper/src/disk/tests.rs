@@ -47,9 +47,7 @@ fn real_file_systems_are_recognised() {
         let (_dir, disk) = disk();
         format::format(filesystem, protects, &disk, false).unwrap();
         assert_eq!(content(&disk).unwrap(), Content::Ours(filesystem));
-        let mut head = vec![0; PROBE_BYTES];
-        fs::File::open(&disk).unwrap().read_exact(&mut head).unwrap();
-        let there = Superblock::of(&head).unwrap();
+        let there = Superblock::of(&head(&fs::File::open(&disk).unwrap()).unwrap()).unwrap();
         assert!(there.is_named_ours && there.bytes < BYTES && there.bytes > BYTES - (4 << 20), "{there:?}");
         check_disk(filesystem, &disk).unwrap();
     }
@@ -78,10 +76,18 @@ fn a_cut_while_a_disk_is_formatted_is_noticed() {
     let mut rng = Rng::with_seed(11);
     for (filesystem, protects) in KINDS {
         let (_dir, whole) = disk();
-        format::set_mark(&whole, true);
-        make(filesystem, protects, &whole, format::end(&mut fs::File::open(&whole).unwrap()).unwrap().unwrap());
-        assert_eq!(content(&whole).unwrap(), Content::Unfinished, "mkfs leaves the mark alone");
-        let bytes = fs::read(&whole).unwrap();
+        let open = fs::File::options().read(true).write(true).open(&whole).unwrap();
+        let end = format::end(&open).unwrap().unwrap();
+        let mut bytes = Vec::new();
+        let made = format::under_mark(&open, end, || {
+            assert_eq!(content(&whole).unwrap(), Content::Unfinished, "marked before mkfs begins");
+            make(filesystem, protects, &whole, end);
+            assert_eq!(content(&whole).unwrap(), Content::Unfinished, "mkfs leaves the mark alone");
+            bytes = fs::read(&whole).unwrap();
+            Ok(())
+        });
+        made.unwrap();
+        assert_eq!(content(&whole).unwrap(), Content::Ours(filesystem));
         let written: Vec<usize> = bytes
             .chunks(BLOCK)
             .enumerate()
@@ -159,7 +165,7 @@ fn the_end_is_in_whole_mebibytes() {
         [(0, None), (1 << 20, None), ((2 << 20) - 1, None), (2 << 20, Some(1)), ((3 << 20) + 512, Some(2))]
     {
         open.set_len(bytes).unwrap();
-        let found = format::end(&mut fs::File::open(&disk).unwrap()).unwrap();
+        let found = format::end(&open).unwrap();
         assert_eq!(found, end.map(|mib: u64| mib << 20), "{bytes}");
     }
 }
