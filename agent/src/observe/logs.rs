@@ -12,7 +12,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use edged_model::api::{LogLine, Stream};
@@ -27,8 +27,18 @@ use crate::crash_point;
 /// A line longer than this is cut into several.
 const LINE_MAX_BYTES: usize = 8 * 1024;
 
-/// Lines that may wait for the writer: about 100 KiB of ordinary log, an instant of a full disk.
-const QUEUE_LINES: usize = 1024;
+/// What is read of a pipe in one turn.
+const TURN_BYTES: usize = 16 * 1024;
+
+/// What may wait for the writer, of whomever: an instant of a full disk.
+const QUEUE_BYTES: usize = 256 * 1024;
+
+/// What of one stream may wait beyond that: whoever prints the one line that says why it ends has room for it, however its
+/// neighbours flood.
+const OWN_BYTES: usize = TURN_BYTES;
+
+/// A line that waits takes this beside its text.
+const LINE_OVERHEAD_BYTES: usize = 128;
 
 /// Of the writer.
 const NICE: i32 = 19;
@@ -63,12 +73,33 @@ pub struct Clocks {
 
 /// One stream of one workload, as far as it was read.
 struct Source {
-    workload: WorkloadName,
-    stream: Stream,
+    to: Destination,
     lines: LineCutter,
     budget: LogBudget,
     /// Lost since the last line that was kept.
     lost: u64,
+}
+
+/// Where its lines go.
+struct Destination {
+    workload: WorkloadName,
+    stream: Stream,
+    /// Bytes of it that wait for the writer.
+    waiting: Arc<AtomicUsize>,
+}
+
+/// What a line takes of the queue, until it is written.
+struct Room {
+    bytes: usize,
+    all: Arc<AtomicUsize>,
+    own: Arc<AtomicUsize>,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.own.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 /// The door to all logs. Cheap to clone.
@@ -76,8 +107,9 @@ struct Source {
 pub struct Logs {
     /// Of each stream.
     bytes_per_second: u64,
-    queue: SyncSender<Work>,
-    /// Lines in the queue, about.
+    /// Without a bound of its own: [`Room`] is asked for first.
+    queue: Sender<Work>,
+    /// Bytes in the queue.
     waiting: Arc<AtomicUsize>,
     /// Nothing is read any more: what is in the pipes is for the next agent.
     held: Arc<AtomicBool>,
@@ -90,24 +122,31 @@ impl Logs {
     /// Starts the writer thread. `max` is the space of one workload, `rate` what a second of one of its streams may take.
     pub fn start(dir: PathBuf, max: Bytes, rate: Bytes) -> io::Result<Self> {
         std::fs::create_dir_all(&dir)?;
-        let (queue, lines) = sync_channel(QUEUE_LINES);
-        let (followers, _) = broadcast::channel(FOLLOW_LINES);
-        let dropped = Dropped::default();
-        let lost = dropped.clone();
-        let waiting: Arc<AtomicUsize> = Arc::default();
-        let taken = Arc::clone(&waiting);
-        let writer =
-            Writer { dir: dir.clone(), lost, taken, max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
+        let (logs, lines) = Self::unwritten(dir.clone(), rate);
+        let lost = logs.dropped.clone();
+        let writer = Writer { dir, lost, max_segment_bytes: (max.0 / 2).max(4096), open: HashMap::new() };
         std::thread::Builder::new().name("logs".to_owned()).spawn(move || writer.run(&lines))?;
-        Ok(Self { bytes_per_second: rate.0, queue, waiting, held: Arc::default(), followers, dropped, dir })
+        Ok(logs)
+    }
+
+    fn unwritten(dir: PathBuf, rate: Bytes) -> (Self, Receiver<Work>) {
+        let (queue, lines) = channel();
+        let (followers, _) = broadcast::channel(FOLLOW_LINES);
+        let (waiting, held, dropped) = (Arc::default(), Arc::default(), Dropped::default());
+        (Self { bytes_per_second: rate.0, queue, waiting, held, followers, dropped, dir }, lines)
+    }
+
+    fn source(&self, workload: &WorkloadName, stream: Stream, clocks: Clocks) -> Source {
+        let to = Destination { workload: workload.clone(), stream, waiting: Arc::default() };
+        let budget = LogBudget::new(self.bytes_per_second, (clocks.boot_ms)());
+        Source { to, lines: LineCutter::default(), budget, lost: 0 }
     }
 
     /// Reads `fd` to its end on the current runtime.
     pub fn pump(&self, workload: &WorkloadName, stream: Stream, fd: OwnedFd, clocks: Clocks) -> io::Result<()> {
         let pipe = pipe::Receiver::from_owned_fd(fd)?;
         let logs = self.clone();
-        let budget = LogBudget::new(self.bytes_per_second, (clocks.boot_ms)());
-        let mut source = Source { workload: workload.clone(), stream, lines: LineCutter::default(), budget, lost: 0 };
+        let mut source = self.source(workload, stream, clocks);
         tokio::spawn(async move {
             // A read error on a pipe cannot be mended: it ends the stream like its end does.
             while pipe.readable().await.is_ok() {
@@ -115,7 +154,7 @@ impl Logs {
                     return;
                 }
                 // Of this turn only: a stream that is silent holds no buffer.
-                let mut buffer = [0_u8; 16 * 1024];
+                let mut buffer = [0_u8; TURN_BYTES];
                 match pipe.try_read(&mut buffer) {
                     Ok(count @ 1..) => {
                         logs.take(&mut source, &buffer[..count], clocks);
@@ -132,7 +171,7 @@ impl Logs {
     }
 
     fn take(&self, source: &mut Source, bytes: &[u8], clocks: Clocks) {
-        let is_kept = !self.is_full() && source.budget.spend(bytes.len(), (clocks.boot_ms)());
+        let is_kept = self.has_room(&source.to, 0) && source.budget.spend(bytes.len(), (clocks.boot_ms)());
         if is_kept {
             self.say_what_is_lost(source, clocks);
         } else if self.followers.receiver_count() == 0 {
@@ -143,8 +182,8 @@ impl Logs {
             };
         }
         let mut lost = 0;
-        let Source { workload, stream, lines, .. } = source;
-        lines.feed(bytes, |text| lost += u64::from(!self.line(workload, *stream, text, (clocks.unix_ms)(), is_kept)));
+        let Source { to, lines, .. } = source;
+        lines.feed(bytes, |text| lost += u64::from(!self.line(to, text, (clocks.unix_ms)(), is_kept)));
         if lost > 0 {
             self.lose(source, lost);
         }
@@ -152,9 +191,9 @@ impl Logs {
 
     fn end_of(&self, source: &mut Source, clocks: Clocks) {
         self.say_what_is_lost(source, clocks);
-        let Source { workload, stream, lines, .. } = source;
+        let Source { to, lines, .. } = source;
         let mut lost = 0;
-        lines.finish(|text| lost += u64::from(!self.line(workload, *stream, text, (clocks.unix_ms)(), true)));
+        lines.finish(|text| lost += u64::from(!self.line(to, text, (clocks.unix_ms)(), true)));
         if lost > 0 {
             self.lose(source, lost);
         }
@@ -162,7 +201,7 @@ impl Logs {
 
     fn lose(&self, source: &mut Source, lines: u64) {
         source.lost += lines;
-        self.dropped.more(&source.workload, lines);
+        self.dropped.more(&source.to.workload, lines);
     }
 
     /// Among the lines that were kept, at the place where others were.
@@ -171,34 +210,42 @@ impl Logs {
         if lost > 0 {
             let text =
                 format!("[edged: {lost} lines are not here: they came faster than log.rate, or than the disk takes]");
-            self.line(&source.workload, source.stream, text.as_bytes(), (clocks.unix_ms)(), true);
+            self.line(&source.to, text.as_bytes(), (clocks.unix_ms)(), true);
         }
     }
 
-    fn is_full(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) >= QUEUE_LINES
+    /// Only the loop that reads the pipes adds to what waits: what has room now has it still when it is sent.
+    fn has_room(&self, to: &Destination, bytes: usize) -> bool {
+        self.waiting.load(Ordering::Relaxed) + bytes < QUEUE_BYTES
+            || to.waiting.load(Ordering::Relaxed) + bytes < OWN_BYTES
+    }
+
+    fn room(&self, to: &Destination, text: &[u8]) -> Option<Room> {
+        let bytes = text.len() + LINE_OVERHEAD_BYTES;
+        if !self.has_room(to, bytes) {
+            return None;
+        }
+        let (all, own) = (Arc::clone(&self.waiting), Arc::clone(&to.waiting));
+        all.fetch_add(bytes, Ordering::Relaxed);
+        own.fetch_add(bytes, Ordering::Relaxed);
+        Some(Room { bytes, all, own })
     }
 
     /// Shows it to those who follow, and has it written if it is to be kept. Whether it is.
-    fn line(&self, workload: &WorkloadName, stream: Stream, text: &[u8], at_unix_ms: i64, is_kept: bool) -> bool {
+    fn line(&self, to: &Destination, text: &[u8], at_unix_ms: i64, is_kept: bool) -> bool {
         let is_followed = self.followers.receiver_count() > 0;
-        if !is_followed && (!is_kept || self.is_full()) {
+        let room = if is_kept { self.room(to, text) } else { None };
+        if !is_followed && room.is_none() {
             return false;
         }
-        let line = LogLine { at_unix_ms, stream, text: printable(text) };
+        let line = LogLine { at_unix_ms, stream: to.stream, text: printable(text) };
         if is_followed {
             // Nobody may be there any more.
-            let _ = self.followers.send((workload.clone(), line.clone()));
+            let _ = self.followers.send((to.workload.clone(), line.clone()));
         }
-        if !is_kept {
-            return false;
-        }
-        match self.queue.try_send(Work::Line(workload.clone(), line)) {
-            Ok(()) => drop(self.waiting.fetch_add(1, Ordering::Relaxed)),
-            // The writer is gone: this agent ends.
-            Err(TrySendError::Disconnected(_)) => {}
-            Err(TrySendError::Full(_)) => return false,
-        }
+        let Some(room) = room else { return false };
+        // Without a writer this agent ends.
+        let _ = self.queue.send(Work::Line(to.workload.clone(), line, room));
         true
     }
 
@@ -323,7 +370,7 @@ fn parse(line: &[u8]) -> Option<LogLine> {
 }
 
 enum Work {
-    Line(WorkloadName, LogLine),
+    Line(WorkloadName, LogLine, Room),
     /// All before it is written.
     Tell(SyncSender<()>),
 }
@@ -336,7 +383,6 @@ struct Segment {
 struct Writer {
     dir: PathBuf,
     lost: Dropped,
-    taken: Arc<AtomicUsize>,
     max_segment_bytes: u64,
     open: HashMap<WorkloadName, Segment>,
 }
@@ -347,12 +393,8 @@ impl Writer {
         // (setpriority(2), "C library/kernel differences"). Refused, it is as quick as the others.
         let _ = rustix::process::setpriority_process(None, NICE);
         while let Ok(work) = work.recv() {
-            let (workload, line) = match work {
-                Work::Line(workload, line) => {
-                    // The sender counts after it has sent: the two may pass each other.
-                    let _ = self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
-                    (workload, line)
-                }
+            let (workload, line, _room) = match work {
+                Work::Line(workload, line, room) => (workload, line, room),
                 Work::Tell(done) => {
                     // Who asked may have given up waiting.
                     let _ = done.try_send(());
@@ -413,10 +455,6 @@ mod tests {
             assert!(Instant::now() < deadline, "{what} did not happen in 10 s");
             std::thread::yield_now();
         }
-    }
-
-    fn line(text: &str) -> LogLine {
-        LogLine { at_unix_ms: 7, stream: Stream::Stdout, text: text.to_owned() }
     }
 
     #[test]
@@ -502,18 +540,44 @@ mod tests {
         assert!(waits[197] < Duration::from_millis(500), "{waits:?}");
     }
 
+    /// A disk that takes nothing, and eight who flood.
+    #[test]
+    fn a_flood_takes_no_room_from_who_prints_little_and_what_waits_is_bounded() {
+        let (logs, written) = Logs::unwritten(PathBuf::from("/nowhere"), Bytes(1 << 40));
+        let name = |name: &str| WorkloadName::parse(name).unwrap();
+        let flood = b"a line of a flood\n".repeat(100);
+        let mut floods = (0..8).map(|_| logs.source(&name("flood"), Stream::Stdout, CLOCKS)).collect::<Vec<_>>();
+        for _ in 0..1000 {
+            floods.iter_mut().for_each(|source| logs.take(source, &flood, CLOCKS));
+        }
+        assert!(logs.dropped_of(&name("flood")) > 700_000);
+        let mut quiet = logs.source(&name("quiet"), Stream::Stderr, CLOCKS);
+        logs.take(&mut quiet, b"the one line that says why\n", CLOCKS);
+        assert_eq!(logs.dropped_of(&name("quiet")), 0);
+        // One that begins to flood has what is its own, and no more.
+        logs.take(&mut quiet, &b"x\n".repeat(8000), CLOCKS);
+        assert!(logs.dropped_of(&name("quiet")) > 7000);
+        let waiting = logs.waiting.load(Ordering::Relaxed);
+        assert!((QUEUE_BYTES..QUEUE_BYTES + 9 * OWN_BYTES).contains(&waiting), "{waiting} bytes");
+        let lines: Vec<Work> = written.try_iter().collect();
+        let kept = lines.iter().filter(|work| matches!(work, Work::Line(workload, ..) if *workload == name("quiet")));
+        assert!(kept.count() > 1, "{} lines", lines.len());
+        drop(lines);
+        assert_eq!(logs.waiting.load(Ordering::Relaxed), 0);
+        logs.take(&mut floods[0], &flood, CLOCKS);
+        let said = written.try_iter().find_map(|work| match work {
+            Work::Line(_, line, _) => Some(line.text),
+            Work::Tell(_) => None,
+        });
+        assert!(said.as_ref().is_some_and(|text| text.contains("lines are not here")), "{said:?}");
+    }
+
     #[test]
     fn a_flood_is_kept_up_to_its_rate_and_what_is_missing_is_said_where_it_was() {
         let dir = tempfile::tempdir().unwrap();
         let logs = Logs::start(dir.path().to_owned(), Bytes::mebi(1), Bytes(100)).unwrap();
         let web = WorkloadName::parse("web").unwrap();
-        let mut source = Source {
-            workload: web.clone(),
-            stream: Stream::Stdout,
-            lines: LineCutter::default(),
-            budget: LogBudget::new(100, 7),
-            lost: 0,
-        };
+        let mut source = logs.source(&web, Stream::Stdout, CLOCKS);
         // 1,600 bytes are saved up.
         (0..20).for_each(|n| logs.take(&mut source, format!("{n:099}\n").as_bytes(), CLOCKS));
         let later = Clocks { boot_ms: || 1007, ..CLOCKS };
@@ -534,9 +598,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let logs = Logs::start(dir.path().to_owned(), Bytes(16 * 1024), Bytes(1 << 40)).unwrap();
         let web = WorkloadName::parse("web").unwrap();
+        let source = logs.source(&web, Stream::Stdout, CLOCKS);
         for n in 0..2000 {
-            let line = line(&format!("line {n:04} {}", "x".repeat(40)));
-            logs.queue.send(Work::Line(web.clone(), line)).unwrap();
+            let text = format!("line {n:04} {}", "x".repeat(40));
+            wait_until("room", || logs.line(&source.to, text.as_bytes(), 7, true));
         }
         let newest = || logs.tail(&web, 1).unwrap().pop().map(|line| line.text);
         wait_until("line 1999", || newest().is_some_and(|text| text.starts_with("line 1999")));

@@ -143,7 +143,8 @@ fn spin() -> ExitCode {
 fn fork() -> ExitCode {
     let mut children = Vec::new();
     loop {
-        match Command::new("/proc/self/exe").arg("hang").stdout(Stdio::null()).spawn() {
+        // The last ones get no thread of their own any more and say so, behind what is said here.
+        match Command::new("/proc/self/exe").arg("hang").stdout(Stdio::null()).stderr(Stdio::null()).spawn() {
             Ok(child) => children.push(child),
             Err(error) => {
                 println!("fork: stopped at {} children: {error}", children.len());

@@ -1,4 +1,4 @@
-//! Conditions with a deadline. The only pause of the rig is in here.
+//! Conditions with a deadline. The only pauses of the rig are in here.
 
 use std::time::{Duration, Instant};
 
@@ -8,6 +8,12 @@ use anyhow::{Result, bail};
 pub const LONG: Duration = Duration::from_secs(120);
 
 const POLL: Duration = Duration::from_millis(25);
+
+/// Between one asking and the next of somebody who is not in a hurry: paces a load, waits for nothing.
+#[expect(clippy::disallowed_methods, reason = "no condition is waited for")]
+pub fn pause(between: Duration) {
+    std::thread::sleep(between);
+}
 
 /// Asks until there is an answer. An error of `ask` counts as "not yet" and is shown when the time is over.
 pub fn until<T>(what: &str, within: Duration, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {

@@ -3,7 +3,8 @@
 //! How long it takes is measured in the state of rest first and then beside the crowd; probes also while the agent unpacks a
 //! large image, when the crowd has gone. The console's answers by the rig (the line of a technician, from the last key to the next prompt), in what the
 //! emulated processor works meanwhile; probes by the device itself, whose clock counts instructions (`-icount`), so that a
-//! busy host makes neither of them longer; reports from an operator's word until the fleet has it.
+//! busy host makes neither of them longer; reports from an operator's word until the fleet has it. Whoever asks takes a
+//! breath in between: the agent comes before every workload, and asked without a pause it has the one core for itself.
 
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,9 @@ use crate::{HEAD, greedy};
 /// Enough that a ninety-ninth part is not the one that met the host's own hiccup.
 const ASKED: usize = 300;
 
+/// Between two questions.
+const BREATH: Duration = Duration::from_millis(50);
+
 /// Some ten ticks of the guest's scheduler: below this a ratio of two ninety-ninth parts tells of the emulation.
 const TICKS: Duration = Duration::from_millis(50);
 
@@ -29,9 +33,8 @@ const LARGE_MIB: usize = 20;
 /// Probes that must have passed beside the crowd: most of those that the device keeps the times of.
 const PROBED: u64 = 200;
 
-/// The program that is probed has a fifth of the one core among neighbours who take their shares at the same time: its
-/// slowest answers come later than alone, and far from their timeout of five seconds.
-const PROBE: Duration = Duration::from_secs(1);
+/// Starts of neighbours, and what the kernel does for whom it kills, come in between: far from the timeout of five seconds.
+const PROBE: Duration = Duration::from_millis(500);
 
 /// After the second that it is given: a change is told with the next beat of the agent's loop, every five seconds of the
 /// device, whose clock is slower than ours on a busy host.
@@ -44,6 +47,7 @@ fn console_p99(device: &mut Machine) -> Result<Duration> {
         let (worked, begin) = (device.worked()?, Instant::now());
         device.console.ask("version", PROMPT, LONG)?;
         times.push((device.worked()? - worked, begin.elapsed()));
+        wait::pause(BREATH);
     }
     times.sort_unstable();
     for (part, at) in [("half", ASKED / 2), ("95 %", ASKED * 95 / 100), ("all", ASKED - 1)] {
@@ -58,7 +62,7 @@ fn json(device: &mut Machine, verb: &str, what: &str, holds: impl Fn(&Value) -> 
     wait::until(what, LONG, || {
         let text = device.console.ask(&format!("{verb} -o json"), PROMPT, LONG)?;
         // Behind it stands the beginning of the next prompt.
-        last = serde_json::from_str(&text[..=text.rfind('}').context("no document")?])?;
+        last = serde_json::from_str(&text[..=text.rfind(['}', ']']).context("no document")?])?;
         Ok(holds(&last).then(|| last.clone()))
     })
     .map_err(|error| error.context(format!("the last answer was {last:#}")))
@@ -67,7 +71,10 @@ fn json(device: &mut Machine, verb: &str, what: &str, holds: impl Fn(&Value) -> 
 /// How many probes have passed, and the ninety-ninth of a hundred of the last ones, once there are so many.
 fn probe_p99(device: &mut Machine, at_least: u64) -> Result<(u64, Duration)> {
     let times = |found: &Value| found["probe"]["times"].as_u64();
-    let found = json(device, "inspect web", "probes enough", |found| times(found) >= Some(at_least))?;
+    let found = json(device, "inspect web", "probes enough", |found| {
+        wait::pause(20 * BREATH);
+        times(found) >= Some(at_least)
+    })?;
     println!("probe: {}, throttled: {}", found["probe"], found["throttled"]);
     let us = found["probe"]["p99Us"].as_u64().context("the device tells how long its probes took")?;
     Ok((times(&found).unwrap_or(0), Duration::from_micros(us)))
@@ -164,7 +171,7 @@ pub fn take_all(firmware: &Firmware, dir: &std::path::Path) -> Result<()> {
         "a probe takes {probe_at_pull:?} beside a pull, at rest {probe_at_rest:?}"
     );
     ensure!(console <= twice(console_at_rest), "the console takes {console:?}, at rest {console_at_rest:?}");
-    ensure!(probe <= (12 * probe_at_rest).max(PROBE), "a probe takes {probe:?}, at rest {probe_at_rest:?}");
+    ensure!(probe <= (2 * probe_at_rest).max(PROBE), "a probe takes {probe:?}, at rest {probe_at_rest:?}");
     Ok(())
 }
 
@@ -210,6 +217,11 @@ fn the_supervisor_has_its_own(device: &mut Machine) -> Result<()> {
         flood["status"]["logLinesDropped"].as_u64() > Some(0)
     })?;
     ensure!(flood["status"]["restarts"] == 0, "whoever floods is neither blocked nor ended: {flood:#}");
+    // Nobody else loses a line by that.
+    let all = json(device, "ps", "a list", Value::is_array)?;
+    let lost: Vec<_> = all.as_array().into_iter().flatten().filter(|one| one["logLinesDropped"] != 0).collect();
+    let names: Vec<_> = lost.iter().map(|one| &one["name"]).collect();
+    ensure!(names == ["flood"], "lines of theirs are missing: {lost:?}");
     Ok(())
 }
 
