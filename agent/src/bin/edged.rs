@@ -78,13 +78,14 @@ fn main() -> ExitCode {
     if words.get(1).is_some_and(|word| word == edged_keeper::SET_ASIDE) {
         return edged_keeper::set_aside(&words[2..]);
     }
-    // What the keeper does before it runs, and no more.
+    // What keeper and agent do before they run, and no more.
     if words.get(1).is_some_and(|word| word == edged_keeper::REHEARSE) {
         words.remove(1);
-        return match keeper_config(&Options::parse_from(words)) {
+        let options = Options::parse_from(words);
+        return match keeper_config(&options).and_then(|_| agent_config(&options.places())) {
             Ok(_) => edged_keeper::rehearse(),
             Err(error) => {
-                println!("{error:#}");
+                println!("{}", in_one_line(&error));
                 ExitCode::FAILURE
             }
         };
@@ -99,6 +100,16 @@ fn main() -> ExitCode {
             eprintln!("edged: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// What was read and what is wrong with it: in between the reader of TOML shows the place.
+fn in_one_line(error: &anyhow::Error) -> String {
+    let text = format!("{error:#}");
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    match (lines.next(), lines.next_back()) {
+        (Some(first), Some(last)) => format!("{first}: {last}"),
+        (first, _) => first.unwrap_or_default().to_owned(),
     }
 }
 
@@ -131,10 +142,16 @@ fn check_host(places: &Places) -> Result<()> {
     Ok(())
 }
 
+fn agent_config(places: &Places) -> Result<(Config, Targets)> {
+    let config = Config::load(&places.config_file)?;
+    let filter = config.log.level.parse().context("log.level in agent.toml")?;
+    Ok((config, filter))
+}
+
 fn agent(options: &Options) -> Result<()> {
     let places = options.places();
-    let config = Config::load(&places.config_file)?;
-    log(&config)?;
+    let (config, filter) = agent_config(&places)?;
+    log(filter);
     let number = std::env::var(SOCKET_ENV).ok().and_then(|text| text.parse().ok());
     let number = number.context("the agent is started by the keeper (run `edged`)")?;
     let socket = edged_sys::inherit::take(number).context("the keeper's socket")?;
@@ -150,12 +167,10 @@ fn agent(options: &Options) -> Result<()> {
 }
 
 /// To the journal where there is one, else to stderr: the serial console of a device, the terminal of a developer.
-fn log(config: &Config) -> Result<()> {
-    let filter: Targets = config.log.level.parse().context("log.level in agent.toml")?;
+fn log(filter: Targets) {
     let registry = tracing_subscriber::registry().with(filter);
     match tracing_journald::layer() {
         Ok(journal) if std::env::var_os("JOURNAL_STREAM").is_some() => registry.with(journal).init(),
         _ => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false)).init(),
     }
-    Ok(())
 }

@@ -23,7 +23,11 @@ impl Verbs for ConsoleVerbs {
         let matches = definition().try_get_matches_from(std::iter::once("").chain(words.skip(skipped)));
         let args = matches.and_then(|matches| Args::from_arg_matches(&matches)).map_err(|error| error.to_string())?;
         if is_elsewhere(&args.verb) {
-            return Err("this verb works with files: use edgectl on your workstation\n".to_owned());
+            let why = match args.verb {
+                Verb::Exec(_) => "this console gives no terminal away: use edgectl over SSH or from your workstation",
+                _ => "this verb works with files: use edgectl on your workstation",
+            };
+            return Err(format!("{why}\n"));
         }
         Ok((args.verb.request().map_err(|text| text + "\n")?, args.verb.show()))
     }

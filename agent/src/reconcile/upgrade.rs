@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use edged_model::api::Answer;
 use edged_model::reason::{Code, Reason};
+use nix::sys::signal::{SigSet, Signal as Unix};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -75,8 +76,14 @@ pub(super) struct Ended(Option<Signal>);
 
 impl Ended {
     pub fn listen() -> Self {
-        let signal = signal(SignalKind::terminate());
-        Self(signal.map_err(|error| tracing::warn!("SIGTERM will end the agent at once: {error}")).ok())
+        let signal = signal(SignalKind::terminate()).and_then(|signal| {
+            // The keeper takes its own signals by descriptor, and a program inherits what is blocked where it began.
+            let mut term = SigSet::empty();
+            term.add(Unix::SIGTERM);
+            term.thread_unblock()?;
+            Ok(signal)
+        });
+        Self(signal.map_err(|error| tracing::warn!("no SIGTERM will be heard: {error}")).ok())
     }
 
     pub async fn by_the_keeper(&mut self) {

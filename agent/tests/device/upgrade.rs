@@ -77,6 +77,9 @@ fn a_newer_program_takes_over_and_no_workload_notices() {
     kill(Pid::from_raw(keeper), Signal::SIGHUP).unwrap();
     taken_over(inode, agent);
 
+    let said = device.said();
+    assert!(!said.contains("it is killed"), "the former agents write down what they have read, and end: {said}");
+
     // What is no edged is refused, and what runs goes on.
     let agent = device.agent_pid();
     replace(&program, |new| {
@@ -95,6 +98,13 @@ fn a_newer_program_takes_over_and_no_workload_notices() {
     });
     let refused = device.edgectl(&["upgrade"]);
     assert_eq!(refused.status.code(), Some(1), "{}", String::from_utf8_lossy(&refused.stdout));
+    // One that does not understand the configuration it would find: its agent could not live.
+    fs::File::options().append(true).open(factory.path("device.toml")).unwrap().write_all(b"\n[later]\n").unwrap();
+    replace(&program, |new| assert!(fs::copy(own, new).unwrap() > 0));
+    let refused = device.edgectl(&["upgrade"]);
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(why.contains("device.toml") && why.contains("unknown field `later`"), "{why}");
     assert_eq!((device.agent_pid(), device.pid("ticker")), (agent, ticker));
 }
 
