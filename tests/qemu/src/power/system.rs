@@ -39,6 +39,16 @@ until [ -b /dev/vda1 ]; do /bin/busybox usleep 5000; done
 exec /bin/busybox switch_root /system /usr/bin/edged
 ";
 
+/// The program of this firmware.
+pub fn program(firmware: &Firmware, dir: &Path) -> Result<Vec<u8>> {
+    let root = dir.join("root");
+    unpack(&firmware.initramfs(), &root)?;
+    let program = root.join(PROGRAM_DIR.trim_start_matches('/')).join("edged");
+    let bytes = fs::read(&program).with_context(|| program.display().to_string())?;
+    fs::remove_dir_all(&root)?;
+    Ok(bytes)
+}
+
 /// The same device, with all that its initramfs had on a disk of two parts. `setup` has the factory's files.
 pub fn on_disk(firmware: &Firmware, dir: &Path, setup: &Setup) -> Result<Setup> {
     let root = dir.join("root");

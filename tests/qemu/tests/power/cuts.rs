@@ -43,8 +43,7 @@ pub fn anywhere(firmware: &Firmware, dir: &Path, cuts: usize) -> Result<()> {
     println!("{} requests to the disk, {:?}; seed {seed}", requests.len(), recording.promises);
     println!("recorded in {} s: {:?}", begin.elapsed().as_secs(), recording.chapters);
     let mut rng = Rng::with_seed(seed);
-    let chapters: Vec<usize> = recording.chapters.iter().map(|(at, _)| *at).collect();
-    let moments = moments(&requests, &chapters, cuts, &mut rng);
+    let moments = moments(&requests, recording.stretches(requests.len()), cuts, &mut rng);
     let run =
         Run { firmware, dir, recording: &recording, requests: &requests, seed, progress: Progress::of(moments.len()) };
     run.all(&moments)?;
@@ -237,16 +236,13 @@ fn all_run(device: &mut Machine) -> Result<()> {
     .map_err(|error| error.context(format!("the last answer was:\n{last}")))
 }
 
-/// As many moments in each chapter as in any other, each in a part of its own; and among them those next to a flush, where
-/// a missing one would show. With fewer moments than chapters, chance says which are left out.
-fn moments(requests: &[Request], chapters: &[usize], count: usize, rng: &mut Rng) -> Vec<usize> {
-    let begins = std::iter::once(0).chain(chapters.iter().copied());
-    let ends = chapters.iter().copied().chain([requests.len()]);
-    let mut chapters: Vec<(usize, usize)> = begins.zip(ends).filter(|(from, to)| from < to).collect();
-    rng.shuffle(&mut chapters);
+/// As many moments in each stretch as in any other, each in a part of its own; and among them those next to a flush, where
+/// a missing one would show. With fewer moments than stretches, chance says which are left out.
+fn moments(requests: &[Request], mut stretches: Vec<(usize, usize)>, count: usize, rng: &mut Rng) -> Vec<usize> {
+    rng.shuffle(&mut stretches);
     let mut moments = Vec::with_capacity(count);
-    for (index, (begin, end)) in chapters.iter().copied().enumerate() {
-        let parts = count / chapters.len() + usize::from(index < count % chapters.len());
+    for (index, (begin, end)) in stretches.iter().copied().enumerate() {
+        let parts = count / stretches.len() + usize::from(index < count % stretches.len());
         for part in 0..parts {
             let at = |part: usize| begin + part * (end - begin) / parts;
             let (from, to) = (at(part), at(part + 1).max(at(part) + 1));
@@ -264,19 +260,20 @@ fn moments(requests: &[Request], chapters: &[usize], count: usize, rng: &mut Rng
 }
 
 #[test]
-fn every_chapter_has_its_moments() {
+fn every_stretch_has_its_moments() {
     let requests: Vec<Request> = (0..1000)
         .map(|n| match n % 7 {
             0 => Request::Flush,
             _ => Request::Write { at: n * 512, length: 512, data: 0, is_durable: false },
         })
         .collect();
-    let chapters = [10, 20, 900];
-    let moments = moments(&requests, &chapters, 40, &mut Rng::with_seed(1));
-    assert!(moments.is_sorted() && moments.len() <= 40, "{moments:?}");
-    for (from, to) in [(0, 10), (10, 20), (20, 900), (900, 1000)] {
-        let inside = moments.iter().filter(|at| (from..to).contains(*at)).count();
-        assert!(inside >= 5, "{inside} between {from} and {to}: {moments:?}");
+    let stretches = vec![(0, 10), (10, 20), (30, 900), (900, 1000)];
+    let found = moments(&requests, stretches.clone(), 40, &mut Rng::with_seed(1));
+    assert!(found.is_sorted() && found.len() <= 40, "{found:?}");
+    assert!(!found.iter().any(|at| (20..30).contains(at)), "{found:?}");
+    for (from, to) in &stretches {
+        let inside = found.iter().filter(|at| (*from..*to).contains(at)).count();
+        assert!(inside >= 5, "{inside} between {from} and {to}: {found:?}");
     }
-    assert_eq!(super::cuts::moments(&requests, &chapters, 3, &mut Rng::with_seed(1)).len(), 3);
+    assert_eq!(moments(&requests, stretches, 3, &mut Rng::with_seed(1)).len(), 3);
 }

@@ -4,7 +4,9 @@
 //! |---|---|
 //! | | first boot: the data disk is formatted |
 //! | 1 | a first image is pulled, unpacked, and good |
-//! | 2 | adds an image, switches one workload, fills its log so that it turns every few seconds; one of its workloads puts a newer edged in the place of the one that runs, and the operator has it take over |
+//! | 2 | adds an image, switches one workload, fills its log so that it turns every few seconds |
+//! | | a bad edged lies in the place of the one that runs, the operator has it take over; its agents fall, and it is sent away |
+//! | | a newer one takes over and stays |
 //! | 3 | does not become healthy: 2 comes back |
 //! | 4 | without the second image |
 //! | 2 | the operator's rollback |
@@ -28,6 +30,32 @@ const HEAD: &str = "apiVersion: edge/v1\ndevice: edge-1\nissued: 2026-01-01T00:0
 /// Its log turns when half of that is full.
 const LOG_MAX: &str = "16Ki";
 
+/// Of each agent, in its program. With a `/` instead of the point there is no such directory, and the agent ends: after it
+/// has opened its store, and after the program was tried.
+const DOOR: &[u8] = b"agent.sock";
+
+/// Puts another edged in the place of the one that runs, as package managers do it: a new file, synced, renamed over the old
+/// one. One byte more makes it another program.
+///
+/// At its first start it does nothing, at the next ones what the operator wants next.
+const FIT: &str = "#!/bin/sh
+cd /program
+put() {
+    /bin/busybox cp -p edged edged.new
+    case $1 in
+    newer) echo >> edged.new ;;
+    bad) for at in DOORS; do printf / | /bin/busybox dd of=edged.new bs=1 seek=$at conv=notrunc 2> /dev/null; done ;;
+    esac
+    /bin/busybox touch had.$1
+    /bin/busybox sync
+    /bin/busybox mv edged.new edged && echo a $1 one lies there
+}
+if [ ! -e had.none ]; then /bin/busybox touch had.none
+elif [ ! -e had.bad ]; then put bad
+elif [ -e edged.refused ] && [ ! -e had.newer ]; then put newer
+fi
+";
+
 /// What the device has said by a moment of the recording.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Promise {
@@ -45,14 +73,21 @@ pub struct Promised {
     pub runs: Vec<u32>,
 }
 
+/// A part of the story, for whoever reads a failure.
+#[derive(Debug, Clone, Copy)]
+pub struct Chapter {
+    pub begins: usize,
+    pub name: &'static str,
+    pub is_cut: bool,
+}
+
 pub struct Recording {
     /// The disk before the first boot.
     pub base: PathBuf,
     pub log: WriteLog,
     /// Number of requests the disk had been given when each promise was made.
     pub promises: Vec<(usize, Promise)>,
-    /// Where each part of the story begins, for whoever reads a failure.
-    pub chapters: Vec<(usize, &'static str)>,
+    pub chapters: Vec<Chapter>,
     pub setup: Setup,
 }
 
@@ -77,7 +112,16 @@ impl Recording {
     }
 
     pub fn chapter(&self, cut: usize) -> &'static str {
-        self.chapters.iter().rev().find(|(at, _)| *at <= cut).map_or("first boot", |(_, name)| name)
+        self.chapters.iter().rev().find(|chapter| chapter.begins <= cut).map_or("first boot", |chapter| chapter.name)
+    }
+
+    /// From where to where the power may be cut.
+    pub fn stretches(&self, requests: usize) -> Vec<(usize, usize)> {
+        let first = Chapter { begins: 0, name: "first boot", is_cut: true };
+        let begins: Vec<Chapter> = std::iter::once(first).chain(self.chapters.iter().copied()).collect();
+        let ends = begins.iter().skip(1).map(|chapter| chapter.begins).chain([requests]);
+        let stretches = begins.iter().zip(ends).filter(|(chapter, _)| chapter.is_cut);
+        stretches.map(|(chapter, end)| (chapter.begins, end)).filter(|(from, to)| from < to).collect()
     }
 }
 
@@ -86,7 +130,7 @@ struct Recorder<'a> {
     device: Machine,
     log: WriteLog,
     promises: Vec<(usize, Promise)>,
-    chapters: Vec<(usize, &'static str)>,
+    chapters: Vec<Chapter>,
 }
 
 pub fn record(firmware: &Firmware, dir: &Path) -> Result<Recording> {
@@ -95,7 +139,10 @@ pub fn record(firmware: &Firmware, dir: &Path) -> Result<Recording> {
     let home = dir.join("device");
     let allowed =
         format!("\n[log]\nworkload-max = \"{LOG_MAX}\"\n\n[allow]\nbind = [\"{PROGRAM_DIR}\"]\nhost-users = true\n");
-    let mut setup = system::on_disk(firmware, &home, &site.device(&home)?.configure(&allowed))?;
+    let mut setup = site.device(&home)?.configure(&allowed);
+    let fit = FIT.replace("DOORS", &places_of(DOOR, &system::program(firmware, &home)?)?);
+    setup.files.push((format!("{}/fit", PROGRAM_DIR.trim_start_matches('/')), 0o755, fit.into_bytes()));
+    let mut setup = system::on_disk(firmware, &home, &setup)?;
     let disk = setup.disk.clone().context("a device has a disk")?;
     let base = disk.with_extension("base");
     crash::copy(&disk, &base)?;
@@ -111,6 +158,15 @@ pub fn record(firmware: &Firmware, dir: &Path) -> Result<Recording> {
     setup.forward.clear();
     setup.is_never_cut = true;
     Ok(Recording { base, log, promises, chapters, setup })
+}
+
+/// The places of the points in these words.
+fn places_of(words: &[u8], program: &[u8]) -> Result<String> {
+    let point = words.iter().position(|byte| *byte == b'.').context("no point")?;
+    let found = program.windows(words.len()).enumerate().filter(|(_, window)| *window == words);
+    let places: Vec<String> = found.map(|(at, _)| (at + point).to_string()).collect();
+    ensure!(!places.is_empty(), "edged does not hold {}", String::from_utf8_lossy(words));
+    Ok(places.join(" "))
 }
 
 struct Images {
@@ -140,21 +196,22 @@ impl Images {
         self.shell("chatter", &format!("while true; do echo {line}; sleep 0.1; done"), "")
     }
 
-    /// As package managers do it: a new file, synced, renamed over the old one. One byte more makes it another program.
     fn fitter(&self) -> String {
-        let script = "cd /program; [ -e fitted ] || { /bin/busybox cp -p edged edged.new && echo >> edged.new && \
-                      /bin/busybox sync && /bin/busybox touch fitted && /bin/busybox mv edged.new edged && echo in its place; }";
         let more = format!(
             "    usernsMode: host\n    restart: {{ policy: never }}\n    \
              mounts: [{{ target: /program, source: {{ bind: {PROGRAM_DIR} }} }}]\n"
         );
-        self.shell("fitter", script, &more)
+        self.shell("fitter", "exec /program/fit", &more)
     }
 }
 
 impl Recorder<'_> {
     fn chapter(&mut self, name: &'static str) -> Result<()> {
-        self.chapters.push((self.log.entries()?, name));
+        self.begin(name, true)
+    }
+
+    fn begin(&mut self, name: &'static str, is_cut: bool) -> Result<()> {
+        self.chapters.push(Chapter { begins: self.log.entries()?, name, is_cut });
         Ok(())
     }
 
@@ -176,6 +233,7 @@ impl Recorder<'_> {
         self.generation(2, &two, "good")?;
         self.chapter("logs that turn")?;
         self.log_turns()?;
+        self.bad_upgrade()?;
         self.chapter("edged is upgraded in place")?;
         self.upgrade()?;
         self.chapter("generation 3: fails, and 2 comes back")?;
@@ -210,11 +268,26 @@ impl Recorder<'_> {
         })
     }
 
-    fn upgrade(&mut self) -> Result<()> {
-        console_shows(&mut self.device, "logs fitter", "in its place", LONG)?;
+    fn fit(&mut self, what: &str) -> Result<()> {
+        self.device.console.ask("restart fitter", PROMPT, LONG)?;
+        console_shows(&mut self.device, "logs fitter", &format!("a {what} one lies there"), LONG)?;
         let said = self.device.console.ask("upgrade", PROMPT, LONG)?;
         ensure!(said.contains("takes over"), "{said}");
-        console_shows(&mut self.device, "status -o json", "\"agentRestarts\": 1", LONG)?;
+        Ok(())
+    }
+
+    /// Nobody can bring back what was put in place and booted before it was tried: the power stays on for that long.
+    fn bad_upgrade(&mut self) -> Result<()> {
+        self.begin("a bad edged lies there, not tried", false)?;
+        self.fit("bad")?;
+        self.chapter("a bad edged takes over and is sent away")?;
+        console_shows(&mut self.device, "status -o json", "\"upgradesReturned\": 1", LONG)?;
+        console_shows(&mut self.device, "ps", "running", LONG).map(drop)
+    }
+
+    fn upgrade(&mut self) -> Result<()> {
+        self.fit("newer")?;
+        console_shows(&mut self.device, "status -o json", "\"upgradeOnTrial\"", LONG)?;
         console_shows(&mut self.device, "ps", "running", LONG).map(drop)
     }
 
