@@ -283,10 +283,9 @@ impl Agent {
         let mut ended = upgrade::Ended::listen();
         self.replan().await;
         loop {
-            let wake = self
-                .plan
-                .wake_at_boot_ms()
-                .map_or(HEARTBEAT, |at| Duration::from_millis(at.saturating_sub(clock::boot_ms())).min(HEARTBEAT));
+            let next = self.plan.wake_at_boot_ms().into_iter().chain(self.report_at_boot_ms()).min();
+            let wake =
+                next.map_or(HEARTBEAT, |at| Duration::from_millis(at.saturating_sub(clock::boot_ms())).min(HEARTBEAT));
             tokio::select! {
                 exit = exits.recv() => match exit {
                     Some(exit) => self.exited(exit).await,
@@ -310,6 +309,7 @@ impl Agent {
             self.share_time();
             self.scrub_on();
             self.settle_once().await;
+            self.report_if_due();
         }
     }
 
@@ -362,7 +362,6 @@ impl Agent {
         self.floor_if_due();
         self.look_at_expiry();
         self.keep_counters();
-        self.report_if_due();
     }
 
     /// Writes a line of the device's story: to the store, to whoever follows, to the log.

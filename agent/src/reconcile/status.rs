@@ -128,6 +128,11 @@ impl Agent {
         }
     }
 
+    /// When the next report is due; `None`: nobody hears them.
+    pub(super) fn report_at_boot_ms(&self) -> Option<u64> {
+        self.config.fleet.url.as_ref().map(|_| self.fleet.due_at_boot_ms(self.config.fleet.report_interval))
+    }
+
     /// Reports to the fleet when something changed, or when the last report is old.
     pub(super) fn report_if_due(&mut self) {
         if self.config.fleet.url.is_none() {

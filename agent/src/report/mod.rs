@@ -11,6 +11,8 @@ mod enroll;
 mod fetch;
 /// The device's own key.
 pub mod key;
+/// When a change is told: pure.
+mod pace;
 /// Manifests from a peer: the agent's own HTTPS port.
 pub mod push;
 /// Pauses and verdicts: pure.
@@ -35,6 +37,7 @@ use edged_model::reason::{Code, Reason};
 use tokio::sync::{mpsc, oneshot};
 use ureq::http::Response;
 
+use self::pace::Pace;
 use crate::config::Fleet;
 use crate::crash_point;
 use crate::registry::{self, retry_after};
@@ -70,9 +73,6 @@ pub struct Offer {
     pub reply: oneshot::Sender<Result<Taken, Reason>>,
 }
 
-/// However much changes, reports are no closer than this.
-const LEAST_PAUSE_MS: u64 = 2_000;
-
 #[derive(Default)]
 struct Contact {
     last: Option<Timestamp>,
@@ -100,7 +100,7 @@ struct Shared {
     groups: Vec<GroupName>,
     arch: &'static str,
     changed: AtomicBool,
-    last_boot_ms: AtomicU64,
+    pace: Mutex<Pace>,
     contact: Mutex<Contact>,
     failures: AtomicU64,
     /// Version of the trust root in force.
@@ -128,7 +128,7 @@ impl FleetLine {
             groups,
             arch: std::env::consts::ARCH,
             changed: AtomicBool::new(true),
-            last_boot_ms: AtomicU64::new(0),
+            pace: Mutex::default(),
             contact: Mutex::default(),
             failures: AtomicU64::new(0),
             root_version: AtomicU64::new(0),
@@ -186,16 +186,31 @@ impl FleetLine {
         self.shared.root_version.load(Ordering::Relaxed)
     }
 
+    /// When the next report is due, as things are.
+    pub fn due_at_boot_ms(&self, interval: Span) -> u64 {
+        let pace = self.pace();
+        match self.shared.changed.load(Ordering::Relaxed) {
+            true => pace.change_at_boot_ms(interval.ms),
+            false => pace.routine_at_boot_ms(interval.ms),
+        }
+    }
+
+    /// Whether one is due now: whoever asks puts it.
     pub fn due(&self, now_boot_ms: u64, interval: Span) -> Option<Due> {
-        let since = now_boot_ms.saturating_sub(self.shared.last_boot_ms.load(Ordering::Relaxed));
-        let due = match self.shared.changed.load(Ordering::Relaxed) {
-            true if since >= LEAST_PAUSE_MS.min(interval.ms) => Due::Change,
-            false if since >= interval.ms => Due::Routine,
-            _ => return None,
-        };
-        self.shared.changed.store(false, Ordering::Relaxed);
-        self.shared.last_boot_ms.store(now_boot_ms, Ordering::Relaxed);
-        Some(due)
+        if now_boot_ms < self.due_at_boot_ms(interval) {
+            return None;
+        }
+        if self.shared.changed.swap(false, Ordering::Relaxed) {
+            self.pace().change_is_told(now_boot_ms, interval.ms);
+            Some(Due::Change)
+        } else {
+            self.pace().routine_is_told(now_boot_ms);
+            Some(Due::Routine)
+        }
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.shared.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Signs a report and has it sent. What tells of a change is on the disk when this comes back. Blocking.

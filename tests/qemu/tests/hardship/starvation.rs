@@ -36,8 +36,8 @@ const PROBED: u64 = 200;
 /// Starts of neighbours, and what the kernel does for whom it kills, come in between: far from the timeout of five seconds.
 const PROBE: Duration = Duration::from_millis(500);
 
-/// After the second that it is given: a change is told with the next beat of the agent's loop, every five seconds of the
-/// device, whose clock is slower than ours on a busy host.
+/// After the second that it is given: in a storm of changes one is told every five seconds of the device, whose clock is slower
+/// than ours on a busy host.
 const REPORTED: Duration = Duration::from_secs(20);
 
 /// The ninety-ninth of a hundred answers of the console.
