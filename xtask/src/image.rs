@@ -69,6 +69,9 @@ pub fn build(arch: Arch, filesystem: Filesystem, profile: Profile, edged: Option
     progress::step(&format!("packing the initramfs for {arch}"));
     fs::create_dir_all(firmware.dir())?;
     fs::copy(&kernel.image, firmware.kernel())?;
+    if let Some(module) = kernel.module_called("bfq")? {
+        fs::write(firmware.bfq(), module)?;
+    }
     let unpacked = root.cpio.finish();
     fs::write(firmware.initramfs(), compress(&unpacked)?)?;
     fs::write(firmware.contents(), table(&firmware, &kernel, &root.contents, unpacked.len())?)?;

@@ -137,6 +137,11 @@ impl Kernel {
         Ok(fs::read(file)?)
     }
 
+    /// By its name; `None` where the kernel has no such module, or has it built in.
+    pub fn module_called(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        self.find(name).map(|(path, _)| self.module(&path)).transpose()
+    }
+
     /// modules.dep of the picked ones alone, under the names they have in the initramfs. What a module needs without
     /// saying so in its symbols is listed like the rest: the keeper reads this one file.
     pub fn dependencies_of(&self, picked: &Picked) -> String {

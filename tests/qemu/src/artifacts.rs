@@ -115,6 +115,11 @@ impl Firmware {
         self.dir.join("initramfs.img")
     }
 
+    /// The kernel's other scheduler of disks: no device loads it, one test does.
+    pub fn bfq(&self) -> PathBuf {
+        self.dir.join("bfq.ko")
+    }
+
     /// What is in it, with sizes.
     pub fn contents(&self) -> PathBuf {
         self.dir.join("contents.txt")

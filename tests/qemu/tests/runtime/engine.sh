@@ -70,6 +70,20 @@ oci update --blkio-weight 1000 disks
 first_weight() { group disks io.weight | head -n 1; }
 step update_weight "default 10000" first_weight
 step delete_disks 0 code oci delete --force disks
+
+# The other scheduler that knows weights, on a scale of its own.
+echo "$disk enable=0" > /sys/fs/cgroup/io.cost.qos
+insmod /oci/bfq.ko
+echo bfq > /sys/block/vda/queue/scheduler
+scheduler() { sed -n 's/.*\[\(.*\)\].*/\1/p' /sys/block/vda/queue/scheduler; }
+step bfq_is_on bfq scheduler
+step create_under_bfq 0 code oci create disks
+step bfq_weight "default 500
+$disk 1000" group disks io.bfq.weight
+oci update --blkio-weight 300 disks
+first_bfq_weight() { group disks io.bfq.weight | head -n 1; }
+step update_bfq_weight "default 300" first_bfq_weight
+step delete_under_bfq 0 code oci delete --force disks
 step no_such_rdma_device 1 told no_rdma 'linux.resources.rdma: this host has no device `rxe0`'
 step no_such_pages 1 told no_pages 'no hugetlb.3MB.max .*CONFIG_CGROUP_HUGETLB'
 step no_such_disk 1 told no_disk 'linux.resources.blockIO: this host has no device `99:99`'

@@ -28,7 +28,8 @@ fn an_engine_drives_the_runtime_under_cgroup_v2() {
         blank_disk(&disk, 8)?;
         let mut setup = setup(firmware.arch, ENGINE, &bundles::of_the_engine())?;
         setup.disk = Some(disk);
-        setup = setup.file("oci/profile", apparmor_profile()?);
+        let bfq = std::fs::read(firmware.bfq()).context("this kernel's module bfq")?;
+        setup = setup.file("oci/profile", apparmor_profile()?).file("oci/bfq.ko", bfq);
         play(firmware, dir, &setup, ENGINE)
     });
 }
