@@ -159,10 +159,25 @@ fn what_a_database_acknowledged_is_there_after_a_power_cut() {
             for told in events.lines().filter(|line| line.contains("layers were checked")) {
                 println!("{told}");
             }
+            let scrubbing = setup.clone().configure("\n[images]\nscrub = \"1s\"\nscrub-rate = \"64Mi\"\n");
+            device = power::cut_and(device, firmware, &scrubbing, || {
+                FileOnDisk::in_a_layer(&disk, "noise")?.harm_all_but_the_first_block()
+            })?;
+            the_scrub_finds_what_nobody_reads(&mut device)?;
         }
         device.console.say("poweroff")?;
         device.wait_for_power_off(LONG)
     });
+}
+
+/// The check after a power cut measures a file under fs-verity, and nobody reads this one.
+fn the_scrub_finds_what_nobody_reads(device: &mut Machine) -> anyhow::Result<()> {
+    console_shows(device, "events --tail 60 -o json", "noise cannot be read", 3 * LONG)?;
+    // Its workload runs on: its layer is fetched again when that is restarted.
+    console_shows(device, "ps", "healthy", 3 * LONG)?;
+    device.console.ask("restart shell", PROMPT, LONG)?;
+    console_shows(device, "df", "read, none damaged", 3 * LONG)?;
+    console_shows(device, "ps", "running", LONG).map(drop)
 }
 
 /// How far the large image is, by the device's own list: `…/large  -  4.8Mi of 8Mi  0  shell [1]`.
