@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use edged_model::api::Answer;
 use edged_model::id::{Digest, Sequence, VolumeName, WorkloadName};
@@ -151,7 +152,7 @@ impl Agent {
                 return answer::error(&answers, why.next("`edgectl images` lists them"));
             }
         }
-        let content = self.start_context.content.clone();
+        let (content, under_way) = (self.start_context.content.clone(), Arc::clone(&self.checks_by_word));
         tokio::task::spawn_blocking(move || {
             let by_layer = check::by_layer(&images);
             // What the disk has: a program that runs is in the cache as it was when it was read.
@@ -163,6 +164,7 @@ impl Agent {
                     tracing::error!("{}", inline_chain(&error));
                 }
             }
+            drop(under_way);
             answer::one(&answers, Answer::Checked(layers));
         });
     }

@@ -259,6 +259,8 @@ struct Agent {
     is_device: bool,
     /// Whether workloads have as much time as we; `None` until it has been said.
     shares_time: Option<bool>,
+    /// Held by whoever reads all layers by an operator's word.
+    checks_by_word: Arc<()>,
     refused: Option<Refusal>,
     /// What the keeper says about a newer program.
     upgrade: Option<Reason>,
@@ -330,7 +332,8 @@ impl Agent {
     /// Who answers runs before every workload: it is little. What takes seconds, an image that is unpacked or checked, would
     /// leave them next to nothing meanwhile. The scrub is slow and steps back by itself.
     fn share_time(&mut self) {
-        let works = !self.under_way.pulls.is_empty() || self.staging.under_way || self.collected.under_way;
+        let by_word = Arc::strong_count(&self.checks_by_word) > 1;
+        let works = by_word || !self.under_way.pulls.is_empty() || self.staging.under_way || self.collected.under_way;
         // On a host the groups around us are its own.
         if !self.is_device || self.shares_time == Some(works) {
             return;

@@ -133,6 +133,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         reckoning: time::Reckoning::new(store.time_floor()?),
         is_device,
         shares_time: None,
+        checks_by_word: Arc::default(),
         refused: None,
         upgrade: None,
         is_settled: false,
