@@ -33,7 +33,7 @@ const LARGE_MIB: usize = 20;
 /// Probes that must have passed beside the crowd: most of those that the device keeps the times of.
 const PROBED: u64 = 200;
 
-/// Starts of neighbours, and what the kernel does for whom it kills, come in between: far from the timeout of five seconds.
+/// Eight neighbours have their turns in between, and the agent: far from the timeout of five seconds.
 const PROBE: Duration = Duration::from_millis(500);
 
 /// After the second that it is given: in a storm of changes one is told every five seconds of the device, whose clock is slower
