@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use edged_model::api::Answer;
 use edged_model::reason::{Code, Reason};
-use nix::sys::signal::{SigSet, Signal as Unix};
+use nix::sys::signal::{SIGTERM, SigSet};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -78,9 +78,7 @@ impl Ended {
     pub fn listen() -> Self {
         let signal = signal(SignalKind::terminate()).and_then(|signal| {
             // The keeper takes its own signals by descriptor, and a program inherits what is blocked where it began.
-            let mut term = SigSet::empty();
-            term.add(Unix::SIGTERM);
-            term.thread_unblock()?;
+            SigSet::from(SIGTERM).thread_unblock()?;
             Ok(signal)
         });
         Self(signal.map_err(|error| tracing::warn!("no SIGTERM will be heard: {error}")).ok())

@@ -112,15 +112,13 @@ impl Recording {
     }
 
     pub fn chapter(&self, cut: usize) -> &'static str {
-        self.chapters.iter().rev().find(|chapter| chapter.begins <= cut).map_or("first boot", |chapter| chapter.name)
+        self.chapters.iter().rev().find(|chapter| chapter.begins <= cut).map_or("", |chapter| chapter.name)
     }
 
     /// From where to where the power may be cut.
     pub fn stretches(&self, requests: usize) -> Vec<(usize, usize)> {
-        let first = Chapter { begins: 0, name: "first boot", is_cut: true };
-        let begins: Vec<Chapter> = std::iter::once(first).chain(self.chapters.iter().copied()).collect();
-        let ends = begins.iter().skip(1).map(|chapter| chapter.begins).chain([requests]);
-        let stretches = begins.iter().zip(ends).filter(|(chapter, _)| chapter.is_cut);
+        let ends = self.chapters.iter().skip(1).map(|chapter| chapter.begins).chain([requests]);
+        let stretches = self.chapters.iter().zip(ends).filter(|(chapter, _)| chapter.is_cut);
         stretches.map(|(chapter, end)| (chapter.begins, end)).filter(|(from, to)| from < to).collect()
     }
 }
@@ -149,7 +147,8 @@ pub fn record(firmware: &Firmware, dir: &Path) -> Result<Recording> {
     let log = WriteLog::create(&home.join("writes.log"))?;
     setup.write_log = Some(log.path().to_owned());
     let device = Machine::boot(firmware, &home, &setup)?;
-    let mut recorder = Recorder { site: &site, device, log, promises: Vec::new(), chapters: Vec::new() };
+    let chapters = vec![Chapter { begins: 0, name: "first boot", is_cut: true }];
+    let mut recorder = Recorder { site: &site, device, log, promises: Vec::new(), chapters };
     recorder.tell(&images)?;
     let Recorder { mut device, log, promises, chapters, .. } = recorder;
     device.kill()?;

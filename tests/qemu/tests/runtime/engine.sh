@@ -67,8 +67,8 @@ step io_weight "default 4950
 $disk 10000" group disks io.weight
 step huge_pages 4194304 group disks hugetlb.2MB.max
 oci update --blkio-weight 1000 disks
-first_weight() { group disks io.weight | head -n 1; }
-step update_weight "default 10000" first_weight
+first_weight() { group disks $1 | head -n 1; }
+step update_weight "default 10000" first_weight io.weight
 step delete_disks 0 code oci delete --force disks
 
 # The other scheduler that knows weights, on a scale of its own.
@@ -81,8 +81,7 @@ step create_under_bfq 0 code oci create disks
 step bfq_weight "default 500
 $disk 1000" group disks io.bfq.weight
 oci update --blkio-weight 300 disks
-first_bfq_weight() { group disks io.bfq.weight | head -n 1; }
-step update_bfq_weight "default 300" first_bfq_weight
+step update_bfq_weight "default 300" first_weight io.bfq.weight
 step delete_under_bfq 0 code oci delete --force disks
 step no_such_rdma_device 1 told no_rdma 'linux.resources.rdma: this host has no device `rxe0`'
 step no_such_pages 1 told no_pages 'no hugetlb.3MB.max .*CONFIG_CGROUP_HUGETLB'
