@@ -12,6 +12,7 @@ use edged_model::id::{Digest, Sequence, WorkloadName};
 use edged_model::manifest::{Manifest, Workload};
 use edged_model::quantity::{Bytes, MilliCpu, Timestamp};
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 
 /// Workloads of a device.
 const WORKLOADS: u64 = 20;
@@ -26,7 +27,7 @@ fn manifest(n: u64) -> Manifest {
         let mut workload = Workload::of_image(&format!("registry.example/team/program-{index}@{digest}"));
         workload.args = vec!["--listen".to_owned(), "0.0.0.0:8080".to_owned()];
         (workload.resources.memory, workload.resources.cpu) = (Some(Bytes::mebi(16)), Some(MilliCpu(100)));
-        (WorkloadName::parse(&format!("workload-{index}")).unwrap(), workload)
+        (WorkloadName::parse(&format!("workload-{index}")).unwrap(), Spec::from(workload))
     };
     Manifest { sequence: Sequence(n), workloads: (0..8).map(workload).collect(), ..Manifest::empty() }
 }

@@ -381,7 +381,7 @@ pub struct WorkloadStatus {
 #[serde(rename_all = "camelCase")]
 pub struct Inspect {
     pub status: WorkloadStatus,
-    pub spec: crate::manifest::Workload,
+    pub spec: crate::spec::Spec,
     pub history: RestartHistory,
     pub image_digest: Option<Digest>,
     pub cgroup: Option<String>,

@@ -96,7 +96,7 @@ mod tests {
     fn a_difference_names_the_field_and_no_secret() {
         let name = WorkloadName::parse("web").unwrap();
         let mut from = Manifest::empty();
-        from.workloads.insert(name.clone(), Workload::of_image("r.example/web:1"));
+        from.workloads.insert(name.clone(), Workload::of_image("r.example/web:1").into());
         let mut to = Manifest { sequence: Sequence(2), ..from.clone() };
         assert_eq!(differences(&from, &to), []);
         to.workloads.get_mut(&name).unwrap().image = "r.example/web:2".to_owned();
@@ -116,7 +116,7 @@ mod tests {
         for n in 0..300 {
             let mut workload = Workload::of_image(&"x".repeat(1000));
             workload.args = vec!["y".repeat(1000)];
-            to.workloads.insert(WorkloadName::parse(&format!("w{n}")).unwrap(), workload);
+            to.workloads.insert(WorkloadName::parse(&format!("w{n}")).unwrap(), workload.into());
         }
         let found = differences(&Manifest::empty(), &to);
         assert_eq!(found.len(), DIFFERENCES_MAX);

@@ -29,6 +29,8 @@ pub mod trust;
 
 /// The manifest `edge/v1` as it travels.
 pub mod manifest;
+/// One of its workloads, and what tells it from another.
+pub mod spec;
 
 /// What must hold in a manifest beyond its shape.
 pub mod validate;

@@ -8,9 +8,10 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::id::{DeviceId, Digest, GroupName, NetworkName, SecretName, Sequence, VolumeName, WorkloadName};
+use crate::id::{DeviceId, GroupName, NetworkName, SecretName, Sequence, VolumeName, WorkloadName};
 use crate::moment::{Apply, Window};
 use crate::quantity::{Bytes, MilliCpu, Span, Timestamp};
+use crate::spec::Spec;
 
 /// The only `apiVersion` this agent reads.
 pub const API_VERSION: &str = "edge/v1";
@@ -35,7 +36,7 @@ pub struct Manifest {
     pub expires: Timestamp,
     /// What to run, by name.
     #[serde(default)]
-    pub workloads: BTreeMap<WorkloadName, Workload>,
+    pub workloads: BTreeMap<WorkloadName, Spec>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub networks: BTreeMap<NetworkName, Network>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -171,19 +172,6 @@ impl Workload {
     /// Who it runs as inside, if not as the image says.
     pub fn user_inside(&self) -> Option<&str> {
         self.user.as_deref().filter(|user| *user != USER_HOST)
-    }
-
-    /// What is left when the walls are not looked at: two specifications that differ in nothing else are one to a process,
-    /// whose walls can be moved while it runs.
-    pub fn digest_without_limits(&self) -> Digest {
-        let resources = Resources { disk: self.resources.disk, ..Resources::default() };
-        Self { resources, ..self.clone() }.digest()
-    }
-
-    /// Tells whether two specifications are the same: a workload whose digest did not change is not touched.
-    pub fn digest(&self) -> Digest {
-        let bytes = serde_cbor::to_vec(self).unwrap_or_else(|_| unreachable!("a manifest type always serialises"));
-        Digest::of(&bytes)
     }
 }
 

@@ -44,7 +44,7 @@ mod tests {
 
     fn generation(number: u64, image: &str) -> (Sequence, Generation) {
         let mut manifest = Manifest::empty();
-        manifest.workloads.insert(WorkloadName::parse("w").unwrap(), Workload::of_image(image));
+        manifest.workloads.insert(WorkloadName::parse("w").unwrap(), Workload::of_image(image).into());
         let generation = Generation {
             sequence: Sequence(number),
             state: GenerationState::Good,

@@ -35,7 +35,7 @@ pub fn unmet(manifest: &Manifest, observed: &Observed, name: &WorkloadName) -> O
     let workload = manifest.workloads.get(name)?;
     workload.depends_on.iter().find_map(|(need, condition)| {
         // What still runs as an older generation had it does not count: it is about to be taken down.
-        let wanted = manifest.workloads.get(need).map(edged_model::manifest::Workload::digest);
+        let wanted = manifest.workloads.get(need).map(edged_model::spec::Spec::digest);
         let instance = observed.workloads.get(need).filter(|instance| instance.spec == wanted);
         let running = instance.is_some_and(|i| matches!(i.state, InstanceState::Running { .. }));
         let (met, word) = match condition {
@@ -86,7 +86,7 @@ mod tests {
             ..Workload::of_image("r/i:1")
         };
         let workloads: BTreeMap<_, _> =
-            edges.iter().map(|(name, needs)| (WorkloadName::parse(name).unwrap(), workload(needs))).collect();
+            edges.iter().map(|(name, needs)| (WorkloadName::parse(name).unwrap(), workload(needs).into())).collect();
         Manifest { workloads, ..Manifest::empty() }
     }
 

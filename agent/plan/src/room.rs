@@ -4,10 +4,11 @@
 use edged_model::action::{Action, Plan};
 use edged_model::generation::Generation;
 use edged_model::id::{Digest, WorkloadName};
-use edged_model::manifest::{Resources, Workload};
+use edged_model::manifest::Resources;
 use edged_model::observed::{Desired, Instance, InstanceState, Observed};
 use edged_model::quantity::{Bytes, MilliCpu};
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 
 /// Why `name` cannot start yet: it does not fit beside what is about to go. `plan`: what starts in this very round.
 pub fn missing(
@@ -73,7 +74,7 @@ pub fn missing(
 }
 
 /// Whether a living run and the specification differ in nothing but limits, which can be changed while it runs.
-pub fn differs_in_limits(instance: &Instance, wanted: &Workload) -> bool {
+pub fn differs_in_limits(instance: &Instance, wanted: &Spec) -> bool {
     instance.spec != Some(wanted.digest()) && instance.frame == Some(wanted.digest_without_limits())
 }
 
@@ -88,7 +89,7 @@ pub enum Change {
 }
 
 /// From the limits of the run that is there to those of `wanted`.
-pub fn change(name: &WorkloadName, instance: &Instance, wanted: &Workload, desired: &Desired) -> Change {
+pub fn change(name: &WorkloadName, instance: &Instance, wanted: &Spec, desired: &Desired) -> Change {
     let Some(old) = instance.spec.and_then(|spec| resources_of(name, spec, desired)) else { return Change::Grows };
     let ((old_memory, old_cpu), (memory, cpu)) = (needs(old), needs(&wanted.resources));
     match (memory > old_memory || cpu > old_cpu, memory < old_memory || cpu < old_cpu) {

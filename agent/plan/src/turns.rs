@@ -3,8 +3,8 @@
 use edged_model::action::Plan;
 use edged_model::generation::Generation;
 use edged_model::id::WorkloadName;
-use edged_model::manifest::Workload;
 use edged_model::observed::{Desired, Hold, ImageStatus, Instance, InstanceState, Observed};
+use edged_model::spec::Spec;
 use edged_model::workload::Health;
 
 use crate::order;
@@ -45,7 +45,7 @@ impl Turns {
 fn has_a_turn(
     active: &Generation,
     name: &WorkloadName,
-    workload: &Workload,
+    workload: &Spec,
     instance: &Instance,
     desired: &Desired,
     observed: &Observed,

@@ -3,10 +3,11 @@
 use edged_model::action::{Action, Plan, Wait};
 use edged_model::generation::Generation;
 use edged_model::id::{Digest, WorkloadName};
-use edged_model::manifest::{HealthAction, Workload};
+use edged_model::manifest::HealthAction;
 use edged_model::observed::{Desired, Hold, Instance, InstanceState, Observed};
 use edged_model::quantity::{Now, Span};
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 use edged_model::workload::Health;
 
 use crate::order;
@@ -62,7 +63,7 @@ fn wait(plan: &mut Plan, name: &WorkloadName, code: Code, text: &str, until_boot
 struct OneWorkload<'w> {
     active: &'w Generation,
     name: &'w WorkloadName,
-    workload: &'w Workload,
+    workload: &'w Spec,
     desired: &'w Desired,
     observed: &'w Observed,
     now: Now,

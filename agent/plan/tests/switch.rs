@@ -9,6 +9,7 @@ use edged_model::manifest::{DependsOn, Manifest, RestartPolicy, Workload};
 use edged_model::observed::{Capacity, Desired, ImageStatus, Instance, InstanceState, Observed};
 use edged_model::quantity::{Bytes, MilliCpu, Now, Timestamp};
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 use edged_model::workload::{Exit, ExitCause};
 use edged_plan::transition::step;
 
@@ -19,15 +20,15 @@ fn name(text: &str) -> WorkloadName {
     WorkloadName::parse(text).unwrap()
 }
 
-fn workload(version: &str, memory: u64) -> Workload {
-    let mut workload = Workload::of_image(IMAGE);
+fn workload(version: &str, memory: u64) -> Spec {
+    let mut workload = Spec::from(Workload::of_image(IMAGE));
     workload.env.insert("VERSION".to_owned(), version.to_owned());
     workload.resources.memory = Some(Bytes(memory));
     workload.resources.cpu = Some(MilliCpu(1));
     workload
 }
 
-fn generation(n: u64, state: GenerationState, workloads: &[(&str, &Workload)]) -> Generation {
+fn generation(n: u64, state: GenerationState, workloads: &[(&str, &Spec)]) -> Generation {
     let workloads = workloads.iter().map(|(text, workload)| (name(text), (*workload).clone())).collect();
     Generation {
         state,
@@ -40,14 +41,14 @@ fn generation(n: u64, state: GenerationState, workloads: &[(&str, &Workload)]) -
 }
 
 /// Generation 1 was good; generation 2 is being switched to.
-fn switching(old: &[(&str, &Workload)], new: &[(&str, &Workload)]) -> Desired {
+fn switching(old: &[(&str, &Spec)], new: &[(&str, &Spec)]) -> Desired {
     let (old, new) = (generation(1, GenerationState::Good, old), generation(2, GenerationState::Activating, new));
     let pointers = Pointers { active: Some(Sequence(2)), last_good: Some(Sequence(1)), ..Pointers::default() };
     Desired { pointers, generations: BTreeMap::from([(Sequence(1), old), (Sequence(2), new)]), ..Desired::default() }
 }
 
-fn observed(workloads: &[(&str, InstanceState, &Workload)]) -> Observed {
-    let instance = |state: &InstanceState, of: &Workload| Instance {
+fn observed(workloads: &[(&str, InstanceState, &Spec)]) -> Observed {
+    let instance = |state: &InstanceState, of: &Spec| Instance {
         state: state.clone(),
         spec: Some(of.digest()),
         ..Instance::default()
@@ -137,7 +138,7 @@ fn a_record_that_cannot_be_written_does_not_delay_a_restart() {
 }
 
 /// Generation 2 is to take over; `web` runs as generation 1 has it, and crashes all the time.
-fn taking_over(new: &[(&str, &Workload)], web: &Workload) -> (Desired, Observed) {
+fn taking_over(new: &[(&str, &Spec)], web: &Spec) -> (Desired, Observed) {
     let old = generation(1, GenerationState::Good, &[("web", web)]);
     let new = generation(2, GenerationState::Staged, new);
     let pointers = Pointers {
@@ -184,7 +185,7 @@ fn resizes(plan: &Plan, workload: &str) -> bool {
 }
 
 /// As [`observed`], and the runs are known without their limits too.
-fn resizable(workloads: &[(&str, InstanceState, &Workload)]) -> Observed {
+fn resizable(workloads: &[(&str, InstanceState, &Spec)]) -> Observed {
     let mut observed = observed(workloads);
     for (text, _, workload) in workloads {
         observed.workloads.get_mut(&name(text)).unwrap().frame = Some(workload.digest_without_limits());
@@ -241,7 +242,8 @@ fn two_that_would_wait_for_each_other_are_restarted() {
 #[test]
 fn what_one_returns_to_is_fetched_again_before_anybody_needs_it() {
     let (v1, v2) = (workload("1", 10), workload("2", 10));
-    let other = Workload { image: "r.example/other:1".to_owned(), ..v1.clone() };
+    let mut other = v1.clone();
+    other.image = "r.example/other:1".to_owned();
     let mut desired = switching(&[("a", &v1), ("gone", &other)], &[("a", &v2)]);
     let pulls = |desired: &Desired, observed: &Observed| -> Vec<String> {
         let plan = edged_plan::plan(desired, observed, NOW);

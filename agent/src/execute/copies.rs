@@ -10,6 +10,7 @@ use edged_model::keeper::IdMapping;
 use edged_model::manifest::Workload;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 
 use super::pull::room::{Disk, Need, Promises, Ticket};
 use super::pull::{PullFailure, ReadyImage};
@@ -71,7 +72,7 @@ pub fn has_own_ids(ctx: &StartContext, workload: &Workload) -> bool {
 }
 
 /// By what the writable root of a workload is named: what it holds has the ids of one way, and of one range.
-pub fn root_name(workload: &Workload, copied: Option<IdMapping>) -> Digest {
+pub fn root_name(workload: &Spec, copied: Option<IdMapping>) -> Digest {
     let frame = workload.digest_without_limits();
     copied.map_or(frame, |ids| Digest::of(format!("{frame} {}", ids.outside).as_bytes()))
 }

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use edged_model::id::WorkloadName;
 use edged_model::keeper::MAX_MESSAGE_FDS;
-use edged_model::manifest::{Manifest, NetworkMode, Workload};
+use edged_model::manifest::{Manifest, NetworkMode};
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 
 use super::copies::{self, OwnIds, has_own_ids};
 use super::pull::ReadyImage;
@@ -26,7 +27,7 @@ fn userns_path(ctx: &StartContext, name: &WorkloadName, first: u32) -> PathBuf {
 /// What a launch is made of.
 pub struct Launch<'l> {
     pub name: &'l WorkloadName,
-    pub workload: &'l Workload,
+    pub workload: &'l Spec,
     pub manifest: &'l Manifest,
     pub image: &'l ReadyImage,
 }

@@ -51,7 +51,7 @@ mod tests {
         {
             let mut spec = Workload::of_image("r.example/i:1");
             spec.depends_on = needs.iter().map(|need| (name(need), DependsOn::Started)).collect();
-            manifest.workloads.insert(name(workload), spec);
+            manifest.workloads.insert(name(workload), spec.into());
         }
         let order = |text: &str| plan(&manifest, &name(text), &manifest.workloads[&name(text)], None).order;
         assert_eq!(["web", "api", "db", "log"].map(order), [2, 1, 0, 0]);

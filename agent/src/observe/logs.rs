@@ -111,6 +111,8 @@ pub struct Logs {
     queue: Sender<Work>,
     /// Bytes in the queue.
     waiting: Arc<AtomicUsize>,
+    /// What was read in this turn. One for all: a stream that is silent holds none, and what comes is not zeroed before.
+    turn: Arc<Mutex<Vec<u8>>>,
     /// Nothing is read any more: what is in the pipes is for the next agent.
     held: Arc<AtomicBool>,
     followers: broadcast::Sender<(WorkloadName, LogLine)>,
@@ -132,8 +134,9 @@ impl Logs {
     fn unwritten(dir: PathBuf, rate: Bytes) -> (Self, Receiver<Work>) {
         let (queue, lines) = channel();
         let (followers, _) = broadcast::channel(FOLLOW_LINES);
+        let turn = Arc::new(Mutex::new(Vec::with_capacity(TURN_BYTES)));
         let (waiting, held, dropped) = (Arc::default(), Arc::default(), Dropped::default());
-        (Self { bytes_per_second: rate.0, queue, waiting, held, followers, dropped, dir }, lines)
+        (Self { bytes_per_second: rate.0, queue, waiting, turn, held, followers, dropped, dir }, lines)
     }
 
     fn source(&self, workload: &WorkloadName, stream: Stream, clocks: Clocks) -> Source {
@@ -153,11 +156,8 @@ impl Logs {
                 if logs.held.load(Ordering::Relaxed) {
                     return;
                 }
-                // Of this turn only: a stream that is silent holds no buffer.
-                let mut buffer = [0_u8; TURN_BYTES];
-                match pipe.try_read(&mut buffer) {
-                    Ok(count @ 1..) => {
-                        logs.take(&mut source, &buffer[..count], clocks);
+                match logs.read(&pipe, &mut source, clocks) {
+                    Ok(1..) => {
                         // A pipe that is never empty: an operator and every probe wait for one such turn, not for the flood.
                         tokio::task::yield_now().await;
                     }
@@ -168,6 +168,14 @@ impl Logs {
             logs.end_of(&mut source, clocks);
         });
         Ok(())
+    }
+
+    fn read(&self, pipe: &pipe::Receiver, source: &mut Source, clocks: Clocks) -> io::Result<usize> {
+        let mut bytes = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        bytes.clear();
+        let count = pipe.try_read_buf(&mut *bytes)?;
+        self.take(source, &bytes, clocks);
+        Ok(count)
     }
 
     fn take(&self, source: &mut Source, bytes: &[u8], clocks: Clocks) {
@@ -313,7 +321,7 @@ impl LineCutter {
     fn skip(&mut self, bytes: &[u8]) -> u64 {
         let Some(last) = bytes.last() else { return 0 };
         let has_open_end = *last != b'\n';
-        let ends = bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
+        let ends = memchr::memchr_iter(b'\n', bytes).count() as u64;
         let lost = ends + u64::from(has_open_end) - u64::from(self.is_lost);
         (self.rest, self.is_lost) = (Vec::new(), has_open_end);
         lost

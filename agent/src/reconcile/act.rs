@@ -3,10 +3,10 @@
 use edged_model::action::Action;
 use edged_model::generation::GenerationState;
 use edged_model::id::{Sequence, WorkloadName};
-use edged_model::manifest::Workload;
 use edged_model::observed::{Hold, ImageStatus};
 use edged_model::quantity::{Bytes, Now};
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 use edged_model::workload::{Exit, ExitCause};
 use edged_plan::transition;
 use edged_plan::world::Began;
@@ -164,12 +164,7 @@ impl Agent {
         });
     }
 
-    pub(super) async fn started(
-        &mut self,
-        name: WorkloadName,
-        spec: &Workload,
-        result: Result<Launched, StartFailure>,
-    ) {
+    pub(super) async fn started(&mut self, name: WorkloadName, spec: &Spec, result: Result<Launched, StartFailure>) {
         let start = self.under_way.starts.remove(&name);
         let (oom_kills_before, ended_already) =
             start.map_or((0, None), |start| (start.oom_kills_before, start.ended_already));

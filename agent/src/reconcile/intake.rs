@@ -12,7 +12,7 @@ use edged_plan::transition;
 use super::{Agent, Message};
 use crate::crash_point;
 use crate::execute::start;
-use crate::report::{Offer, Taken};
+use crate::report::{News, Offer, Taken};
 use crate::verify::{self, DeviceFacts, Verdict};
 
 /// A manifest that was not refused.
@@ -178,6 +178,6 @@ impl Agent {
     pub(super) fn refuse(&mut self, what: &str, why: &Reason) {
         let at = self.now().wall;
         self.refused = Some(Refusal { at, what: what.to_owned(), why: why.clone() });
-        self.fleet.changed();
+        self.fleet.changed(News::Fresh);
     }
 }

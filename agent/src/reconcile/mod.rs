@@ -62,10 +62,10 @@ use edged_model::api::{Answer, Event as StoryEvent, Pruned};
 use edged_model::generation::Generation;
 use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
 use edged_model::keeper::ChildExit;
-use edged_model::manifest::Workload;
 use edged_model::quantity::{Now, Timestamp};
 use edged_model::reason::Reason;
 use edged_model::report::{BootCause, Refusal};
+use edged_model::spec::Spec;
 use edged_model::trust::TrustRoot;
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -79,7 +79,7 @@ use crate::network::sntp::{Heard, NobodyAnswers};
 use crate::observe::ProbeOutcome;
 use crate::observe::logs::Logs;
 use crate::observe::took::Times;
-use crate::report::{FleetLine, Offer, Taken};
+use crate::report::{FleetLine, News, Offer, Taken};
 use crate::runtime::cgroup::Cgroup;
 use crate::runtime::keeper_link::{KeeperLink, LaunchError, Launched};
 use crate::store::Store;
@@ -113,12 +113,12 @@ enum Message {
     Started {
         workload: WorkloadName,
         /// What was started: another generation may have become the active one meanwhile.
-        spec: Box<Workload>,
+        spec: Box<Spec>,
         result: Result<Launched, StartFailure>,
     },
     Resized {
         workload: WorkloadName,
-        spec: Box<Workload>,
+        spec: Box<Spec>,
         result: Result<(), String>,
     },
     Changed {
@@ -398,7 +398,9 @@ impl Agent {
             self.counters.a_write_was_dropped();
             tracing::error!("an event is lost: {busy}");
         }
-        self.fleet.changed();
+        let history = |name| self.world.observed.workloads.get(name).map(|instance| &instance.history);
+        let fails_again = workload.and_then(history).is_some_and(|history| history.in_a_row > 1);
+        self.fleet.changed(if fails_again { News::Again } else { News::Fresh });
     }
 
     fn active(&self) -> Option<&Generation> {

@@ -2,9 +2,9 @@
 //! world. An agent that ends in between finds the old note, and does it again.
 
 use edged_model::id::{Digest, Sequence, WorkloadName};
-use edged_model::manifest::Workload;
 use edged_model::observed::InstanceState;
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 
 use super::{Agent, Message};
 use crate::crash_point;
@@ -12,7 +12,7 @@ use crate::execute::start;
 use crate::store::{Durability, inline_chain};
 
 /// What the keeper keeps with a run: what it runs as, and the same without its limits.
-pub(super) fn note(spec: &Workload) -> String {
+pub(super) fn note(spec: &Spec) -> String {
     format!("{} {}", spec.digest(), spec.digest_without_limits())
 }
 
@@ -51,7 +51,7 @@ impl Agent {
         });
     }
 
-    pub(super) async fn resized(&mut self, name: WorkloadName, spec: &Workload, result: Result<(), String>) {
+    pub(super) async fn resized(&mut self, name: WorkloadName, spec: &Spec, result: Result<(), String>) {
         let ended_already = self.under_way.resizes.remove(&name).flatten();
         let text = match result {
             Ok(()) => {
@@ -81,7 +81,7 @@ mod tests {
 
     #[test]
     fn what_is_noted_is_read_again_and_an_older_note_too() {
-        let web = Workload::of_image("r.example/web:1");
+        let web = Spec::from(edged_model::manifest::Workload::of_image("r.example/web:1"));
         assert_eq!(noted(&note(&web)), (web.digest(), Some(web.digest_without_limits())));
         assert_eq!(noted(&web.digest().to_string()), (web.digest(), None));
         assert_eq!(noted("").1, None);

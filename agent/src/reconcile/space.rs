@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use edged_model::api::{Answer, DiskPart, DiskUse, Pruned};
 use edged_model::generation::GenerationState;
 use edged_model::id::{Sequence, WorkloadName};
-use edged_model::manifest::Workload;
 use edged_model::observed::InstanceState;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 use edged_model::scrub::ScrubStatus;
+use edged_model::spec::Spec;
 use edged_plan::garbage::needed_images;
 use tokio::sync::mpsc;
 
@@ -102,7 +102,7 @@ impl Agent {
         needed.chain(self.world.observed.workloads.keys()).cloned().collect()
     }
 
-    fn needed_workloads(&self) -> impl Iterator<Item = (&WorkloadName, &Workload)> {
+    fn needed_workloads(&self) -> impl Iterator<Item = (&WorkloadName, &Spec)> {
         let desired = &self.world.desired;
         let generations = desired.pointers.needed().filter_map(|sequence| desired.generations.get(&sequence));
         generations.flat_map(|generation| &generation.manifest.workloads)

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 
 use super::answer::{error, one};
 use super::{Agent, Message, clock};
+use crate::report::News;
 use crate::runtime::keeper_link::{LinkError, Program};
 use crate::store::inline_chain;
 
@@ -110,7 +111,7 @@ impl Agent {
             return;
         }
         self.upgrade = why;
-        self.fleet.changed();
+        self.fleet.changed(News::Fresh);
         if let (Some(refused), Some(why)) = (program.refused.filter(|refused| !refused.is_told), self.upgrade.clone()) {
             if refused.has_run {
                 self.count(|survived| &mut survived.upgrades_returned);

@@ -22,7 +22,7 @@ mod roots;
 /// Reports to the fleet.
 mod send;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -37,6 +37,7 @@ use edged_model::reason::{Code, Reason};
 use tokio::sync::{mpsc, oneshot};
 use ureq::http::Response;
 
+pub use self::pace::News;
 use self::pace::Pace;
 use crate::config::Fleet;
 use crate::crash_point;
@@ -99,7 +100,6 @@ struct Shared {
     device: DeviceId,
     groups: Vec<GroupName>,
     arch: &'static str,
-    changed: AtomicBool,
     pace: Mutex<Pace>,
     contact: Mutex<Contact>,
     failures: AtomicU64,
@@ -122,13 +122,15 @@ struct Endpoint {
 
 impl FleetLine {
     pub fn new(key: SecretKey, device: DeviceId, groups: Vec<GroupName>) -> Self {
+        let mut pace = Pace::default();
+        // Nobody has heard of this boot yet.
+        pace.changed(News::Fresh);
         let shared = Shared {
             key,
             device,
             groups,
             arch: std::env::consts::ARCH,
-            changed: AtomicBool::new(true),
-            pace: Mutex::default(),
+            pace: Mutex::new(pace),
             contact: Mutex::default(),
             failures: AtomicU64::new(0),
             root_version: AtomicU64::new(0),
@@ -173,8 +175,8 @@ impl FleetLine {
     }
 
     /// Something changed that the fleet shall know.
-    pub fn changed(&self) {
-        self.shared.changed.store(true, Ordering::Relaxed);
+    pub fn changed(&self, news: News) {
+        self.pace().changed(news);
     }
 
     /// This one is in force now.
@@ -188,25 +190,12 @@ impl FleetLine {
 
     /// When the next report is due, as things are.
     pub fn due_at_boot_ms(&self, interval: Span) -> u64 {
-        let pace = self.pace();
-        match self.shared.changed.load(Ordering::Relaxed) {
-            true => pace.change_at_boot_ms(interval.ms),
-            false => pace.routine_at_boot_ms(interval.ms),
-        }
+        self.pace().due_at_boot_ms(interval.ms)
     }
 
-    /// Whether one is due now: whoever asks puts it.
+    /// What is to be told now, if anything: whoever asks puts it.
     pub fn due(&self, now_boot_ms: u64, interval: Span) -> Option<Due> {
-        if now_boot_ms < self.due_at_boot_ms(interval) {
-            return None;
-        }
-        if self.shared.changed.swap(false, Ordering::Relaxed) {
-            self.pace().change_is_told(now_boot_ms, interval.ms);
-            Some(Due::Change)
-        } else {
-            self.pace().routine_is_told(now_boot_ms);
-            Some(Due::Routine)
-        }
+        self.pace().tell(now_boot_ms, interval.ms)
     }
 
     fn pace(&self) -> MutexGuard<'_, Pace> {

@@ -77,7 +77,7 @@ fn each_refusal_has_its_own_code() {
     assert_eq!(with(|m| m.api_version = "edge/v2".to_owned()), Code::InvalidManifest);
     let unlimited = |m: &mut Manifest| {
         let name = edged_model::id::WorkloadName::parse("web").unwrap();
-        m.workloads.insert(name, edged_model::manifest::Workload::of_image("r.example/i:1"));
+        m.workloads.insert(name, edged_model::manifest::Workload::of_image("r.example/i:1").into());
     };
     assert_eq!(with(unlimited), Code::MissingLimit);
 }
@@ -128,7 +128,7 @@ fn with_web() -> Manifest {
     let mut web = Workload::of_image("registry.example:5000/web:1");
     web.resources.memory = Some("16Mi".parse().unwrap());
     web.resources.cpu = Some("100m".parse().unwrap());
-    Manifest { workloads: [("web".parse().unwrap(), web)].into(), ..good() }
+    Manifest { workloads: [("web".parse().unwrap(), web.into())].into(), ..good() }
 }
 
 fn entry<'v>(map: &'v mut BTreeMap<Value, Value>, key: &str) -> &'v mut BTreeMap<Value, Value> {

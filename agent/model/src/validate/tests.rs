@@ -11,7 +11,7 @@ fn good() -> Manifest {
         device: Some(DeviceId::parse("pump-1").unwrap()),
         sequence: Sequence(1),
         expires: Timestamp(1),
-        workloads: [(WorkloadName::parse("web").unwrap(), web)].into(),
+        workloads: [(WorkloadName::parse("web").unwrap(), web.into())].into(),
         ..Manifest::empty()
     }
 }
@@ -112,7 +112,7 @@ fn what_is_referred_to_must_be_there() {
         ]
     );
     let near = texts(|manifest, web| {
-        manifest.workloads.insert("database".parse().unwrap(), limited());
+        manifest.workloads.insert("database".parse().unwrap(), limited().into());
         web.depends_on.insert("databse".parse().unwrap(), DependsOn::Started);
     });
     assert_eq!(near, ["workloads.web.dependsOn: there is no workload `databse`; did you mean `database`?"]);
@@ -134,7 +134,7 @@ fn a_ring_of_dependencies_is_told_once_and_in_full() {
         for (name, need) in [("api", "db"), ("db", "web")] {
             let mut workload = limited();
             needs(&mut workload, need);
-            manifest.workloads.insert(name.parse().unwrap(), workload);
+            manifest.workloads.insert(name.parse().unwrap(), workload.into());
         }
         needs(web, "api");
     });
@@ -144,7 +144,7 @@ fn a_ring_of_dependencies_is_told_once_and_in_full() {
 #[test]
 fn waiting_for_what_never_ends_is_a_mistake() {
     let told = texts(|manifest, web| {
-        manifest.workloads.insert("migrate".parse().unwrap(), limited());
+        manifest.workloads.insert("migrate".parse().unwrap(), limited().into());
         web.depends_on.insert("migrate".parse().unwrap(), DependsOn::Completed);
     });
     assert_eq!(told, ["workloads.web.dependsOn: `migrate` never completes: its `restart.policy` is `always`"]);

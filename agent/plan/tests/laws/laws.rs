@@ -7,6 +7,7 @@ use edged_model::manifest::{DependsOn, Resources, RestartPolicy, Workload};
 use edged_model::observed::{Hold, ImageStatus, Instance, InstanceState};
 use edged_model::quantity::{Now, Timestamp};
 use edged_model::reason::Code;
+use edged_model::spec::Spec;
 use edged_model::workload::Health;
 
 use crate::world::Sim;
@@ -38,11 +39,11 @@ pub fn of_an_action(sim: &Sim, plan: &Plan, action: &Action) -> Law {
     }
 }
 
-fn wanted<'s>(sim: &'s Sim, name: &WorkloadName) -> Option<&'s Workload> {
+fn wanted<'s>(sim: &'s Sim, name: &WorkloadName) -> Option<&'s Spec> {
     sim.active()?.manifest.workloads.get(name)
 }
 
-fn is_as_wanted(instance: &Instance, workload: &Workload) -> bool {
+fn is_as_wanted(instance: &Instance, workload: &Spec) -> bool {
     instance.spec == Some(workload.digest())
 }
 
@@ -118,7 +119,7 @@ fn of_a_resize(sim: &Sim, name: &WorkloadName) -> Law {
 }
 
 /// All walls together fit the device while one of them is moved, too.
-pub fn of_a_resized(sim: &Sim, name: &WorkloadName, spec: &Workload) -> Law {
+pub fn of_a_resized(sim: &Sim, name: &WorkloadName, spec: &Spec) -> Law {
     let others = sim.living().filter(|(living, _)| *living != name).map(|(_, spec)| spec);
     let memory: u64 = others.chain([spec]).filter_map(|s| s.resources.memory).map(|m| m.0).sum();
     let total = sim.world.observed.capacity.memory_total.0;
@@ -176,7 +177,7 @@ fn of_a_transition(sim: &Sim, plan: &Plan, generation: &Generation, to: Generati
 }
 
 /// One run of a workload at a time, no job that is done a second time, and all walls together fit the device at every moment.
-pub fn of_a_launch(sim: &Sim, name: &WorkloadName, spec: &Workload) -> Law {
+pub fn of_a_launch(sim: &Sim, name: &WorkloadName, spec: &Spec) -> Law {
     law(sim.living().all(|(living, _)| living != name), || format!("{name} is started beside a living one"))?;
     law(sim.done.get(name) != Some(&spec.digest()), || format!("{name} was done, and nobody asked for it again"))?;
     let memory: u64 =

@@ -14,6 +14,7 @@ use edged_model::manifest::{
 use edged_model::observed::{Capacity, Desired, Hold, ImageStatus, Instance, InstanceState, RestartHistory};
 use edged_model::quantity::{Bytes, MilliCpu, Now, Span, Timestamp};
 use edged_model::reason::{Code, Reason};
+use edged_model::spec::Spec;
 use edged_model::workload::{Exit, ExitCause, ProbeOutcome};
 use edged_plan::restart::{self, Verdict};
 use edged_plan::transition::{self, Change};
@@ -51,7 +52,7 @@ impl Dice {
 /// A child of the keeper.
 struct Child {
     pid: i32,
-    spec: Workload,
+    spec: Spec,
     began: u64,
     /// When it will end, and how; `None`: it runs until it is told to stop.
     ends: Option<(u64, ExitCause)>,
@@ -65,11 +66,11 @@ enum Mail {
     /// From the agent to the keeper.
     Launch {
         name: WorkloadName,
-        spec: Box<Workload>,
+        spec: Box<Spec>,
     },
     Started {
         name: WorkloadName,
-        spec: Box<Workload>,
+        spec: Box<Spec>,
         pid: Option<i32>,
     },
     Exited {
@@ -98,7 +99,7 @@ enum Mail {
     Resize {
         name: WorkloadName,
         pid: i32,
-        spec: Box<Workload>,
+        spec: Box<Spec>,
     },
     Resized {
         name: WorkloadName,
@@ -405,7 +406,7 @@ impl Sim {
         Ok(())
     }
 
-    fn launch(&mut self, name: WorkloadName, spec: Box<Workload>) -> Result<(), String> {
+    fn launch(&mut self, name: WorkloadName, spec: Box<Spec>) -> Result<(), String> {
         if self.done.get(&name) != Some(&spec.digest()) {
             self.done.remove(&name);
         }
@@ -426,7 +427,7 @@ impl Sim {
     }
 
     /// The run takes the limits and goes on; or too much is in use, or it is gone.
-    fn resize(&mut self, name: WorkloadName, pid: i32, spec: Workload) -> Result<(), String> {
+    fn resize(&mut self, name: WorkloadName, pid: i32, spec: Spec) -> Result<(), String> {
         let refuses = self.storm && self.dice.one_in(6);
         let living = self.keeper.get(&name).is_some_and(|child| child.pid == pid && child.exit.is_none());
         let done = living && !refuses;
@@ -443,7 +444,7 @@ impl Sim {
     }
 
     /// How a run will end by itself.
-    fn fate(&mut self, spec: &Workload) -> Option<(u64, ExitCause)> {
+    fn fate(&mut self, spec: &Spec) -> Option<(u64, ExitCause)> {
         let at = self.boot_ms + self.dice.below(3_000);
         let job = spec.restart.policy != RestartPolicy::Always;
         if spec.env.contains_key(BROKEN) {
@@ -460,7 +461,7 @@ impl Sim {
         job.then_some((at, ExitCause::Code { code: 0 }))
     }
 
-    fn started(&mut self, name: &WorkloadName, spec: &Workload, pid: Option<i32>) {
+    fn started(&mut self, name: &WorkloadName, spec: &Spec, pid: Option<i32>) {
         self.under_way.starts.remove(name);
         let now = self.now();
         let Some(pid) = pid else {
@@ -489,7 +490,7 @@ impl Sim {
         }
     }
 
-    fn began(&self, pid: i32, spec: &Workload) -> Began {
+    fn began(&self, pid: i32, spec: &Spec) -> Began {
         Began {
             pid,
             since_boot_ms: self.boot_ms,
@@ -678,9 +679,8 @@ impl Sim {
             let known = self.active().and_then(|active| active.manifest.workloads.get(&name)).cloned();
             let is_job =
                 |need: &WorkloadName| manifest.workloads.get(need).map(|w| w.restart.policy != RestartPolicy::Always);
-            let can_stay = |w: &Workload| {
-                w.depends_on.iter().all(|(need, how)| is_job(need) == Some(*how == DependsOn::Completed))
-            };
+            let can_stay =
+                |w: &Spec| w.depends_on.iter().all(|(need, how)| is_job(need) == Some(*how == DependsOn::Completed));
             let workload = match known.filter(can_stay) {
                 Some(known) if self.dice.one_in(2) => self.with_other_limits(known),
                 _ => self.workload(&before, &manifest),
@@ -691,15 +691,15 @@ impl Sim {
         manifest
     }
 
-    fn with_other_limits(&mut self, mut workload: Workload) -> Workload {
+    fn with_other_limits(&mut self, mut workload: Spec) -> Spec {
         workload.resources.memory = Some(Bytes([20, 40, 60][self.dice.below(3) as usize]));
         workload
     }
 
-    fn workload(&mut self, before: &[WorkloadName], manifest: &Manifest) -> Workload {
+    fn workload(&mut self, before: &[WorkloadName], manifest: &Manifest) -> Spec {
         let image =
             if self.dice.one_in(40) { UNSIGNED.to_owned() } else { format!("r.example/image:{}", self.dice.below(3)) };
-        let mut workload = Workload::of_image(&image);
+        let mut workload = Spec::from(Workload::of_image(&image));
         workload.resources.memory = Some(Bytes([20, 40, 60][self.dice.below(3) as usize]));
         workload.resources.cpu = Some(MilliCpu(100));
         workload.stop_timeout = Span::from_secs(3);
@@ -861,7 +861,7 @@ impl Sim {
             && self.keeper.values().all(|child| child.exit.is_none() && child.ends.is_none())
     }
 
-    pub fn living(&self) -> impl Iterator<Item = (&WorkloadName, &Workload)> {
+    pub fn living(&self) -> impl Iterator<Item = (&WorkloadName, &Spec)> {
         self.keeper.iter().filter(|(_, child)| child.exit.is_none()).map(|(name, child)| (name, &child.spec))
     }
 
@@ -869,7 +869,7 @@ impl Sim {
         self.under_way.starts.contains(name)
     }
 
-    pub fn is_broken(workload: &Workload) -> bool {
+    pub fn is_broken(workload: &Spec) -> bool {
         workload.env.contains_key(BROKEN)
     }
 }

@@ -30,8 +30,8 @@ const TICKS: Duration = Duration::from_millis(50);
 /// Some seconds of decoding, of digests and of writing.
 const LARGE_MIB: usize = 20;
 
-/// Probes that must have passed beside the crowd: most of those that the device keeps the times of.
-const PROBED: u64 = 200;
+/// Probes that must have passed in a state: as many as the device keeps the times of.
+const PROBED: u64 = 256;
 
 /// Eight neighbours have their turns in between, and the agent: far from the timeout of five seconds.
 const PROBE: Duration = Duration::from_millis(500);
@@ -140,9 +140,10 @@ pub fn take_all(firmware: &Firmware, dir: &std::path::Path) -> Result<()> {
     // Two nanoseconds for each instruction.
     setup.qemu.extend(["-icount", "shift=1,sleep=on"].map(str::to_owned));
     let mut device = Machine::boot(firmware, &dir.join("device"), &setup)?;
+    // Not in step with the hundred milliseconds in which limits of time are counted: each probe meets another moment of them.
     let quiet = format!(
         "  web:\n    image: {image}\n    args: [http, \"80\"]\n    resources: {{ memory: 8Mi, cpu: 200m }}\n    \
-         health: {{ probe: {{ http: {{ port: 80 }} }}, startPeriod: 60s, interval: 100ms, timeout: 5s }}\n    \
+         health: {{ probe: {{ http: {{ port: 80 }} }}, startPeriod: 60s, interval: 107ms, timeout: 5s }}\n    \
          capabilities: {{ add: [CAP_NET_BIND_SERVICE] }}\n  \
          eye:\n    image: {image}\n    args: [groups, /groups]\n    resources: {{ memory: 8Mi, cpu: 20m }}\n    \
          stopTimeout: 1s\n    mounts: [{{ target: /groups, readOnly: true, source: {{ bind: {groups} }} }}]\n"
@@ -152,11 +153,12 @@ pub fn take_all(firmware: &Firmware, dir: &std::path::Path) -> Result<()> {
     let reported_at_rest = report_of(&mut device, &site, "stop", "eye", "stopped")?;
     device.console.ask("start eye", PROMPT, LONG)?;
     let console_at_rest = console_p99(&mut device)?;
-    let (probed, probe_at_rest) = probe_p99(&mut device, PROBED)?;
+    let (_, probe_at_rest) = probe_p99(&mut device, PROBED)?;
 
     let crowded = format!("{HEAD}sequence: 2\nworkloads:\n{quiet}{}", crowd(&image));
     site.push(&device, &site.keys.sign("crowded", &crowded)?)?;
     is_at_work(&mut device)?;
+    let (probed, _) = probe_p99(&mut device, 1)?;
     let console = console_p99(&mut device)?;
     let (_, probe) = probe_p99(&mut device, probed + PROBED)?;
     println!("99 of 100 answers of the console within {console_at_rest:?} at rest, {console:?} beside the crowd");
@@ -171,7 +173,7 @@ pub fn take_all(firmware: &Firmware, dir: &std::path::Path) -> Result<()> {
         "a probe takes {probe_at_pull:?} beside a pull, at rest {probe_at_rest:?}"
     );
     ensure!(console <= twice(console_at_rest), "the console takes {console:?}, at rest {console_at_rest:?}");
-    ensure!(probe <= (2 * probe_at_rest).max(PROBE), "a probe takes {probe:?}, at rest {probe_at_rest:?}");
+    ensure!(probe <= twice(probe_at_rest), "a probe takes {probe:?}, at rest {probe_at_rest:?}");
     Ok(())
 }
 
