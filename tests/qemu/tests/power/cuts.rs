@@ -236,16 +236,21 @@ fn all_run(device: &mut Machine) -> Result<()> {
     .map_err(|error| error.context(format!("the last answer was:\n{last}")))
 }
 
-/// As many moments in each stretch as in any other, each in a part of its own; and among them those next to a flush, where
-/// a missing one would show. With fewer moments than stretches, chance says which are left out.
+/// As many moments in each stretch as in any other that has so many, each in a part of its own; and among them those next to
+/// a flush, where a missing one would show. With fewer moments than stretches, chance says which are left out.
 fn moments(requests: &[Request], mut stretches: Vec<(usize, usize)>, count: usize, rng: &mut Rng) -> Vec<usize> {
     rng.shuffle(&mut stretches);
+    let longest = stretches.iter().map(|(begin, end)| end - begin).max().unwrap_or(0);
+    let mut parts = vec![0; stretches.len()];
+    // One after the other, as cards are dealt.
+    let turns =
+        (0..longest).flat_map(|turn| stretches.iter().enumerate().filter(move |(_, (from, to))| turn < to - from));
+    turns.take(count).for_each(|(stretch, _)| parts[stretch] += 1);
     let mut moments = Vec::with_capacity(count);
-    for (index, (begin, end)) in stretches.iter().copied().enumerate() {
-        let parts = count / stretches.len() + usize::from(index < count % stretches.len());
+    for ((begin, end), parts) in stretches.into_iter().zip(parts) {
+        let at = |part: usize| begin + part * (end - begin) / parts;
         for part in 0..parts {
-            let at = |part: usize| begin + part * (end - begin) / parts;
-            let (from, to) = (at(part), at(part + 1).max(at(part) + 1));
+            let (from, to) = (at(part), at(part + 1));
             let near: Vec<usize> = (from..to).filter(|at| requests[*at] == Request::Flush).collect();
             moments.push(match (near.is_empty(), rng.bool()) {
                 // Just before it is answered.
@@ -255,7 +260,6 @@ fn moments(requests: &[Request], mut stretches: Vec<(usize, usize)>, count: usiz
         }
     }
     moments.sort_unstable();
-    moments.dedup();
     moments
 }
 
@@ -269,11 +273,15 @@ fn every_stretch_has_its_moments() {
         .collect();
     let stretches = vec![(0, 10), (10, 20), (30, 900), (900, 1000)];
     let found = moments(&requests, stretches.clone(), 40, &mut Rng::with_seed(1));
-    assert!(found.is_sorted() && found.len() <= 40, "{found:?}");
+    assert!(found.is_sorted() && found.len() == 40, "{found:?}");
+    assert!(found.windows(2).all(|two| two[0] != two[1]), "one moment is cut once: {found:?}");
     assert!(!found.iter().any(|at| (20..30).contains(at)), "{found:?}");
     for (from, to) in &stretches {
         let inside = found.iter().filter(|at| (*from..*to).contains(at)).count();
-        assert!(inside >= 5, "{inside} between {from} and {to}: {found:?}");
+        assert!(inside == 10, "{inside} between {from} and {to}: {found:?}");
     }
+    // The short ones have no more than they are long.
+    assert_eq!(moments(&requests, stretches.clone(), 400, &mut Rng::with_seed(1)).len(), 400);
+    assert_eq!(moments(&requests, vec![(0, 10)], 400, &mut Rng::with_seed(1)).len(), 10);
     assert_eq!(moments(&requests, stretches, 3, &mut Rng::with_seed(1)).len(), 3);
 }
