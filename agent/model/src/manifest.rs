@@ -36,6 +36,7 @@ pub struct Manifest {
     pub expires: Timestamp,
     /// What to run, by name.
     #[serde(default)]
+    #[schemars(with = "BTreeMap<WorkloadName, Workload>")]
     pub workloads: BTreeMap<WorkloadName, Spec>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub networks: BTreeMap<NetworkName, Network>,

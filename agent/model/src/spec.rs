@@ -3,14 +3,13 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::OnceLock;
 
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::id::Digest;
 use crate::manifest::{Resources, Workload};
 
 /// Each digest is taken once: who changes the workload makes it forget them.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Spec {
     workload: Workload,

@@ -398,9 +398,14 @@ impl Agent {
             self.counters.a_write_was_dropped();
             tracing::error!("an event is lost: {busy}");
         }
-        let history = |name| self.world.observed.workloads.get(name).map(|instance| &instance.history);
-        let fails_again = workload.and_then(history).is_some_and(|history| history.in_a_row > 1);
-        self.fleet.changed(if fails_again { News::Again } else { News::Fresh });
+        let is_old = workload.is_some_and(|name| self.fails_again(name));
+        self.fleet.changed(if is_old { News::Again } else { News::Fresh });
+    }
+
+    /// And no operator has a hand in it.
+    fn fails_again(&self, name: &WorkloadName) -> bool {
+        let instance = self.world.observed.workloads.get(name);
+        instance.is_some_and(|instance| instance.history.in_a_row > 1) && !self.world.desired.held.contains_key(name)
     }
 
     fn active(&self) -> Option<&Generation> {

@@ -36,9 +36,9 @@ const PROBED: u64 = 256;
 /// Eight neighbours have their turns in between, and the agent: far from the timeout of five seconds.
 const PROBE: Duration = Duration::from_millis(500);
 
-/// After the second that it is given: in a storm of changes one is told every five seconds of the device, whose clock is slower
-/// than ours on a busy host.
-const REPORTED: Duration = Duration::from_secs(20);
+/// After the second that it is given. Neighbours that fail again and again must not hold it up: they are told every five
+/// seconds, of the device, whose clock is slower than ours on a busy host.
+const REPORTED: Duration = Duration::from_secs(6);
 
 /// The ninety-ninth of a hundred answers of the console.
 fn console_p99(device: &mut Machine) -> Result<Duration> {
@@ -233,7 +233,10 @@ fn nothing_is_left_of_the_breeder(device: &mut Machine, site: &Site, at_rest: Du
     ensure!(!had.contains("breeder 0"), "it has children: {had}");
     let reported = report_of(device, site, "stop", "breeder", "stopped")?;
     println!("a stop was reported within {at_rest:?} at rest, {reported:?} beside the crowd");
-    ensure!(reported <= REPORTED, "the fleet heard of a stop after {reported:?}, at rest after {at_rest:?}");
+    ensure!(
+        reported <= (3 * at_rest).max(REPORTED),
+        "the fleet heard of a stop after {reported:?}, at rest after {at_rest:?}"
+    );
     let mut last = String::new();
     wait::until("the last of the breeder", LONG, || {
         last = device.console.ask("logs eye --tail 1", PROMPT, LONG)?;
