@@ -1,11 +1,12 @@
-//! What workloads print. The agent reads each pipe, cuts it into lines and hands them to one writer thread, which
-//! appends to two segments per workload (`current`, `previous`); when `current` has half the allowed space it becomes
-//! `previous`. A workload that prints faster than `log.rate` allows, or than the disk takes, loses lines, with a count: it
-//! never blocks, and neither does anyone else.
+//! What workloads print. The agent reads each pipe in turns, cuts what came into lines and hands those that are kept to one
+//! writer thread, which appends them to two segments per workload (`current`, `previous`); when `current` has half the
+//! allowed space it becomes `previous`. A workload that prints faster than `log.rate` allows, or than the disk takes, loses
+//! lines, with a count: it never blocks, and neither does anyone else.
 //!
 //! One line on disk: `<unix ms> <o|e> <text>\n`. Bytes that are not UTF-8 and control characters are replaced when
 //! read, so that a log cannot drive the reader's terminal.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
@@ -37,9 +38,6 @@ const QUEUE_BYTES: usize = 256 * 1024;
 /// neighbours flood.
 const OWN_BYTES: usize = TURN_BYTES;
 
-/// A line that waits takes this beside its text.
-const LINE_OVERHEAD_BYTES: usize = 128;
-
 /// Of the writer.
 const NICE: i32 = 19;
 
@@ -51,10 +49,6 @@ const FOLLOW_LINES: usize = 256;
 struct Dropped(Arc<Mutex<BTreeMap<WorkloadName, u64>>>);
 
 impl Dropped {
-    fn one_more(&self, workload: &WorkloadName) {
-        self.more(workload, 1);
-    }
-
     fn more(&self, workload: &WorkloadName, lines: u64) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match counts.get_mut(workload) {
@@ -88,7 +82,36 @@ struct Destination {
     waiting: Arc<AtomicUsize>,
 }
 
-/// What a line takes of the queue, until it is written.
+/// The lines of one turn that are kept, as they are written: one message and one write for all of them.
+struct Batch {
+    stream: Stream,
+    at_unix_ms: i64,
+    head: String,
+    text: String,
+}
+
+impl Batch {
+    fn new(stream: Stream, at_unix_ms: i64) -> Self {
+        let letter = match stream {
+            Stream::Stdout => 'o',
+            Stream::Stderr => 'e',
+        };
+        Self { stream, at_unix_ms, head: format!("{at_unix_ms} {letter} "), text: String::new() }
+    }
+
+    /// Its size with this line.
+    fn bytes_with(&self, line: &str) -> usize {
+        self.text.len() + self.head.len() + line.len() + 1
+    }
+
+    fn add(&mut self, line: &str) {
+        self.text.push_str(&self.head);
+        self.text.push_str(line);
+        self.text.push('\n');
+    }
+}
+
+/// What lines take of the queue, until they are written.
 struct Room {
     bytes: usize,
     all: Arc<AtomicUsize>,
@@ -189,9 +212,11 @@ impl Logs {
                 lost => self.lose(source, lost),
             };
         }
+        let mut batch = Batch::new(source.to.stream, (clocks.unix_ms)());
         let mut lost = 0;
         let Source { to, lines, .. } = source;
-        lines.feed(bytes, |text| lost += u64::from(!self.line(to, text, (clocks.unix_ms)(), is_kept)));
+        lines.feed(bytes, |text| lost += u64::from(!self.line(to, text, is_kept, &mut batch)));
+        self.keep(to, batch);
         if lost > 0 {
             self.lose(source, lost);
         }
@@ -199,9 +224,11 @@ impl Logs {
 
     fn end_of(&self, source: &mut Source, clocks: Clocks) {
         self.say_what_is_lost(source, clocks);
-        let Source { to, lines, .. } = source;
+        let mut batch = Batch::new(source.to.stream, (clocks.unix_ms)());
         let mut lost = 0;
-        lines.finish(|text| lost += u64::from(!self.line(to, text, (clocks.unix_ms)(), true)));
+        let Source { to, lines, .. } = source;
+        lines.finish(|text| lost += u64::from(!self.line(to, text, true, &mut batch)));
+        self.keep(to, batch);
         if lost > 0 {
             self.lose(source, lost);
         }
@@ -218,7 +245,9 @@ impl Logs {
         if lost > 0 {
             let text =
                 format!("[edged: {lost} lines are not here: they came faster than log.rate, or than the disk takes]");
-            self.line(&source.to, text.as_bytes(), (clocks.unix_ms)(), true);
+            let mut batch = Batch::new(source.to.stream, (clocks.unix_ms)());
+            self.line(&source.to, text.as_bytes(), true, &mut batch);
+            self.keep(&source.to, batch);
         }
     }
 
@@ -228,33 +257,35 @@ impl Logs {
             || to.waiting.load(Ordering::Relaxed) + bytes < OWN_BYTES
     }
 
-    fn room(&self, to: &Destination, text: &[u8]) -> Option<Room> {
-        let bytes = text.len() + LINE_OVERHEAD_BYTES;
-        if !self.has_room(to, bytes) {
-            return None;
+    /// Shows it to those who follow, and puts it to those that are kept, if it is to be and there is room. Whether it is.
+    fn line(&self, to: &Destination, text: &[u8], is_kept: bool, batch: &mut Batch) -> bool {
+        let is_followed = self.followers.receiver_count() > 0;
+        if !is_followed && !is_kept {
+            return false;
         }
+        let text = printable(text);
+        let is_kept = is_kept && self.has_room(to, batch.bytes_with(&text));
+        if is_kept {
+            batch.add(&text);
+        }
+        if is_followed {
+            let line = LogLine { at_unix_ms: batch.at_unix_ms, stream: batch.stream, text: text.into_owned() };
+            // Nobody may be there any more.
+            let _ = self.followers.send((to.workload.clone(), line));
+        }
+        is_kept
+    }
+
+    fn keep(&self, to: &Destination, batch: Batch) {
+        if batch.text.is_empty() {
+            return;
+        }
+        let bytes = batch.text.len();
         let (all, own) = (Arc::clone(&self.waiting), Arc::clone(&to.waiting));
         all.fetch_add(bytes, Ordering::Relaxed);
         own.fetch_add(bytes, Ordering::Relaxed);
-        Some(Room { bytes, all, own })
-    }
-
-    /// Shows it to those who follow, and has it written if it is to be kept. Whether it is.
-    fn line(&self, to: &Destination, text: &[u8], at_unix_ms: i64, is_kept: bool) -> bool {
-        let is_followed = self.followers.receiver_count() > 0;
-        let room = if is_kept { self.room(to, text) } else { None };
-        if !is_followed && room.is_none() {
-            return false;
-        }
-        let line = LogLine { at_unix_ms, stream: to.stream, text: printable(text) };
-        if is_followed {
-            // Nobody may be there any more.
-            let _ = self.followers.send((to.workload.clone(), line.clone()));
-        }
-        let Some(room) = room else { return false };
         // Without a writer this agent ends.
-        let _ = self.queue.send(Work::Line(to.workload.clone(), line, room));
-        true
+        let _ = self.queue.send(Work::Lines(to.workload.clone(), batch.text, Room { bytes, all, own }));
     }
 
     /// Reads no more, and comes back when all that was read is written: this agent ends. Blocking.
@@ -308,6 +339,10 @@ impl Logs {
 const CURRENT: &str = "current";
 const PREVIOUS: &str = "previous";
 
+fn ends(lines: &[u8]) -> u64 {
+    memchr::memchr_iter(b'\n', lines).count() as u64
+}
+
 /// Cuts a byte stream into lines of bounded length.
 #[derive(Default)]
 struct LineCutter {
@@ -321,8 +356,7 @@ impl LineCutter {
     fn skip(&mut self, bytes: &[u8]) -> u64 {
         let Some(last) = bytes.last() else { return 0 };
         let has_open_end = *last != b'\n';
-        let ends = memchr::memchr_iter(b'\n', bytes).count() as u64;
-        let lost = ends + u64::from(has_open_end) - u64::from(self.is_lost);
+        let lost = ends(bytes) + u64::from(has_open_end) - u64::from(self.is_lost);
         (self.rest, self.is_lost) = (Vec::new(), has_open_end);
         lost
     }
@@ -360,9 +394,13 @@ impl LineCutter {
 }
 
 /// Text that cannot drive a terminal: tabs stay, other control characters become `\u{fffd}`.
-fn printable(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
-    text.trim_end_matches('\r').chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect()
+fn printable(bytes: &[u8]) -> Cow<'_, str> {
+    let is_bad = |c: char| c.is_control() && c != '\t';
+    let end = bytes.iter().rposition(|byte| *byte != b'\r').map_or(0, |last| last + 1);
+    match String::from_utf8_lossy(&bytes[..end]) {
+        text if text.contains(is_bad) => text.replace(is_bad, "\u{fffd}").into(),
+        text => text,
+    }
 }
 
 fn parse(line: &[u8]) -> Option<LogLine> {
@@ -378,7 +416,8 @@ fn parse(line: &[u8]) -> Option<LogLine> {
 }
 
 enum Work {
-    Line(WorkloadName, LogLine, Room),
+    /// Whole lines.
+    Lines(WorkloadName, String, Room),
     /// All before it is written.
     Tell(SyncSender<()>),
 }
@@ -401,23 +440,31 @@ impl Writer {
         // (setpriority(2), "C library/kernel differences"). Refused, it is as quick as the others.
         let _ = rustix::process::setpriority_process(None, NICE);
         while let Ok(work) = work.recv() {
-            let (workload, line, _room) = match work {
-                Work::Line(workload, line, room) => (workload, line, room),
+            let (workload, lines, _room) = match work {
+                Work::Lines(workload, lines, room) => (workload, lines, room),
                 Work::Tell(done) => {
                     // Who asked may have given up waiting.
                     let _ = done.try_send(());
                     continue;
                 }
             };
-            // A disk that is full or broken costs lines, never the supervisor: the next line tries afresh.
-            if self.append(&workload, &line).is_err() {
-                self.open.remove(&workload);
-                self.lost.one_more(&workload);
+            let mut left = lines.as_bytes();
+            while !left.is_empty() {
+                match self.append(&workload, left) {
+                    Ok(written) => left = &left[written..],
+                    // A disk that is full or broken costs lines, never the supervisor: the next ones try afresh.
+                    Err(_) => {
+                        self.open.remove(&workload);
+                        self.lost.more(&workload, ends(left));
+                        break;
+                    }
+                }
             }
         }
     }
 
-    fn append(&mut self, workload: &WorkloadName, line: &LogLine) -> io::Result<()> {
+    /// As many of them as fill the segment; how many bytes those are.
+    fn append(&mut self, workload: &WorkloadName, lines: &[u8]) -> io::Result<usize> {
         let dir = self.dir.join(workload.as_str());
         let segment = match self.open.get_mut(workload) {
             Some(segment) => segment,
@@ -426,20 +473,19 @@ impl Writer {
                 self.open.entry(workload.clone()).or_insert(segment)
             }
         };
-        let stream = match line.stream {
-            Stream::Stdout => 'o',
-            Stream::Stderr => 'e',
-        };
-        let text = format!("{} {stream} {}\n", line.at_unix_ms, line.text);
-        segment.file.write_all(text.as_bytes())?;
-        segment.bytes += text.len() as u64;
+        let room = usize::try_from(self.max_segment_bytes.saturating_sub(segment.bytes)).unwrap_or(usize::MAX);
+        // The line that fills it is its last.
+        let from = room.saturating_sub(1).min(lines.len());
+        let count = memchr::memchr(b'\n', &lines[from..]).map_or(lines.len(), |end| from + end + 1);
+        segment.file.write_all(&lines[..count])?;
+        segment.bytes += count as u64;
         if segment.bytes >= self.max_segment_bytes {
             self.open.remove(workload);
             crash_point::pass("log-full");
             std::fs::rename(dir.join(CURRENT), dir.join(PREVIOUS))?;
             crash_point::pass("log-rotated");
         }
-        Ok(())
+        Ok(count)
     }
 }
 
@@ -564,17 +610,17 @@ mod tests {
         assert_eq!(logs.dropped_of(&name("quiet")), 0);
         // One that begins to flood has what is its own, and no more.
         logs.take(&mut quiet, &b"x\n".repeat(8000), CLOCKS);
-        assert!(logs.dropped_of(&name("quiet")) > 7000);
+        assert!(logs.dropped_of(&name("quiet")) > 5000);
         let waiting = logs.waiting.load(Ordering::Relaxed);
         assert!((QUEUE_BYTES..QUEUE_BYTES + 9 * OWN_BYTES).contains(&waiting), "{waiting} bytes");
         let lines: Vec<Work> = written.try_iter().collect();
-        let kept = lines.iter().filter(|work| matches!(work, Work::Line(workload, ..) if *workload == name("quiet")));
-        assert!(kept.count() > 1, "{} lines", lines.len());
+        let kept = lines.iter().filter(|work| matches!(work, Work::Lines(workload, ..) if *workload == name("quiet")));
+        assert_eq!(kept.count(), 2, "of {}", lines.len());
         drop(lines);
         assert_eq!(logs.waiting.load(Ordering::Relaxed), 0);
         logs.take(&mut floods[0], &flood, CLOCKS);
         let said = written.try_iter().find_map(|work| match work {
-            Work::Line(_, line, _) => Some(line.text),
+            Work::Lines(_, lines, _) => Some(lines),
             Work::Tell(_) => None,
         });
         assert!(said.as_ref().is_some_and(|text| text.contains("lines are not here")), "{said:?}");
@@ -601,6 +647,24 @@ mod tests {
         assert!((0..3).map(|_| follower.try_recv().unwrap().1.text).any(|text| text.starts_with("xxx")));
     }
 
+    /// More lines at once than two segments hold.
+    #[test]
+    fn lines_that_come_together_are_cut_where_a_segment_is_full() {
+        let dir = tempfile::tempdir().unwrap();
+        let logs = Logs::start(dir.path().to_owned(), Bytes(16 * 1024), Bytes(1 << 40)).unwrap();
+        let web = WorkloadName::parse("web").unwrap();
+        let mut source = logs.source(&web, Stream::Stdout, CLOCKS);
+        let together: String = (0..1000).map(|n| format!("line {n:03} {}\n", "x".repeat(40))).collect();
+        logs.take(&mut source, together.as_bytes(), CLOCKS);
+        let last = || logs.tail(&web, 1).unwrap().pop().map(|line| line.text);
+        wait_until("line 999", || last().is_some_and(|text| text.starts_with("line 999")));
+        let bytes = |segment| std::fs::metadata(dir.path().join("web").join(segment)).map_or(0, |found| found.len());
+        assert!((8192..8192 + 60).contains(&bytes(PREVIOUS)) && bytes(CURRENT) < 8192, "{}", bytes(PREVIOUS));
+        let kept = logs.tail(&web, 1000).unwrap();
+        let numbers: Vec<_> = kept.iter().map(|line| line.text[5..8].parse::<usize>().unwrap()).collect();
+        assert_eq!(numbers, (1000 - kept.len()..1000).collect::<Vec<_>>());
+    }
+
     #[test]
     fn the_disk_holds_the_newest_lines_within_the_bound() {
         let dir = tempfile::tempdir().unwrap();
@@ -609,7 +673,12 @@ mod tests {
         let source = logs.source(&web, Stream::Stdout, CLOCKS);
         for n in 0..2000 {
             let text = format!("line {n:04} {}", "x".repeat(40));
-            wait_until("room", || logs.line(&source.to, text.as_bytes(), 7, true));
+            wait_until("room", || {
+                let mut batch = Batch::new(Stream::Stdout, 7);
+                let is_kept = logs.line(&source.to, text.as_bytes(), true, &mut batch);
+                logs.keep(&source.to, batch);
+                is_kept
+            });
         }
         let newest = || logs.tail(&web, 1).unwrap().pop().map(|line| line.text);
         wait_until("line 1999", || newest().is_some_and(|text| text.starts_with("line 1999")));
