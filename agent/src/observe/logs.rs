@@ -38,6 +38,9 @@ const QUEUE_BYTES: usize = 256 * 1024;
 /// neighbours flood.
 const OWN_BYTES: usize = TURN_BYTES;
 
+/// Lines that wait take this beside their text, those of a turn together.
+const BATCH_OVERHEAD_BYTES: usize = 128;
+
 /// Of the writer.
 const NICE: i32 = 19;
 
@@ -99,9 +102,12 @@ impl Batch {
         Self { stream, at_unix_ms, head: format!("{at_unix_ms} {letter} "), text: String::new() }
     }
 
-    /// Its size with this line.
+    fn bytes(&self) -> usize {
+        BATCH_OVERHEAD_BYTES + self.text.len()
+    }
+
     fn bytes_with(&self, line: &str) -> usize {
-        self.text.len() + self.head.len() + line.len() + 1
+        self.bytes() + self.head.len() + line.len() + 1
     }
 
     fn add(&mut self, line: &str) {
@@ -212,22 +218,25 @@ impl Logs {
                 lost => self.lose(source, lost),
             };
         }
-        let mut batch = Batch::new(source.to.stream, (clocks.unix_ms)());
-        let mut lost = 0;
-        let Source { to, lines, .. } = source;
-        lines.feed(bytes, |text| lost += u64::from(!self.line(to, text, is_kept, &mut batch)));
-        self.keep(to, batch);
-        if lost > 0 {
-            self.lose(source, lost);
-        }
+        self.hand_on(source, clocks, is_kept, |lines, each| lines.feed(bytes, each));
     }
 
     fn end_of(&self, source: &mut Source, clocks: Clocks) {
         self.say_what_is_lost(source, clocks);
-        let mut batch = Batch::new(source.to.stream, (clocks.unix_ms)());
-        let mut lost = 0;
+        self.hand_on(source, clocks, true, |lines, each| lines.finish(each));
+    }
+
+    /// What is cut off, together.
+    fn hand_on(
+        &self,
+        source: &mut Source,
+        clocks: Clocks,
+        is_kept: bool,
+        cut: impl FnOnce(&mut LineCutter, &mut dyn FnMut(&[u8])),
+    ) {
         let Source { to, lines, .. } = source;
-        lines.finish(|text| lost += u64::from(!self.line(to, text, true, &mut batch)));
+        let (mut batch, mut lost) = (Batch::new(to.stream, (clocks.unix_ms)()), 0);
+        cut(lines, &mut |text| lost += u64::from(!self.line(to, text, is_kept, &mut batch)));
         self.keep(to, batch);
         if lost > 0 {
             self.lose(source, lost);
@@ -280,7 +289,7 @@ impl Logs {
         if batch.text.is_empty() {
             return;
         }
-        let bytes = batch.text.len();
+        let bytes = batch.bytes();
         let (all, own) = (Arc::clone(&self.waiting), Arc::clone(&to.waiting));
         all.fetch_add(bytes, Ordering::Relaxed);
         own.fetch_add(bytes, Ordering::Relaxed);
