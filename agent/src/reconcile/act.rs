@@ -247,8 +247,9 @@ impl Agent {
             oom_kills_before,
             stop_signal,
             probe,
-            cpu: None,
+            look: None,
             cpu_milli: None,
+            comes_behind: None,
             probes: crate::observe::took::Times::default(),
         };
         if let Some(old) = self.runs.insert(name.clone(), run) {

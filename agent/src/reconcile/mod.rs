@@ -220,11 +220,21 @@ struct Run {
     /// As it was started: a workload that leaves the manifest is ended by its own word too.
     stop_signal: i32,
     probe: Option<tokio::task::JoinHandle<()>>,
-    /// CPU time at the last look, and when that was.
-    cpu: Option<(u64, u64)>,
+    look: Option<Look>,
     cpu_milli: Option<u64>,
+    /// Whether it used its limit up and comes behind those who do not; `None` until that has been said.
+    comes_behind: Option<bool>,
     /// Of the probes that it answered.
     probes: Times,
+}
+
+/// What a run had used when it was looked at last.
+#[derive(Clone, Copy)]
+struct Look {
+    at_boot_ms: u64,
+    cpu_us: u64,
+    /// Periods of its limit of time in which it had to wait; `None`: its cgroup has gone.
+    throttled_periods: Option<u64>,
 }
 
 struct Agent {

@@ -56,6 +56,9 @@ impl Agent {
         let text = match result {
             Ok(()) => {
                 self.world.resized(&name, spec.digest());
+                if let Some(run) = self.runs.get_mut(&name) {
+                    run.comes_behind = None;
+                }
                 let memory = spec.resources.memory.unwrap_or_default().human();
                 let (cpu, pids) = (spec.resources.cpu.unwrap_or_default(), spec.resources.pids);
                 format!("{name} runs on with other limits: memory {memory}, cpu {cpu}, {pids} processes")

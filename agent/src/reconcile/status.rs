@@ -11,9 +11,11 @@ use edged_model::quantity::Bytes;
 use edged_model::report::DiskReport;
 use edged_plan::phase::phase_of;
 
-use super::{Agent, clock};
+use super::{Agent, Look, Run, clock};
+use crate::execute::start::cpu_milli;
 use crate::observe::{ProbeOutcome, disk, pressure};
-use crate::runtime::cgroup::Cgroup;
+use crate::runtime::cgroup::{CPU_PERIOD_US, Cgroup, CgroupError};
+use crate::store::inline_chain;
 
 pub(super) fn generation_status(generation: &Generation) -> GenerationStatus {
     GenerationStatus {
@@ -22,6 +24,29 @@ pub(super) fn generation_status(generation: &Generation) -> GenerationStatus {
         state: generation.state,
         since: generation.since,
         reason: generation.reason.clone(),
+    }
+}
+
+/// Of its limit of time in the cgroup.
+const PERIOD_MS: u64 = CPU_PERIOD_US / 1000;
+
+impl Run {
+    /// CPU use since the last look. Who had to wait in half of the periods since uses its limit up and comes behind those who
+    /// do not: all limits together fit into the device, so that within a period it has as much as before.
+    fn look(&mut self, limit_milli: Option<u64>) -> Result<(), CgroupError> {
+        let throttled_periods = self.cgroup.throttled().map(|throttled| throttled.throttled_periods);
+        let now = Look { at_boot_ms: clock::boot_ms(), cpu_us: self.cgroup.usage().cpu_us, throttled_periods };
+        let Some(before) = self.look.replace(now) else { return Ok(()) };
+        let passed_ms = now.at_boot_ms.saturating_sub(before.at_boot_ms).max(1);
+        self.cpu_milli = Some(now.cpu_us.saturating_sub(before.cpu_us) / passed_ms);
+        let periods = now.throttled_periods.zip(before.throttled_periods);
+        let Some((limit_milli, (is, was))) = limit_milli.zip(periods) else { return Ok(()) };
+        let uses_it_up = is.saturating_sub(was) * PERIOD_MS * 2 >= passed_ms;
+        // What the kernel refused once is said again with the next change.
+        if self.comes_behind.replace(uses_it_up) == Some(uses_it_up) {
+            return Ok(());
+        }
+        self.cgroup.weigh(if uses_it_up { limit_milli / 10 } else { limit_milli })
     }
 }
 
@@ -115,16 +140,15 @@ impl Agent {
         }
     }
 
-    /// CPU use of each run since the last look.
+    /// What each run used since the last look, and who comes behind whom by that.
     pub(super) fn sample(&mut self) {
-        let now = clock::boot_ms();
-        for run in self.runs.values_mut() {
-            let used = run.cgroup.usage().cpu_us;
-            if let Some((before, at)) = run.cpu {
-                let passed_ms = now.saturating_sub(at).max(1);
-                run.cpu_milli = Some(used.saturating_sub(before) / passed_ms);
+        let desired = &self.world.desired;
+        let active = desired.pointers.active.and_then(|active| desired.generations.get(&active));
+        for (name, run) in &mut self.runs {
+            let spec = active.and_then(|active| active.manifest.workloads.get(name));
+            if let Err(error) = run.look(spec.map(|spec| cpu_milli(spec))) {
+                tracing::warn!(workload = %name, "its weight: {}", inline_chain(&error));
             }
-            run.cpu = Some((used, now));
         }
     }
 

@@ -18,6 +18,7 @@ fn wall(device: &Device, name: &str, files: [&str; 2]) -> String {
 const MEMORY: [&str; 2] = ["memory.max", "memory.limit_in_bytes"];
 const CPU: [&str; 2] = ["cpu.max", "cpu.cfs_quota_us"];
 const PIDS: [&str; 2] = ["pids.max", "pids.max"];
+const WEIGHT: [&str; 2] = ["cpu.weight", "cpu.shares"];
 
 /// In whichever hierarchy the group of this workload has its limit.
 fn lift_cpu_limit(device: &Device, name: &str) {
@@ -111,6 +112,11 @@ fn who_waits_for_its_share_of_time_is_told_so() {
     assert!(device.ask(&["inspect", "busy"]).contains("periods of 100 ms"));
     let rest = throttled("idle");
     assert!(rest["throttledPeriods"].as_u64() < found["throttledPeriods"].as_u64(), "{rest}");
+    // Who uses its limit up comes behind those who do not.
+    let weight = |name: &str| wall(&device, name, WEIGHT).parse::<u64>().unwrap();
+    let first = weight("idle");
+    until("another weight", || (weight("busy") < first).then_some(()));
+    assert_eq!(weight("idle"), first);
 }
 
 #[test]

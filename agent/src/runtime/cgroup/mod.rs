@@ -37,7 +37,7 @@ pub struct IoLimits {
 }
 
 /// The period over which CPU time is counted, in microseconds (the kernel's default).
-const CPU_PERIOD_US: u64 = 100_000;
+pub const CPU_PERIOD_US: u64 = 100_000;
 
 /// What the kernel counts for one workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -224,6 +224,14 @@ impl Cgroup {
         match self {
             Self::V2(path) => v2::limit_cpu(path, cpu_milli),
             Self::V1(group) => group.limit_cpu(cpu_milli),
+        }
+    }
+
+    /// How soon it comes to its turn among the others, as if it had this limit.
+    pub fn weigh(&self, cpu_milli: u64) -> Result<(), CgroupError> {
+        match self {
+            Self::V2(path) => v2::weigh(path, cpu_milli),
+            Self::V1(group) => group.weigh(cpu_milli),
         }
     }
 

@@ -73,9 +73,7 @@ impl Group {
         if with_swap.is_some() && !grows {
             memory.set_memswap_limit(limit).map_err(at("swap limit"))?;
         }
-        let cpu = CpuController::new(self.cpu.clone(), false);
-        // As `cpu.weight` of v2: a whole core has the kernel's own choice, and it takes no less than 2.
-        cpu.set_shares((limits.cpu_milli * 1024 / 1000).max(2)).map_err(at("CPU shares"))?;
+        self.weigh(limits.cpu_milli)?;
         let pids = PidController::new(self.pids.clone(), false);
         let max = i64::try_from(limits.pids).unwrap_or(i64::MAX);
         pids.set_pid_max(MaxValue::Value(max)).map_err(at("pids limit"))
@@ -129,6 +127,13 @@ impl Group {
         let quota_us = i64::try_from((cpu_milli * CPU_PERIOD_US / 1000).max(1000)).unwrap_or(i64::MAX);
         let set = cpu.set_cfs_quota_and_period(Some(quota_us), Some(CPU_PERIOD_US));
         set.map_err(|source| CgroupError::V1 { what: "CPU limit".to_owned(), source })
+    }
+
+    /// As `cpu.weight` of v2: a whole core has the kernel's own choice, and it takes no less than 2.
+    pub fn weigh(&self, cpu_milli: u64) -> Result<(), CgroupError> {
+        let cpu = CpuController::new(self.cpu.clone(), false);
+        let set = cpu.set_shares((cpu_milli * 1024 / 1000).max(2));
+        set.map_err(|source| CgroupError::V1 { what: "CPU shares".to_owned(), source })
     }
 
     pub fn lift_cpu_limit(&self) -> Result<(), CgroupError> {

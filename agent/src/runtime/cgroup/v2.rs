@@ -68,6 +68,10 @@ pub fn limit_cpu(dir: &Path, cpu_milli: u64) -> Result<(), CgroupError> {
     write(dir, "cpu.max", &cpu_max(cpu_milli))
 }
 
+pub fn weigh(dir: &Path, cpu_milli: u64) -> Result<(), CgroupError> {
+    write(dir, "cpu.weight", &cpu_weight(cpu_milli).to_string())
+}
+
 pub fn lift_cpu_limit(dir: &Path) -> Result<(), CgroupError> {
     write(dir, "cpu.max", "max")
 }
