@@ -87,7 +87,6 @@ struct Destination {
 
 /// The lines of one turn that are kept, as they are written: one message and one write for all of them.
 struct Batch {
-    stream: Stream,
     at_unix_ms: i64,
     head: String,
     text: String,
@@ -99,7 +98,7 @@ impl Batch {
             Stream::Stdout => 'o',
             Stream::Stderr => 'e',
         };
-        Self { stream, at_unix_ms, head: format!("{at_unix_ms} {letter} "), text: String::new() }
+        Self { at_unix_ms, head: format!("{at_unix_ms} {letter} "), text: String::new() }
     }
 
     fn bytes(&self) -> usize {
@@ -278,7 +277,7 @@ impl Logs {
             batch.add(&text);
         }
         if is_followed {
-            let line = LogLine { at_unix_ms: batch.at_unix_ms, stream: batch.stream, text: text.into_owned() };
+            let line = LogLine { at_unix_ms: batch.at_unix_ms, stream: to.stream, text: text.into_owned() };
             // Nobody may be there any more.
             let _ = self.followers.send((to.workload.clone(), line));
         }
