@@ -18,13 +18,34 @@ use edged_model::keeper::{ReplyBody, RequestBody, Rootfs};
 use edged_oci::cgroup::Groups;
 use edged_oci::spec::{LaunchPlace, launch_spec};
 use nix::sched::{CloneFlags, unshare};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use rig::{Link, Rig};
 
 struct Container {
     spec: Spec,
     bundle: PathBuf,
     filter: Vec<u8>,
+    groups: Groups,
+}
+
+impl Container {
+    /// The agent looks once, when it starts, where the hierarchies are.
+    fn groups(&self, key: &str) -> Groups {
+        match &self.groups {
+            Groups::V2 { path } => Groups::V2 { path: path.with_file_name(key) },
+            Groups::V1 { hierarchies } => Groups::V1 {
+                hierarchies: hierarchies.iter().map(|(name, path)| (name.clone(), path.with_file_name(key))).collect(),
+            },
+        }
+    }
+
+    fn resources(&self) -> Option<&LinuxResources> {
+        resources(&self.spec)
+    }
+}
+
+fn resources(spec: &Spec) -> Option<&LinuxResources> {
+    spec.linux().as_ref().and_then(|linux| linux.resources().as_ref())
 }
 
 fn main() -> ExitCode {
@@ -44,7 +65,8 @@ fn main() -> ExitCode {
 fn measure(bundle: &str, filter: &str, bare: &str, rounds: usize) -> ExitCode {
     let config = std::fs::read(Path::new(bundle).join("config.json")).unwrap();
     let spec: Spec = serde_json::from_slice(&config).unwrap();
-    let container = Container { spec, bundle: bundle.into(), filter: std::fs::read(filter).unwrap() };
+    let groups = Groups::place(None, "start", resources(&spec)).unwrap();
+    let container = Container { spec, bundle: bundle.into(), filter: std::fs::read(filter).unwrap(), groups };
     let (_rig, mut link) = Rig::start();
     let ready = network_namespace();
     let ready_path = format!("/proc/{}/fd/{}", std::process::id(), ready.as_raw_fd());
@@ -103,11 +125,11 @@ fn of_bare(bare: &str, bundle: &Path, round: usize, network: &str, filter: &str)
 
 fn of_keeper(link: &mut Link, container: &Container, round: usize, ready: Option<&OwnedFd>) -> f64 {
     let key = format!("start-{round}-{}", ready.is_some());
-    let resources = container.spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let resources = container.resources();
     let in_bundle = |name: &str| container.bundle.join(name).to_string_lossy().into_owned();
 
     let begin = Instant::now();
-    let groups = Groups::place(None, &key, resources).unwrap();
+    let groups = container.groups(&key);
     groups.create(resources).unwrap();
     let mut fds: Vec<OwnedFd> = ready.iter().map(|fd| fd.try_clone().unwrap()).collect();
     let (cgroup, cgroup_fds) = groups.entry(fds.len()).unwrap();

@@ -26,7 +26,7 @@ pub mod entry;
 /// Starting a child: clone3 with a pidfd, into its cgroup.
 pub mod spawn;
 
-/// A network namespace, made while the mounts are.
+/// Network namespace and file systems, made on another processor.
 mod beside;
 /// Everything between clone and exec.
 pub mod child;

@@ -63,7 +63,8 @@ pub(crate) fn clone_tree_at(path: &str, recursive: bool, no_follow: bool) -> Res
     open_tree(rustix::fs::CWD, path, flags)
 }
 
-/// A new, detached mount of a file system. `data` is the option list of mount(8): `size=64k,mode=755`.
+/// A new, detached mount of a file system. `data` is the option list of mount(8): `size=64k,mode=755`. Nothing is allocated
+/// for texts of less than 256 bytes.
 pub fn new_filesystem(fstype: &str, source: &str, data: &str, attributes: u64) -> Result<OwnedFd, Errno> {
     new_labelled_filesystem(fstype, source, data, None, attributes)
 }
@@ -81,15 +82,14 @@ pub fn new_labelled_filesystem(
         Some((key, value)) => (key, Some(value)),
         None => (option, None),
     });
-    let options: Vec<_> = options.chain(label.map(|label| ("context", Some(label)))).collect();
-    new_filesystem_of(fstype, source, &options, attributes)
+    new_filesystem_of(fstype, source, options.chain(label.map(|label| ("context", Some(label)))), attributes)
 }
 
 /// As [`new_filesystem`], with the options apart: a key with its value, or a flag. A value may have 255 bytes.
-pub fn new_filesystem_of(
+pub fn new_filesystem_of<'o>(
     fstype: &str,
     source: &str,
-    options: &[(&str, Option<&str>)],
+    options: impl IntoIterator<Item = (&'o str, Option<&'o str>)>,
     attributes: u64,
 ) -> Result<OwnedFd, Errno> {
     let context = fsopen(fstype, FsOpenFlags::FSOPEN_CLOEXEC)?;
@@ -98,8 +98,8 @@ pub fn new_filesystem_of(
     }
     for (key, value) in options {
         match value {
-            Some(value) => fsconfig_set_string(context.as_fd(), *key, *value)?,
-            None => fsconfig_set_flag(context.as_fd(), *key)?,
+            Some(value) => fsconfig_set_string(context.as_fd(), key, value)?,
+            None => fsconfig_set_flag(context.as_fd(), key)?,
         }
     }
     fsconfig_create(context.as_fd())?;

@@ -96,6 +96,18 @@ pub fn ensure_itself(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno
     }
 }
 
+/// A directory at the path itself, made if missing: a link at its end is an error.
+pub fn ensure_directory_itself(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    match openat2(root, path, flags, Mode::empty(), inside()) {
+        Err(Errno::NOENT) => {}
+        found => return found,
+    }
+    let (parent, name) = ensure_parent(root, path)?;
+    ignore_exists(mkdirat(&parent, name, Mode::from_raw_mode(0o755)))?;
+    openat2(&parent, name, flags, Mode::empty(), ResolveFlags::BENEATH)
+}
+
 /// The directory that holds the last name of `path`, made if missing, and that name.
 pub fn ensure_parent<'p>(root: BorrowedFd<'_>, path: &'p Path) -> Result<(OwnedFd, &'p OsStr), Errno> {
     let name = path.file_name().ok_or(Errno::INVAL)?;
@@ -169,6 +181,21 @@ mod tests {
         std::fs::create_dir(dir.path().join("new/below")).unwrap();
         assert!(open_path(made.as_fd(), Path::new("/below")).is_ok());
         assert!(make_directory(fd.as_fd(), OsStr::new("new")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_directory_itself_is_no_link_to_one() {
+        let (dir, fd) = root();
+        symlink(".", dir.path().join("link")).unwrap();
+        symlink("nowhere", dir.path().join("dangling")).unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        for name in ["/link", "/dangling", "/file"] {
+            assert_eq!(ensure_directory_itself(fd.as_fd(), Path::new(name)).unwrap_err(), Errno::NOTDIR, "{name}");
+        }
+        for _ in ["made", "there"] {
+            ensure_directory_itself(fd.as_fd(), Path::new("/link/a/new")).unwrap();
+            assert!(dir.path().join("a/new").is_dir());
+        }
     }
 
     #[test]

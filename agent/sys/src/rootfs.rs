@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
-use crate::beside::{self, Network};
+use crate::beside::{FileSystems, Network, network};
 use crate::child::{Stage, Step, about, at, enter_network};
 use crate::mount::{self, Attributes};
 use crate::resolve::{self, Want};
@@ -27,13 +27,19 @@ pub(crate) fn make(
     network: &mut Option<Network>,
     state: &[u8],
 ) -> Step {
+    let empty = empty_filesystem(spec.mount_label.as_deref());
+    let for_masks = (!spec.masked_paths.is_empty()).then_some(&empty);
+    let in_the_way = |step: &&MountStep| procfs.is_some() && step.fstype == "proc";
+    let new = for_masks.into_iter().chain(spec.mounts.iter().filter(|step| !in_the_way(step)));
+    // One thread beside us is enough.
+    let made = if network.is_some() { FileSystems::none() } else { FileSystems::begin(new) };
     let root = make_root(spec, rootfs, fds)?;
     let mut targets = Targets { root: root.as_fd(), last: None };
     for step in &spec.mounts {
-        if !beside::has_no_use_for_it(step) {
+        if !network::has_no_use_for_it(step) {
             enter_network(network)?;
         }
-        if let Err(errno) = mount_step(&mut targets, step, fds, procfs) {
+        if let Err(errno) = mount_step(&mut targets, step, fds, procfs, &made) {
             about(Stage::Mounts, &words_of(step), Err(errno))?;
         }
     }
@@ -62,7 +68,7 @@ pub(crate) fn make(
     for (name, value) in &spec.sysctls {
         about(Stage::Sysctls, name, sysctl(root.as_fd(), name, value))?;
     }
-    let mut masks = Masks { label: spec.mount_label.as_deref(), ..Masks::default() };
+    let mut masks = Masks { step: &empty, made: &made, empty: None, null: None };
     for path in &spec.masked_paths {
         about(Stage::MaskedPaths, path, masks.hide(root.as_fd(), path))?;
     }
@@ -148,6 +154,8 @@ fn open_root(rootfs: &Rootfs, fds: &[OwnedFd]) -> Result<OwnedFd, Errno> {
 #[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
 const MS_PRIVATE: u64 = libc::MS_PRIVATE as u64;
 #[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
+const MS_RDONLY: u64 = libc::MS_RDONLY as u64;
+#[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
 const MS_SHARED: u64 = libc::MS_SHARED as u64;
 #[expect(clippy::unnecessary_cast, reason = "c_ulong is 32 bits on armv7")]
 const MS_REC: u64 = libc::MS_REC as u64;
@@ -177,7 +185,7 @@ fn mount_overlay(lower: &[String], upper: Option<(&str, &str)>, at: &str, volati
         options.extend([("upperdir", Some(upper)), ("workdir", Some(work))]);
         options.extend(volatile.then_some(("volatile", None)));
     }
-    let tree = mount::new_filesystem_of("overlay", "overlay", &options, 0)?;
+    let tree = mount::new_filesystem_of("overlay", "overlay", options, 0)?;
     let target = rustix::fs::open(at, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     mount::attach(tree.as_fd(), target.as_fd())
 }
@@ -191,6 +199,17 @@ struct Targets<'r> {
 }
 
 impl Targets<'_> {
+    /// What `step` is put onto. `/proc` and `/sys` are made where the configuration says and nowhere else: an image in
+    /// which they are links would have every later check look elsewhere (CVE-2019-19921, CVE-2023-27561).
+    fn of(&mut self, step: &MountStep, want: Want) -> Result<OwnedFd, Errno> {
+        let path = Path::new(&step.target);
+        if step.fstype != "proc" && step.fstype != "sysfs" {
+            return self.ensure(path, want);
+        }
+        self.last = None;
+        resolve::ensure_directory_itself(self.root, path)
+    }
+
     /// A target, made if missing. Nothing that is mounted on one that was made here covers the file system it lies in:
     /// what is kept stays true. After any other look-up nothing is kept.
     fn ensure(&mut self, path: &Path, want: Want) -> Result<OwnedFd, Errno> {
@@ -215,13 +234,13 @@ fn mount_step(
     step: &MountStep,
     fds: &[OwnedFd],
     procfs: Option<&OwnedFd>,
+    made: &FileSystems<'_>,
 ) -> Result<(), Errno> {
     let root = targets.root;
     if step.remount {
         let target = resolve::open_path(root, Path::new(&step.target))?;
         return set_step_attributes(target.as_fd(), step, 0);
     }
-    let attributes = mount::attributes_of(step.flags);
     if let Some(index) = step.tree_fd {
         let tree = fds.get(index as usize).ok_or(Errno::BADF)?;
         return attach_bind(targets, tree.as_fd(), step);
@@ -230,15 +249,15 @@ fn mount_step(
         let tree = mount::clone_tree_at(&step.source, step.recursive, step.source_no_follow)?;
         return attach_bind(targets, tree.as_fd(), step);
     }
-    let tree = match procfs.filter(|_| step.fstype == "proc") {
-        Some(procfs) => rustix::io::fcntl_dupfd_cloexec(procfs, 0)?,
-        None => new_filesystem(step, attributes)?,
+    let tree = match (procfs.filter(|_| step.fstype == "proc"), made.take(step)) {
+        (Some(procfs), _) => rustix::io::fcntl_dupfd_cloexec(procfs, 0)?,
+        (None, Some(made)) => made,
+        (None, None) => new_filesystem(step)?,
     };
     // A new mount that says nothing is private as it is.
     let propagation = step.propagation;
     mount::set_attributes(tree.as_fd(), Attributes { propagation, ..Attributes::default() })?;
-    let target = targets.ensure(Path::new(&step.target), Want::Directory)?;
-    refuse_covered(target.as_fd(), root, step)?;
+    let target = targets.of(step, Want::Directory)?;
     if step.copy_up {
         copy_up::fill(target.as_fd(), tree.as_fd())?;
     }
@@ -249,7 +268,8 @@ fn mount_step(
 
 /// With the SELinux context of all that is in it, where there is one: as an option of the mount, but for message queues,
 /// whose root is labelled instead (they take no option).
-fn new_filesystem(step: &MountStep, attributes: u64) -> Result<OwnedFd, Errno> {
+fn new_filesystem(step: &MountStep) -> Result<OwnedFd, Errno> {
+    let attributes = mount::attributes_of(step.flags);
     let label = step.label.as_deref();
     if step.fstype != "mqueue" {
         return mount::new_labelled_filesystem(&step.fstype, &step.source, &step.data, label, attributes);
@@ -260,17 +280,6 @@ fn new_filesystem(step: &MountStep, attributes: u64) -> Result<OwnedFd, Errno> {
         rustix::fs::fsetxattr(&root, "security.selinux", label.as_bytes(), rustix::fs::XattrFlags::empty())?;
     }
     Ok(tree)
-}
-
-/// `/proc` and `/sys` are made where the configuration says and nowhere else: an image in which they are links would
-/// have every later check look elsewhere (CVE-2019-19921, CVE-2023-27561).
-fn refuse_covered(found: BorrowedFd<'_>, root: BorrowedFd<'_>, step: &MountStep) -> Result<(), Errno> {
-    if step.fstype != "proc" && step.fstype != "sysfs" {
-        return Ok(());
-    }
-    let direct = resolve::open_path_no_follow(root, Path::new(&step.target))?;
-    let (found, direct) = (rustix::fs::fstat(found)?, rustix::fs::fstat(&direct)?);
-    if (found.st_dev, found.st_ino) == (direct.st_dev, direct.st_ino) { Ok(()) } else { Err(Errno::LOOP) }
 }
 
 /// The directories that nodes and links go to. Most go to the one that the one before went to.
@@ -306,9 +315,7 @@ fn attach_bind(targets: &mut Targets<'_>, tree: BorrowedFd<'_>, step: &MountStep
     let propagation = if step.propagation == 0 { MS_PRIVATE } else { step.propagation };
     set_step_attributes(tree, step, propagation)?;
     let want = if is_directory { Want::Directory } else { Want::File };
-    let target = targets.ensure(Path::new(&step.target), want)?;
-    refuse_covered(target.as_fd(), targets.root, step)?;
-    mount::attach(tree, target.as_fd())
+    mount::attach(tree, targets.of(step, want)?.as_fd())
 }
 
 /// The attributes of the mount itself, then those of everything below.
@@ -389,10 +396,22 @@ fn sysctl(root: BorrowedFd<'_>, name: &str, value: &str) -> Result<(), Errno> {
     rustix::io::write(&file, value.as_bytes()).map(drop)
 }
 
+/// The empty file system that hides directories; it is put onto the first of them.
+fn empty_filesystem(label: Option<&str>) -> MountStep {
+    MountStep {
+        source: "tmpfs".to_owned(),
+        fstype: "tmpfs".to_owned(),
+        data: "size=0,nr_inodes=1,mode=755".to_owned(),
+        flags: MS_RDONLY,
+        label: label.map(str::to_owned),
+        ..MountStep::default()
+    }
+}
+
 /// What hides paths: one empty file system for all directories, `/dev/null` for files.
-#[derive(Default)]
-struct Masks<'l> {
-    label: Option<&'l str>,
+struct Masks<'m> {
+    step: &'m MountStep,
+    made: &'m FileSystems<'m>,
     empty: Option<OwnedFd>,
     null: Option<OwnedFd>,
 }
@@ -417,9 +436,10 @@ impl Masks<'_> {
         if let Some(empty) = &self.empty {
             return mount::attach(mount::clone_tree(empty.as_fd(), false)?.as_fd(), target);
         }
-        let options = "size=0,nr_inodes=1,mode=755";
-        let read_only = libc::MOUNT_ATTR_RDONLY;
-        let empty = mount::new_labelled_filesystem("tmpfs", "tmpfs", options, self.label, read_only)?;
+        let empty = match self.made.take(self.step) {
+            Some(made) => made,
+            None => new_filesystem(self.step)?,
+        };
         mount::attach(empty.as_fd(), target)?;
         self.empty = Some(empty);
         Ok(())

@@ -6,8 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use edged_model::keeper::{CgroupEntry, IdMapping, LaunchSpec, Stdio};
 use nix::sched::CloneFlags;
 
+use crate::beside::network;
 use crate::child::{self, Plumbing, Stage, Streams};
-use crate::{beside, enter};
+use crate::enter;
 
 /// Proof that this process has one thread. Only then may the child between clone and exec allocate and use the whole
 /// standard library: no other thread can have held a lock at the moment of the clone.
@@ -281,7 +282,7 @@ fn talk() -> Result<(OwnedFd, OwnedFd), SpawnError> {
 fn plumbing(spec: &LaunchSpec, fds: &[OwnedFd], talk: OwnedFd) -> Result<(Plumbing, Vec<OwnedFd>), SpawnError> {
     let copy = |index: u32| descriptor(fds, index)?.try_clone_to_owned().map_err(SpawnError::Pipes);
     let null = || std::fs::File::open("/dev/null").map(OwnedFd::from).map_err(SpawnError::Pipes);
-    let network_beside = beside::is_wanted(spec);
+    let network_beside = network::is_wanted(spec);
     match &spec.stdio {
         Stdio::Pipes => {
             let (out_read, out_write) = pipe()?;

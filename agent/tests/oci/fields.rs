@@ -333,6 +333,19 @@ fn the_limits_are_the_groups() {
     assert_eq!(read("pids", "cgroup.procs"), bundle.state()["pid"].to_string());
 }
 
+/// What a start does on another processor takes a process of its own, which is not to be had here.
+#[test]
+fn a_container_that_may_have_one_process_starts() {
+    for with_network in [true, false] {
+        let mut bundle = Bundle::new("echo here");
+        bundle.config["linux"]["resources"] = json!({ "pids": { "limit": 1 } });
+        if !with_network {
+            drop_namespace(&mut bundle, "network");
+        }
+        assert_eq!(bundle.run().good(), "here\n", "{with_network}");
+    }
+}
+
 #[test]
 fn a_memory_wall_holds() {
     let mut bundle = Bundle::new("dd if=/dev/zero of=/dev/null bs=200M count=1; echo $?");

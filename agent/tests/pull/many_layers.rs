@@ -29,14 +29,14 @@ fn an_image_of_a_hundred_layers_is_pulled_and_can_be_mounted() {
             let names = lower(&ready);
             let options: Vec<_> = names.iter().map(|name| ("lowerdir+", Some(name.as_str()))).collect();
             assert_eq!(options.len(), 100);
-            edged_sys::mount::new_filesystem_of("overlay", "overlay", &options, 0).unwrap();
+            edged_sys::mount::new_filesystem_of("overlay", "overlay", options, 0).unwrap();
         }
         // A kernel without `lowerdir+` says so before a layer is fetched.
         Err(failure) => {
             assert!(failure.permanent && failure.reason.text.contains("100 layers"), "{failure:?}");
             let (one, other) = (device.ctx.data.join("layers"), device.ctx.data.join("content"));
             let options = [("lowerdir+", one.to_str()), ("lowerdir+", other.to_str())];
-            assert!(edged_sys::mount::new_filesystem_of("overlay", "overlay", &options, 0).is_err());
+            assert!(edged_sys::mount::new_filesystem_of("overlay", "overlay", options, 0).is_err());
         }
     }
 }

@@ -22,7 +22,7 @@ pub fn layers_max(name_bytes: usize, takes_one_by_one: bool) -> usize {
 pub fn takes_one_by_one(first: &Path, second: &Path) -> bool {
     let (Some(first), Some(second)) = (first.to_str(), second.to_str()) else { return false };
     let options = [("lowerdir+", Some(first)), ("lowerdir+", Some(second))];
-    edged_sys::mount::new_filesystem_of("overlay", "overlay", &options, 0).is_ok()
+    edged_sys::mount::new_filesystem_of("overlay", "overlay", options, 0).is_ok()
 }
 
 #[cfg(test)]
