@@ -96,12 +96,13 @@ pub struct ArchiveReader<R> {
     /// Of the current body.
     left: u64,
     padding: u64,
-    last_name: String,
+    /// As it stands there: it is only made readable for an error.
+    last_name: Vec<u8>,
 }
 
 impl<R: Read> ArchiveReader<R> {
     pub fn new(reader: R) -> Self {
-        Self { reader, left: 0, padding: 0, last_name: String::new() }
+        Self { reader, left: 0, padding: 0, last_name: Vec::new() }
     }
 
     /// The next entry; what was not read of the last one is passed over. `None` at the archive's end.
@@ -149,7 +150,7 @@ impl<R: Read> ArchiveReader<R> {
         let pax = extensions.pax;
         let name = pax.sparse.name.clone().or(pax.path).or(extensions.name);
         let name = name.unwrap_or_else(|| header.path_bytes().into_owned());
-        self.last_name = printable(&name);
+        self.last_name.clone_from(&name);
         let kind = match Kind::of(header.entry_type()) {
             // The old way to write a directory (V7).
             Kind::File if name.ends_with(b"/") => Kind::Directory,
@@ -217,11 +218,9 @@ impl<R: Read> ArchiveReader<R> {
             };
         }
         let bytes = header.as_bytes();
-        let sum: u32 = bytes
-            .iter()
-            .enumerate()
-            .map(|(at, byte)| if (148..156).contains(&at) { 32 } else { u32::from(*byte) })
-            .sum();
+        let sum_of = |bytes: &[u8]| bytes.iter().map(|byte| u32::from(*byte)).sum::<u32>();
+        // Its own field counts as eight spaces.
+        let sum = sum_of(&bytes[..148]) + 8 * u32::from(b' ') + sum_of(&bytes[156..]);
         if header.cksum().ok() != Some(sum) {
             return Err(self.damaged("the next header has a wrong checksum"));
         }
@@ -322,11 +321,11 @@ impl<R: Read> ArchiveReader<R> {
     }
 
     fn damaged(&self, what: &'static str) -> ArchiveError {
-        ArchiveError::Damaged { after: self.last_name.clone(), what }
+        ArchiveError::Damaged { after: printable(&self.last_name), what }
     }
 
     fn unreadable(&self, source: io::Error) -> ArchiveError {
-        ArchiveError::Read { after: self.last_name.clone(), source }
+        ArchiveError::Read { after: printable(&self.last_name), source }
     }
 }
 
@@ -348,7 +347,7 @@ impl<R: BufRead> ArchiveReader<R> {
         // Asked once more, since what it showed cannot be held over the errors above. Nothing is read for it.
         match self.reader.fill_buf() {
             Ok(bytes) => Ok(&bytes[..take.min(bytes.len())]),
-            Err(source) => Err(ArchiveError::Read { after: self.last_name.clone(), source }),
+            Err(source) => Err(ArchiveError::Read { after: printable(&self.last_name), source }),
         }
     }
 

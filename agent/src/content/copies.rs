@@ -228,11 +228,11 @@ impl<'l> Copier<'l> {
 
     fn run(mut self, chain: Digest, layer: &Path) -> Result<Sums, CopyError> {
         while let Some(found) = self.walk.next(None).map_err(at(layer))? {
-            let failed = |source| CopyError::Entry { name: found.escaped.clone(), chain: chain.short(), source };
+            let failed = |source| CopyError::Entry { name: found.escaped(), chain: chain.short(), source };
             let size = u64::try_from(found.stat.st_blocks).unwrap_or(0).saturating_mul(512).max(4096);
             let take = |left: u64| left.checked_sub(size);
             if self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
-                return Err(CopyError::DiskFull { name: found.escaped, size });
+                return Err(CopyError::DiskFull { name: found.escaped(), size });
             }
             self.entry(&found).map_err(failed)?;
         }

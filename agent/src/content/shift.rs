@@ -62,7 +62,7 @@ pub fn give(tree: &Path, shift: &Shift) -> io::Result<()> {
     let mut walk = Walk::new(tree)?;
     while let Some(found) = walk.next(None)? {
         entry(&top, &found, shift)
-            .map_err(|errno| io::Error::new(io::Error::from(errno).kind(), format!("{}: {errno}", found.escaped)))?;
+            .map_err(|errno| io::Error::new(io::Error::from(errno).kind(), format!("{}: {errno}", found.escaped())))?;
     }
     Ok(syncfs(&top)?)
 }

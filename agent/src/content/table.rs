@@ -14,13 +14,15 @@
 //! The sum is xxHash (XXH64): it finds what a disk does to bytes, at the speed of memory. It keeps nobody out: who can
 //! write to the disk could write the table too. What an image is was settled by its digests before the table was made.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs::File;
 use std::hash::Hasher;
 use std::io::{self, BufRead, BufReader, BufWriter, Read as _, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, readlinkat, statat};
 use rustix::io::Errno;
@@ -44,20 +46,21 @@ const ATTRIBUTE_MAX_BYTES: usize = 64 << 10;
 /// Sums of contents that were taken while they were written, by inode: nothing is read twice.
 #[derive(Debug, Default)]
 pub struct Sums {
-    by_inode: HashMap<u64, u64>,
-    /// Those of them that were given attributes; the others have none.
-    with_attributes: HashSet<u64>,
+    by_inode: HashMap<u64, Written>,
     /// Something was taken away again: its inode may have come back as another file, so none of them is believed.
     forgotten: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Written {
+    sum: u64,
+    has_attributes: bool,
 }
 
 impl Sums {
     pub fn note(&mut self, inode: u64, sum: u64, has_attributes: bool) {
         if !self.forgotten {
-            self.by_inode.insert(inode, sum);
-            if has_attributes {
-                self.with_attributes.insert(inode);
-            }
+            self.by_inode.insert(inode, Written { sum, has_attributes });
         }
     }
 
@@ -66,7 +69,7 @@ impl Sums {
     }
 
     fn is_without_attributes(&self, inode: u64) -> bool {
-        self.by_inode.contains_key(&inode) && !self.with_attributes.contains(&inode)
+        self.by_inode.get(&inode).is_some_and(|written| !written.has_attributes)
     }
 }
 
@@ -105,27 +108,60 @@ pub struct Asked {
     pub is_protected: bool,
 }
 
+/// What is said of an entry, in one line.
+type Said = (Entry, Option<u64>, Option<Protection>);
+
+/// Entries that are handed over together, and how many times that are on their way.
+const BATCH: usize = 256;
+const BATCHES: usize = 4;
+
 /// Writes the table of the layer that lies at `layer` to `path`, and has the kernel protect what it can. Syncing is the
-/// caller's.
+/// caller's. Another thread makes the lines: nothing else of the layer is left to do while it is walked through.
 pub fn write(layer: &Path, sums: &Sums, path: &Path, fs_verity: FsVerity) -> io::Result<()> {
-    let mut out = BufWriter::with_capacity(READ_BYTES, File::create(path)?);
-    let mut all = Sum::default();
-    let (mut entries, mut buffer) = (0_u64, Buffer::new(READ_BYTES));
+    let out = BufWriter::with_capacity(READ_BYTES, File::create(path)?);
+    let (walked, written) = std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel(BATCHES);
+        let writer = scope.spawn(move || write_lines(out, receiver));
+        let walked = walk_through(layer, sums, fs_verity, sender);
+        (walked, writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    });
+    // Without its end it is no table: who could not walk to the end does not write one.
+    let (mut out, entries, all) = written?;
+    walked?;
+    writeln!(out, "end\t{entries}\t{:016x}", all.value())?;
+    out.into_inner().map_err(io::IntoInnerError::into_error).map(drop)
+}
+
+fn walk_through(layer: &Path, sums: &Sums, fs_verity: FsVerity, lines: SyncSender<Vec<Said>>) -> io::Result<()> {
+    let (mut batch, mut buffer) = (Vec::with_capacity(BATCH), Buffer::new(READ_BYTES));
     let mut walk = Walk::new(layer)?;
     while let Some(entry) = walk.next(Some(sums))? {
         let sum = match (entry.is_file(), sums.by_inode.get(&entry.stat.st_ino)) {
             (false, _) => None,
-            (true, Some(sum)) => Some(*sum),
+            (true, Some(written)) => Some(written.sum),
             (true, None) => Some(walk.content_sum(&entry, false, &mut buffer, &mut |_: Asked| true)?.0),
         };
         let protected = walk.protect(&entry, fs_verity)?;
+        batch.push((entry, sum, protected));
+        if batch.len() == BATCH && lines.send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH))).is_err() {
+            // Whoever takes no more lines says why.
+            return Ok(());
+        }
+    }
+    let _ = lines.send(batch);
+    Ok(())
+}
+
+/// All that come, how many they were, and the sum over them.
+fn write_lines(mut out: BufWriter<File>, batches: Receiver<Vec<Said>>) -> io::Result<(BufWriter<File>, u64, Sum)> {
+    let (mut entries, mut all) = (0, Sum::default());
+    for (entry, sum, protected) in batches.into_iter().flatten() {
         let line = entry.line(sum, protected);
         all.add(line.as_bytes());
         out.write_all(line.as_bytes())?;
         entries += 1;
     }
-    writeln!(out, "end\t{entries}\t{:016x}", all.value())?;
-    out.into_inner().map_err(io::IntoInnerError::into_error).map(drop)
+    Ok((out, entries, all))
 }
 
 /// How much of a layer the kernel checks whenever it is read, by its table.
@@ -146,25 +182,26 @@ pub fn check(layer: &Path, path: &Path, reader: &mut dyn Reader) -> io::Result<F
     let (mut walk, mut buffer) = (Walk::new(layer)?, Buffer::new(READ_BYTES));
     let mut is = walk.next(None)?;
     loop {
+        let name = is.as_ref().map(Entry::escaped).unwrap_or_default();
         let Ok(was) = table.next() else {
             note(&mut found, "its table cannot be read".to_owned());
             return Ok(found);
         };
         match (was, &is) {
             (None, None) => return Ok(found),
-            (Some(was), Some(entry)) if was.path() == entry.escaped => {
+            (Some(was), Some(entry)) if was.path() == name => {
                 compare(&mut found, &was, entry, &walk, &mut buffer, reader);
                 is = walk.next(None)?;
             }
             // Both are in the same order: what is behind where it should be is missing, what is before it is too much.
-            (Some(was), Some(entry)) if was.order() > order(&entry.escaped) => {
-                note(&mut found, format!("{} was not there", entry.escaped));
+            (Some(was), Some(_)) if was.order() > order(&name) => {
+                note(&mut found, format!("{name} was not there"));
                 table.again(was);
                 is = walk.next(None)?;
             }
             (Some(was), _) => note(&mut found, format!("{} is missing", was.path())),
-            (None, Some(entry)) => {
-                note(&mut found, format!("{} was not there", entry.escaped));
+            (None, Some(_)) => {
+                note(&mut found, format!("{name} was not there"));
                 is = walk.next(None)?;
             }
         }
@@ -173,17 +210,18 @@ pub fn check(layer: &Path, path: &Path, reader: &mut dyn Reader) -> io::Result<F
 
 fn compare(found: &mut Found, was: &Line, entry: &Entry, walk: &Walk, buffer: &mut Buffer, reader: &mut dyn Reader) {
     found.entries += 1;
+    let (name, meta) = (was.path(), entry.meta());
     let same_attributes =
         was.attributes() == entry.attributes || [was.attributes(), &entry.attributes].contains(&UNKNOWN);
-    if was.meta_as_now() != entry.meta || !same_attributes {
-        return note(found, format!("{} is `{}`, it was `{}`", entry.escaped, entry.meta, was.meta()));
+    if was.meta_as_now() != meta || !same_attributes {
+        return note(found, format!("{name} is `{meta}`, it was `{}`", was.meta()));
     }
     if !entry.is_file() {
         return;
     }
     let is_protected = match walk.is_protected(was, entry) {
         Ok(is_protected) => is_protected,
-        Err(why) => return note(found, format!("{} {why}", entry.escaped)),
+        Err(why) => return note(found, format!("{name} {why}")),
     };
     if is_protected {
         found.protected_bytes += entry.size();
@@ -196,10 +234,10 @@ fn compare(found: &mut Found, was: &Line, entry: &Entry, walk: &Walk, buffer: &m
         Ok((sum, bytes)) => {
             found.read_bytes += bytes;
             if format!("{sum:016x}") != was.sum() {
-                note(found, format!("{} has another content", entry.escaped));
+                note(found, format!("{name} has another content"));
             }
         }
-        Err(error) => note(found, format!("{} cannot be read: {error}", entry.escaped)),
+        Err(error) => note(found, format!("{name} cannot be read: {error}")),
     }
 }
 
@@ -305,9 +343,9 @@ pub(super) struct Walk {
 
 pub(super) struct Entry {
     pub(super) path: PathBuf,
-    pub(super) escaped: String,
     pub(super) stat: Stat,
-    meta: String,
+    /// Of a link.
+    target: Option<Vec<u8>>,
     attributes: String,
 }
 
@@ -341,14 +379,15 @@ impl Walk {
             let names = self.names(&path)?;
             self.open.push((path.clone(), names.into_iter()));
         }
-        let meta = self.meta(&path, &stat, kind)?;
+        let is_link = kind == FileType::Symlink;
+        let target = is_link.then(|| readlinkat(&self.top, &path, Vec::new())).transpose()?.map(CString::into_bytes);
         let is_bare = known.is_some_and(|known| known.is_without_attributes(stat.st_ino));
         let attributes = match kind {
             FileType::RegularFile if is_bare => String::new(),
             FileType::RegularFile | FileType::Directory => self.attributes(&path),
             _ => String::new(),
         };
-        Ok(Some(Entry { escaped: escaped(path.as_os_str().as_bytes()), path, stat, meta, attributes }))
+        Ok(Some(Entry { path, stat, target, attributes }))
     }
 
     fn stat(&mut self, path: &Path) -> io::Result<Stat> {
@@ -374,24 +413,6 @@ impl Walk {
         // As the lines of the table are compared: by what is written there.
         names.sort_by_cached_key(|name| escaped(name));
         Ok(names)
-    }
-
-    fn meta(&self, path: &Path, stat: &Stat, kind: FileType) -> io::Result<String> {
-        let mut text = format!("{:o} {} {}", stat.st_mode, stat.st_uid, stat.st_gid);
-        // The layer's own directory is renamed into its place, and f2fs takes that for a change of it.
-        if path != Path::new(".") {
-            text.push_str(&format!(" {}.{:09}", stat.st_mtime, stat.st_mtime_nsec));
-        }
-        match kind {
-            FileType::RegularFile => text.push_str(&format!(" {}", stat.st_size)),
-            FileType::Symlink => {
-                let target = readlinkat(&self.top, path, Vec::new())?;
-                text.push_str(&format!(" {}", escaped(target.as_bytes())));
-            }
-            FileType::CharacterDevice | FileType::BlockDevice => text.push_str(&format!(" {}", stat.st_rdev)),
-            _ => {}
-        }
-        Ok(text)
     }
 
     /// A sum over the attributes that belong to the image, names in order; empty without any.
@@ -461,6 +482,28 @@ fn is_of_the_image(name: &[u8]) -> bool {
 }
 
 impl Entry {
+    pub(super) fn escaped(&self) -> String {
+        escaped(self.path.as_os_str().as_bytes())
+    }
+
+    fn meta(&self) -> String {
+        let stat = &self.stat;
+        let mut text = format!("{:o} {} {}", stat.st_mode, stat.st_uid, stat.st_gid);
+        // The layer's own directory is renamed into its place, and f2fs takes that for a change of it.
+        if self.path != Path::new(".") {
+            text.push_str(&format!(" {}.{:09}", stat.st_mtime, stat.st_mtime_nsec));
+        }
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => text.push_str(&format!(" {}", stat.st_size)),
+            FileType::CharacterDevice | FileType::BlockDevice => text.push_str(&format!(" {}", stat.st_rdev)),
+            _ => {}
+        }
+        if let Some(target) = &self.target {
+            text.push_str(&format!(" {}", escaped(target)));
+        }
+        text
+    }
+
     fn is_file(&self) -> bool {
         FileType::from_raw_mode(self.stat.st_mode) == FileType::RegularFile
     }
@@ -472,7 +515,7 @@ impl Entry {
     fn line(&self, sum: Option<u64>, protected: Option<Protection>) -> String {
         let sum = sum.map(|sum| format!("{sum:016x}")).unwrap_or_default();
         let protected = protected.map(|digest| format!("\t{}", hex::encode(digest))).unwrap_or_default();
-        format!("{}\t{}\t{}\t{sum}{protected}\n", self.escaped, self.meta, self.attributes)
+        format!("{}\t{}\t{}\t{sum}{protected}\n", self.escaped(), self.meta(), self.attributes)
     }
 }
 

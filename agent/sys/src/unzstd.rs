@@ -42,10 +42,15 @@ impl Decoder {
         // SAFETY: it takes no argument; what it gives is ours until ZSTD_freeDCtx in `drop`.
         let context = unsafe { ZSTD_createDCtx() };
         let decoder = Self(NonNull::new(context).ok_or(DecodeError("no memory"))?);
-        let parameter = ZSTD_dParameter::ZSTD_d_windowLogMax;
-        // SAFETY: the context is alive, and nobody else has it; the library checks the value.
-        checked(unsafe { ZSTD_DCtx_setParameter(decoder.0.as_ptr(), parameter, c_int::from(window_log_max)) })?;
+        decoder.set(ZSTD_dParameter::ZSTD_d_windowLogMax, c_int::from(window_log_max))?;
+        // A frame may have a sum of its own at its end: whoever reads a layer holds it against better ones.
+        decoder.set(ZSTD_dParameter::ZSTD_d_forceIgnoreChecksum, 1)?;
         Ok(decoder)
+    }
+
+    fn set(&self, parameter: ZSTD_dParameter, value: c_int) -> Result<(), DecodeError> {
+        // SAFETY: the context is alive, and nobody else has it; the library checks the value.
+        checked(unsafe { ZSTD_DCtx_setParameter(self.0.as_ptr(), parameter, value) }).map(drop)
     }
 
     /// Decodes as much as there is input and room for.

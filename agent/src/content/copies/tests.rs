@@ -82,7 +82,7 @@ fn a_copy_is_the_layer_with_other_owners() {
         let meta = fs::symlink_metadata(to.join(&entry.path)).unwrap();
         let was = fs::symlink_metadata(from.join(&entry.path)).unwrap();
         let look = |meta: &fs::Metadata| (meta.mode(), meta.mtime(), meta.mtime_nsec(), meta.nlink(), meta.rdev());
-        assert_eq!(look(&meta), look(&was), "{}", entry.escaped);
+        assert_eq!(look(&meta), look(&was), "{}", entry.escaped());
         if meta.is_file() {
             assert_eq!(fs::read(to.join(&entry.path)).unwrap(), fs::read(from.join(&entry.path)).unwrap());
         }
