@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::net::TcpStream;
 use std::os::unix::fs::{FileExt, symlink};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -202,9 +203,9 @@ impl Factory {
             .spawn()
             .unwrap();
         let mut device = Device { child, root, log, push_port, ca };
-        until("the push port of the device", || {
+        until("the push port and the console of the device", || {
             assert!(device.child.try_wait().unwrap().is_none(), "edged ended:\n{}", device.said());
-            TcpStream::connect(("127.0.0.1", push_port)).ok()
+            TcpStream::connect(("127.0.0.1", push_port)).and_then(|_| UnixStream::connect(device.socket())).ok()
         });
         device
     }
@@ -235,8 +236,12 @@ impl Device {
 
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_edgectl"));
-        command.arg("--host").arg(format!("unix:{}", self.root.join("run/agent.sock").display()));
+        command.arg("--host").arg(format!("unix:{}", self.socket().display()));
         command
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.root.join("run/agent.sock")
     }
 
     pub fn edgectl(&self, words: &[&str]) -> Output {

@@ -19,7 +19,7 @@ use super::median_and_p95;
 use crate::progress;
 use crate::setup::{self, Need};
 
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 const FILES: usize = 20_000;
 const FILE_BYTES: usize = 15_000;
 const FILES_IN_DIRECTORY: usize = 100;
