@@ -111,8 +111,10 @@ pub struct Asked {
 /// What is said of an entry, in one line.
 type Said = (Entry, Option<u64>, Option<Protection>);
 
-/// Entries that are handed over together, and how many times that are on their way.
+/// Entries that are handed over together: at most so many, and so many bytes of names; and how many times that are on their
+/// way.
 const BATCH: usize = 256;
+const BATCH_NAME_BYTES: usize = 32 << 10;
 const BATCHES: usize = 4;
 
 /// Writes the table of the layer that lies at `layer` to `path`, and has the kernel protect what it can. Syncing is the
@@ -134,7 +136,7 @@ pub fn write(layer: &Path, sums: &Sums, path: &Path, fs_verity: FsVerity) -> io:
 
 fn walk_through(layer: &Path, sums: &Sums, fs_verity: FsVerity, lines: SyncSender<Vec<Said>>) -> io::Result<()> {
     let (mut batch, mut buffer) = (Vec::with_capacity(BATCH), Buffer::new(READ_BYTES));
-    let mut walk = Walk::new(layer)?;
+    let (mut walk, mut name_bytes) = (Walk::new(layer)?, 0);
     while let Some(entry) = walk.next(Some(sums))? {
         let sum = match (entry.is_file(), sums.by_inode.get(&entry.stat.st_ino)) {
             (false, _) => None,
@@ -142,8 +144,13 @@ fn walk_through(layer: &Path, sums: &Sums, fs_verity: FsVerity, lines: SyncSende
             (true, None) => Some(walk.content_sum(&entry, false, &mut buffer, &mut |_: Asked| true)?.0),
         };
         let protected = walk.protect(&entry, fs_verity)?;
+        name_bytes += entry.path.as_os_str().len() + entry.target.as_ref().map_or(0, Vec::len);
         batch.push((entry, sum, protected));
-        if batch.len() == BATCH && lines.send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH))).is_err() {
+        if batch.len() < BATCH && name_bytes < BATCH_NAME_BYTES {
+            continue;
+        }
+        name_bytes = 0;
+        if lines.send(std::mem::replace(&mut batch, Vec::with_capacity(BATCH))).is_err() {
             // Whoever takes no more lines says why.
             return Ok(());
         }

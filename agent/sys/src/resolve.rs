@@ -4,7 +4,7 @@
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use rustix::io::Errno;
@@ -99,6 +99,8 @@ pub fn ensure_itself(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno
 /// A directory at the path itself, made if missing: a link at its end is an error.
 pub fn ensure_directory_itself(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    // With a slash behind it, or a dot, a link would be followed all the same.
+    let path = &path.components().collect::<PathBuf>();
     match openat2(root, path, flags, Mode::empty(), inside()) {
         Err(Errno::NOENT) => {}
         found => return found,
@@ -115,7 +117,7 @@ pub fn ensure_parent<'p>(root: BorrowedFd<'_>, path: &'p Path) -> Result<(OwnedF
         Err(Errno::NOENT) => {}
         found => return Ok((found?, name)),
     }
-    let mut walked = std::path::PathBuf::from("/");
+    let mut walked = PathBuf::from("/");
     let mut directory = open_path(root, &walked)?;
     for component in path.parent().ok_or(Errno::INVAL)?.components() {
         let Component::Normal(part) = component else { continue };
@@ -189,7 +191,7 @@ mod tests {
         symlink(".", dir.path().join("link")).unwrap();
         symlink("nowhere", dir.path().join("dangling")).unwrap();
         std::fs::write(dir.path().join("file"), "").unwrap();
-        for name in ["/link", "/dangling", "/file"] {
+        for name in ["/link", "/link/", "/link/.", "/dangling", "/dangling/", "/file"] {
             assert_eq!(ensure_directory_itself(fd.as_fd(), Path::new(name)).unwrap_err(), Errno::NOTDIR, "{name}");
         }
         for _ in ["made", "there"] {

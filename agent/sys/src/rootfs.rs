@@ -207,7 +207,10 @@ impl Targets<'_> {
             return self.ensure(path, want);
         }
         self.last = None;
-        resolve::ensure_directory_itself(self.root, path)
+        match want {
+            Want::Directory => resolve::ensure_directory_itself(self.root, path),
+            Want::File => resolve::ensure_itself(self.root, path),
+        }
     }
 
     /// A target, made if missing. Nothing that is mounted on one that was made here covers the file system it lies in:

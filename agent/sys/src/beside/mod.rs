@@ -19,7 +19,8 @@ pub(crate) mod network;
 /// What a thread may do.
 trait Job: Sync {
     /// Allocates nothing, takes no lock, does not panic, and calls nothing that touches thread-local memory: the C library
-    /// keeps `errno` there, so system calls are made by `rustix`, which does without it.
+    /// keeps `errno` there, so system calls are made by `rustix`, which does without it. (A descriptor that is dropped is
+    /// closed by the C library, which writes it only should that fail.)
     fn run(&self);
 }
 
