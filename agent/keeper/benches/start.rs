@@ -38,10 +38,6 @@ impl Container {
             },
         }
     }
-
-    fn resources(&self) -> Option<&LinuxResources> {
-        resources(&self.spec)
-    }
 }
 
 fn resources(spec: &Spec) -> Option<&LinuxResources> {
@@ -125,7 +121,7 @@ fn of_bare(bare: &str, bundle: &Path, round: usize, network: &str, filter: &str)
 
 fn of_keeper(link: &mut Link, container: &Container, round: usize, ready: Option<&OwnedFd>) -> f64 {
     let key = format!("start-{round}-{}", ready.is_some());
-    let resources = container.resources();
+    let resources = resources(&container.spec);
     let in_bundle = |name: &str| container.bundle.join(name).to_string_lossy().into_owned();
 
     let begin = Instant::now();

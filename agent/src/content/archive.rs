@@ -55,6 +55,13 @@ pub struct Item {
     pub segments: Option<Vec<Segment>>,
 }
 
+impl Item {
+    /// Its name in a sentence. Made for an error only: of most entries nobody is told.
+    pub fn shown_name(&self) -> String {
+        printable(&self.name)
+    }
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Kind {
     #[default]

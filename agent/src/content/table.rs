@@ -644,6 +644,27 @@ mod tests {
         assert!(!check(&root, &table, &mut |_: Asked| false).unwrap().damage.is_empty());
     }
 
+    /// By their number, and by their names.
+    #[test]
+    fn no_line_is_lost_between_batches() {
+        for (files, name_bytes) in [(3 * BATCH + 1, 4), (BATCH - 1, 250)] {
+            let dir = tempfile::tempdir().unwrap();
+            let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
+            let name = |number: usize| root.join(format!("{number:0name_bytes$}"));
+            fs::create_dir(&root).unwrap();
+            (0..files).for_each(|number| fs::write(name(number), number.to_string()).unwrap());
+            write(&root, &Sums::default(), &table, FsVerity::Off).unwrap();
+            let found = checked(&root, &table);
+            assert_eq!((found.entries, found.damage), (files as u64 + 1, Vec::new()), "{name_bytes}");
+            for number in [BATCH - 1, BATCH, files - 1].into_iter().filter(|number| *number < files) {
+                fs::write(name(number), "another").unwrap();
+                assert!(!checked(&root, &table).damage.is_empty(), "{number} is not in the table");
+                fs::remove_file(name(number)).unwrap();
+                assert!(!checked(&root, &table).damage.is_empty(), "{number} is not missed");
+            }
+        }
+    }
+
     #[test]
     fn a_layer_that_was_renamed_into_its_place_is_whole() {
         let dir = tempfile::tempdir().unwrap();

@@ -112,18 +112,17 @@ pub fn unpack(
     while let Some(item) = unpacker.archive.next_item()? {
         count += 1;
         bytes = bytes.saturating_add(item.size);
-        let name = || printable(&item.name);
         if count > bounds.entries_max {
-            return Err(UnpackError::TooMany { name: name(), max: bounds.entries_max });
+            return Err(UnpackError::TooMany { name: item.shown_name(), max: bounds.entries_max });
         }
         if bytes > bounds.bytes_max {
-            return Err(UnpackError::TooLarge { name: name(), max: bounds.bytes_max });
+            return Err(UnpackError::TooLarge { name: item.shown_name(), max: bounds.bytes_max });
         }
         let tree = if bounds.is_protected { verity::extra_bytes(item.size) } else { 0 };
         let size = stored_bytes(&item).saturating_add(DISK_BLOCK).saturating_add(tree);
         let take = |left: u64| left.checked_sub(size);
         if bounds.disk_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
-            return Err(UnpackError::DiskFull { name: name(), size });
+            return Err(UnpackError::DiskFull { name: item.shown_name(), size });
         }
         unpacker.entry(&item)?;
     }
@@ -182,26 +181,26 @@ impl From<Errno> for Stop {
 
 impl<R: BufRead> Unpacker<'_, R> {
     fn entry(&mut self, item: &Item) -> Result<(), UnpackError> {
-        // Made for an error only: of most entries nobody is told.
-        let name = || printable(&item.name);
         if item.name.len() as u64 > NAME_MAX_BYTES {
-            return Err(UnpackError::Write { name: name(), source: Errno::NAMETOOLONG.into() });
+            return Err(UnpackError::Write { name: item.shown_name(), source: Errno::NAMETOOLONG.into() });
         }
-        let path = inside(&item.name).ok_or_else(|| UnpackError::LeadsOut { name: name() })?;
+        let path = inside(&item.name).ok_or_else(|| UnpackError::LeadsOut { name: item.shown_name() })?;
         match item.kind {
             Kind::CharDevice | Kind::BlockDevice => match self.device_nodes {
                 DeviceNodes::Refuse => {
                     let kind = if item.kind == Kind::BlockDevice { "block device" } else { "character device" };
-                    return Err(UnpackError::Refused { name: name(), kind });
+                    return Err(UnpackError::Refused { name: item.shown_name(), kind });
                 }
                 DeviceNodes::Ignore => return self.leave_out(path, item),
                 DeviceNodes::Allow => {
                     if let Some(kind) = nodes::bad_device(item) {
-                        return Err(UnpackError::Refused { name: name(), kind });
+                        return Err(UnpackError::Refused { name: item.shown_name(), kind });
                     }
                 }
             },
-            Kind::Unknown => return Err(UnpackError::Refused { name: name(), kind: "entry of an unknown kind" }),
+            Kind::Unknown => {
+                return Err(UnpackError::Refused { name: item.shown_name(), kind: "entry of an unknown kind" });
+            }
             Kind::HardLink => return self.hard_link(item, &path),
             Kind::File | Kind::Symlink | Kind::Directory | Kind::Fifo => {}
         }
@@ -211,14 +210,14 @@ impl<R: BufRead> Unpacker<'_, R> {
         }
         self.place(item, &path).map_err(|stop| match stop {
             Stop::Archive(error) => error.into(),
-            Stop::Io(source) => UnpackError::Write { name: name(), source },
+            Stop::Io(source) => UnpackError::Write { name: item.shown_name(), source },
         })
     }
 
     fn count_kept_name(&mut self, path: &Path, item: &Item) -> Result<(), UnpackError> {
         self.kept_name_bytes += path.as_os_str().len() + size_of::<(PathBuf, (i64, u32))>();
         if self.kept_name_bytes > DIRECTORY_NAMES_MAX_BYTES {
-            let name = printable(&item.name);
+            let name = item.shown_name();
             return Err(UnpackError::TooManyDirectories { name, max: DIRECTORY_NAMES_MAX_BYTES });
         }
         Ok(())
@@ -342,14 +341,13 @@ impl<R: BufRead> Unpacker<'_, R> {
 
     /// A second name for a file of this layer, or a copy of a file of a layer below (a layer is a directory of its own).
     fn hard_link(&mut self, item: &Item, path: &Path) -> Result<(), UnpackError> {
-        let name = || printable(&item.name);
-        let leads_out = || UnpackError::LeadsOut { name: name() };
+        let leads_out = || UnpackError::LeadsOut { name: item.shown_name() };
         let target = inside(&item.link).ok_or_else(leads_out)?;
         let file_name = path.file_name().ok_or_else(leads_out)?;
         let found = match resolve::open_path_no_follow(self.root.as_fd(), &target) {
             Ok(found) => Some(found),
             Err(Errno::NOENT | Errno::NOTDIR) => None,
-            Err(errno) => return Err(UnpackError::Write { name: name(), source: errno.into() }),
+            Err(errno) => return Err(UnpackError::Write { name: item.shown_name(), source: errno.into() }),
         };
         let copied: File;
         let source = match &found {
@@ -360,7 +358,9 @@ impl<R: BufRead> Unpacker<'_, R> {
                     nodes::LinkSource::Below(&copied)
                 }
                 None if self.left_out.contains(&target) => return self.leave_out(path.to_owned(), item),
-                None => return Err(UnpackError::DanglingLink { name: name(), target: printable(&item.link) }),
+                None => {
+                    return Err(UnpackError::DanglingLink { name: item.shown_name(), target: printable(&item.link) });
+                }
             },
         };
         let parent = self.parent(path);
@@ -368,7 +368,7 @@ impl<R: BufRead> Unpacker<'_, R> {
             self.make_way(&parent, file_name, false)?;
             nodes::link(&source, &parent, file_name)
         });
-        made.map_err(|source| UnpackError::Write { name: name(), source })
+        made.map_err(|source| UnpackError::Write { name: item.shown_name(), source })
     }
 
     fn finish(mut self) -> Result<Sums, UnpackError> {

@@ -62,7 +62,7 @@ pub fn ensure(root: BorrowedFd<'_>, path: &Path, want: Want) -> Result<OwnedFd, 
     }
     let (parent, name) = ensure_parent(root, path)?;
     match want {
-        Want::Directory => ignore_exists(mkdirat(&parent, name, Mode::from_raw_mode(0o755)))?,
+        Want::Directory => make_missing_directory(parent.as_fd(), name)?,
         Want::File => {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             ignore_exists(openat2(&parent, name, flags, Mode::from_raw_mode(0o644), inside()).map(drop))?;
@@ -106,7 +106,7 @@ pub fn ensure_directory_itself(root: BorrowedFd<'_>, path: &Path) -> Result<Owne
         found => return found,
     }
     let (parent, name) = ensure_parent(root, path)?;
-    ignore_exists(mkdirat(&parent, name, Mode::from_raw_mode(0o755)))?;
+    make_missing_directory(parent.as_fd(), name)?;
     openat2(&parent, name, flags, Mode::empty(), ResolveFlags::BENEATH)
 }
 
@@ -124,13 +124,17 @@ pub fn ensure_parent<'p>(root: BorrowedFd<'_>, path: &'p Path) -> Result<(OwnedF
         walked.push(part);
         directory = match open_path(root, &walked) {
             Err(Errno::NOENT) => {
-                ignore_exists(mkdirat(directory.as_fd(), part, Mode::from_raw_mode(0o755)))?;
+                make_missing_directory(directory.as_fd(), part)?;
                 open_path(root, &walked)?
             }
             found => found?,
         };
     }
     Ok((directory, name))
+}
+
+fn make_missing_directory(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
+    ignore_exists(mkdirat(parent, name, Mode::from_raw_mode(0o755)))
 }
 
 /// Somebody else made it in the meantime, or a link that leads nowhere is there: the open that follows tells.

@@ -29,8 +29,8 @@ pub(crate) fn make(
 ) -> Step {
     let empty = empty_filesystem(spec.mount_label.as_deref());
     let for_masks = (!spec.masked_paths.is_empty()).then_some(&empty);
-    let in_the_way = |step: &&MountStep| procfs.is_some() && step.fstype == "proc";
-    let new = for_masks.into_iter().chain(spec.mounts.iter().filter(|step| !in_the_way(step)));
+    let is_there = |step: &&MountStep| procfs.is_some() && step.fstype == "proc";
+    let new = for_masks.into_iter().chain(spec.mounts.iter().filter(|step| !is_there(step)));
     // One thread beside us is enough.
     let made = if network.is_some() { FileSystems::none() } else { FileSystems::begin(new) };
     let root = make_root(spec, rootfs, fds)?;
@@ -252,10 +252,9 @@ fn mount_step(
         let tree = mount::clone_tree_at(&step.source, step.recursive, step.source_no_follow)?;
         return attach_bind(targets, tree.as_fd(), step);
     }
-    let tree = match (procfs.filter(|_| step.fstype == "proc"), made.take(step)) {
-        (Some(procfs), _) => rustix::io::fcntl_dupfd_cloexec(procfs, 0)?,
-        (None, Some(made)) => made,
-        (None, None) => new_filesystem(step)?,
+    let tree = match procfs.filter(|_| step.fstype == "proc") {
+        Some(procfs) => rustix::io::fcntl_dupfd_cloexec(procfs, 0)?,
+        None => new_filesystem(step, made)?,
     };
     // A new mount that says nothing is private as it is.
     let propagation = step.propagation;
@@ -269,9 +268,12 @@ fn mount_step(
     Ok(())
 }
 
-/// With the SELinux context of all that is in it, where there is one: as an option of the mount, but for message queues,
-/// whose root is labelled instead (they take no option).
-fn new_filesystem(step: &MountStep) -> Result<OwnedFd, Errno> {
+/// Out of `made`, or now; with the SELinux context of all that is in it, where there is one: as an option of the mount, but
+/// for message queues, whose root is labelled instead (they take no option).
+fn new_filesystem(step: &MountStep, made: &FileSystems<'_>) -> Result<OwnedFd, Errno> {
+    if let Some(tree) = made.take(step) {
+        return Ok(tree);
+    }
     let attributes = mount::attributes_of(step.flags);
     let label = step.label.as_deref();
     if step.fstype != "mqueue" {
@@ -439,10 +441,7 @@ impl Masks<'_> {
         if let Some(empty) = &self.empty {
             return mount::attach(mount::clone_tree(empty.as_fd(), false)?.as_fd(), target);
         }
-        let empty = match self.made.take(self.step) {
-            Some(made) => made,
-            None => new_filesystem(self.step)?,
-        };
+        let empty = new_filesystem(self.step, self.made)?;
         mount::attach(empty.as_fd(), target)?;
         self.empty = Some(empty);
         Ok(())
