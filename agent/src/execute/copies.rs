@@ -12,7 +12,7 @@ use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 use edged_model::spec::Spec;
 
-use super::pull::room::{Disk, Need, Promises, Ticket};
+use super::pull::room::{Disk, Need, Promises, weigh_alone};
 use super::pull::{PullFailure, ReadyImage};
 use super::start::{StartContext, failed};
 use super::unread;
@@ -141,8 +141,8 @@ fn copy(ctx: &StartContext, users: &[User<'_>]) -> Result<(), PullFailure> {
         let copy = Digest::of(format!("{chain} {}", user.ids.outside).as_bytes());
         (copy, Need::known(tree_bytes(&ctx.content.layer(*chain))))
     });
-    let disk = || Disk::of(ctx.places.data(), ctx.layer_way.disk_reserve);
-    let promise = Ticket::alone().weigh(&what, needs, &ctx.layer_way.promises, &disk)?;
+    let disk = Disk::of(ctx.places.data(), ctx.layer_way.disk_reserve);
+    let promise = weigh_alone(&what, needs, &ctx.layer_way.promises, disk)?;
     for (user, chain) in missing {
         let owners = Owners { first: user.ids.outside, count: user.ids.count };
         ctx.content.copy_layer(chain, owners, promise.left()).map_err(|error| match error {

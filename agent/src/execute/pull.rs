@@ -1,8 +1,11 @@
-//! Fetches, verifies and unpacks an image. Blocking. What is on disk already is not fetched again; what is not whole and
+//! Fetches, verifies and unpacks an image, in two steps that block: a look at what it is and needs, and the fetching. Between
+//! them the images of an update are weighed together. What is on disk already is not fetched again; what is not whole and
 //! verified is not visible.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use edged_model::id::Digest;
@@ -22,7 +25,8 @@ use crate::registry::{Client, Document, Reference, RegistryError, Source};
 use crate::verify::cosign::{self, Wanted};
 use crate::verify::image_policy::{self, Demand, Rule};
 use layers::Layer;
-use room::{Promises, Ticket};
+use room::{Disk, Need, Promise, Promises, weigh_alone};
+use slots::Slots;
 
 mod claims;
 mod depth;
@@ -33,6 +37,8 @@ mod resume;
 /// Whether there is room for an update.
 pub mod room;
 mod size;
+/// How many layers are fetched at a time.
+pub mod slots;
 
 /// An image that can be run. What the store remembers of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,7 +68,7 @@ impl PullFailure {
         Self { reason, permanent: true, retry_after: None }
     }
 
-    fn passing(code: Code, text: String) -> Self {
+    pub fn passing(code: Code, text: String) -> Self {
         Self { reason: Reason::new(code, text), permanent: false, retry_after: None }
     }
 }
@@ -90,6 +96,7 @@ pub struct PullContext {
     pub data: PathBuf,
     pub disk_reserve: Bytes,
     pub promises: Arc<Promises>,
+    pub slots: Arc<Slots>,
     pub traffic: Arc<Traffic>,
 }
 
@@ -110,6 +117,14 @@ impl PullContext {
 }
 
 impl PullContext {
+    fn disk(&self) -> Disk {
+        Disk::of(&self.data, self.disk_reserve)
+    }
+
+    fn weigh_alone(&self, image: &str, needs: &[(Digest, Need)]) -> Result<Arc<Promise>, PullFailure> {
+        weigh_alone(image, needs.iter().copied(), &self.promises, self.disk())
+    }
+
     /// What becomes of device nodes in the layers of `image`.
     fn device_nodes(&self, image: &str) -> DeviceNodes {
         let by_prefix = self.images.device_nodes.iter().map(|(prefix, nodes)| (prefix.as_str(), *nodes));
@@ -170,57 +185,169 @@ struct Record {
     ready: ReadyImage,
 }
 
-/// Fetches what is missing of `image`: `registry/repository@sha256:…`, `registry/repository:tag`, or `oci:/path`. Mirrors
-/// are asked first; whatever is wrong with what one has, the next is asked. `ticket`: the images of one update are weighed
-/// together, or none of them is fetched.
-pub fn pull(
-    ctx: &PullContext,
-    image: &str,
-    ticket: Ticket,
-    progress: &dyn Fn(Progress),
-) -> Result<ReadyImage, PullFailure> {
-    let (wanted, digest, sources) = sources(ctx, image)?;
-    // A digest never means anything else later; a tag may have moved.
-    if let Some(digest) = digest {
-        if let Some(ready) = ready(ctx, image) {
-            return Ok(ready);
-        }
-        if let Some(ready) = load::taken(ctx, image, digest)? {
-            return Ok(ready);
-        }
-    }
-    let fetched = from_sources(ctx, image, (&wanted, digest), sources, ticket, progress);
-    ctx.traffic.settle();
-    fetched
+/// An image that was looked at: what it is, and what is missing of it.
+pub struct Looked {
+    name: Name,
+    found: Found,
 }
 
-fn from_sources(
-    ctx: &PullContext,
-    image: &str,
-    (wanted, digest): (&str, Option<Digest>),
-    sources: Vec<OpenSource<'_>>,
-    ticket: Ticket,
-    progress: &dyn Fn(Progress),
-) -> Result<ReadyImage, PullFailure> {
-    let mut ticket = Some(ticket);
-    let mut last = PullFailure::passing(Code::RegistryUnavailable, format!("{image}: no registry to ask"));
-    for source in sources {
-        let pulled = source().and_then(|source| {
-            let naming = if digest.is_some() { Naming::Digest } else { Naming::Tag };
-            let one = OneImage { ctx, source: &source, wanted, naming, image };
-            let ready = one.pull(&mut ticket, progress)?.ready;
-            // Last of all: what it speaks of is on the disk.
-            remember(ctx, image, false, ctx.device_nodes(image), ready)
-        });
-        match pulled {
-            Ok(ready) => return Ok(ready),
-            Err(failure) => last = failure,
+enum Found {
+    Here(ReadyImage),
+    Away(Box<Away>),
+}
+
+/// What is to be fetched, and where.
+struct Away {
+    source: Source,
+    described: Described,
+    needs: Vec<(Digest, Need)>,
+    /// Who is asked when this source fails.
+    others: VecDeque<Place>,
+}
+
+impl Looked {
+    /// What fetching it takes on the disk, by layer; nothing where it is there.
+    pub fn needs(&self) -> &[(Digest, Need)] {
+        match &self.found {
+            Found::Here(_) => &[],
+            Found::Away(away) => &away.needs,
         }
     }
-    // Nobody can say where the tag is now; an operator has said where it was when he brought the image.
-    match believed(ctx, image).filter(|record| record.loaded && last.reason.code == Code::RegistryUnavailable) {
+}
+
+/// Looks for `image`: `registry/repository@sha256:…`, `registry/repository:tag`, or `oci:/path`. Mirrors are asked first;
+/// whatever is wrong with what one has, the next is asked. Fetches documents and signatures, no layer.
+pub fn look(ctx: &PullContext, image: &str) -> Result<Looked, PullFailure> {
+    let (name, places) = Name::parse(ctx, image)?;
+    // A digest never means anything else later; a tag may have moved.
+    if let Some(digest) = name.digest {
+        if let Some(ready) = ready(ctx, image) {
+            return Ok(Looked { name, found: Found::Here(ready) });
+        }
+        if let Some(ready) = load::taken(ctx, image, digest)? {
+            return Ok(Looked { name, found: Found::Here(ready) });
+        }
+    }
+    let nobody = PullFailure::passing(Code::RegistryUnavailable, format!("{image}: no registry to ask"));
+    let found = match Away::find(ctx, &name, places, nobody) {
+        Ok(away) => Found::Away(Box::new(away)),
+        Err(failure) => Found::Here(or_what_was_loaded(ctx, image, failure)?),
+    };
+    ctx.traffic.settle();
+    Ok(Looked { name, found })
+}
+
+/// Fetches what was found missing; what that may take of the disk was promised. `progress` says how far it is.
+pub fn fetch(
+    ctx: &PullContext,
+    looked: Looked,
+    promise: Arc<Promise>,
+    order: &Order,
+    progress: &dyn Fn(Progress),
+) -> Result<ReadyImage, PullFailure> {
+    let Looked { name, found } = looked;
+    let fetched = match found {
+        Found::Here(ready) => return Ok(ready),
+        Found::Away(away) => away.fetch_here_or_elsewhere(ctx, &name, promise, order, progress),
+    };
+    ctx.traffic.settle();
+    fetched.or_else(|failure| or_what_was_loaded(ctx, &name.image, failure))
+}
+
+/// Both steps, for an image that belongs to no update.
+pub fn pull(ctx: &PullContext, image: &str, progress: &dyn Fn(Progress)) -> Result<ReadyImage, PullFailure> {
+    let looked = look(ctx, image)?;
+    let promise = ctx.weigh_alone(image, looked.needs())?;
+    fetch(ctx, looked, promise, &Order::default(), progress)
+}
+
+/// Somebody wants an image, for now.
+#[derive(Debug, Default)]
+pub struct Order {
+    /// What runs lacks it: it does not wait for what may run later.
+    pub is_urgent: bool,
+    is_withdrawn: AtomicBool,
+}
+
+impl Order {
+    pub fn new(is_urgent: bool) -> Self {
+        Self { is_urgent, ..Self::default() }
+    }
+
+    /// Nobody wants it any more: it ends soon, in a failure.
+    pub fn withdraw(&self, ctx: &PullContext) {
+        self.is_withdrawn.store(true, Ordering::Relaxed);
+        ctx.slots.look_again();
+    }
+
+    pub fn is_withdrawn(&self) -> bool {
+        self.is_withdrawn.load(Ordering::Relaxed)
+    }
+}
+
+impl Away {
+    /// By the first of `places` that has it; `last` is the failure if there is none.
+    fn find(
+        ctx: &PullContext,
+        name: &Name,
+        mut places: VecDeque<Place>,
+        mut last: PullFailure,
+    ) -> Result<Self, PullFailure> {
+        while let Some(place) = places.pop_front() {
+            let found = place.open(ctx).and_then(|source| {
+                let one = name.of(ctx, &source);
+                let described = one.describe()?;
+                let needs = one.needs(&described);
+                Ok((source, described, needs))
+            });
+            match found {
+                Ok((source, described, needs)) => return Ok(Self { source, described, needs, others: places }),
+                Err(failure) => last = failure,
+            }
+        }
+        Err(last)
+    }
+
+    fn fetch_here_or_elsewhere(
+        self,
+        ctx: &PullContext,
+        name: &Name,
+        promise: Arc<Promise>,
+        order: &Order,
+        progress: &dyn Fn(Progress),
+    ) -> Result<ReadyImage, PullFailure> {
+        let (mut away, mut promise) = (self, promise);
+        loop {
+            let failure = match away.fetch(ctx, name, promise, order, progress) {
+                Ok(ready) => return Ok(ready),
+                Err(failure) if order.is_withdrawn() => return Err(failure),
+                Err(failure) => failure,
+            };
+            away = Self::find(ctx, name, away.others, failure)?;
+            promise = ctx.weigh_alone(&name.image, &away.needs)?;
+        }
+    }
+
+    fn fetch(
+        &self,
+        ctx: &PullContext,
+        name: &Name,
+        promise: Arc<Promise>,
+        order: &Order,
+        progress: &dyn Fn(Progress),
+    ) -> Result<ReadyImage, PullFailure> {
+        let image = &name.image;
+        let ready = name.of(ctx, &self.source).fetch(&self.described, &promise, order, progress)?;
+        // Last of all: what it speaks of is on the disk.
+        remember(ctx, image, false, ctx.device_nodes(image), ready)
+    }
+}
+
+/// Nobody can say where a tag is now; an operator has said where it was when he brought the image.
+fn or_what_was_loaded(ctx: &PullContext, image: &str, failure: PullFailure) -> Result<ReadyImage, PullFailure> {
+    match believed(ctx, image).filter(|record| record.loaded && failure.reason.code == Code::RegistryUnavailable) {
         Some(record) => Ok(record.ready),
-        None => Err(last),
+        None => Err(failure),
     }
 }
 
@@ -241,38 +368,63 @@ fn remember(
     Ok(record.ready)
 }
 
-type OpenSource<'c> = Box<dyn FnOnce() -> Result<Source, PullFailure> + 'c>;
-
-/// What to ask for, and whom: the mirrors of a registry, in order, then the registry.
-fn sources<'c>(
-    ctx: &'c PullContext,
-    image: &str,
-) -> Result<(String, Option<Digest>, Vec<OpenSource<'c>>), PullFailure> {
-    if LayoutReference::is_one(image) {
-        let reference = LayoutReference::parse(image).map_err(PullFailure::permanent)?;
-        let (wanted, digest) = (reference.wanted(), reference.digest);
-        let open: OpenSource<'c> = Box::new(move || Ok(Source::Layout(Box::new(Layout::open(&reference.path)?))));
-        return Ok((wanted, digest, vec![open]));
-    }
-    let reference = Reference::parse(image).map_err(PullFailure::permanent)?;
-    let mirrors = ctx.registries.get(&reference.registry).map(|config| config.mirrors.clone()).unwrap_or_default();
-    let hosts = mirrors.into_iter().chain([reference.registry.clone()]);
-    let open = |host: String| -> OpenSource<'c> {
-        let repository = reference.repository.clone();
-        Box::new(move || {
-            let config = ctx.registries.get(&host).cloned().unwrap_or_default();
-            Ok(Source::Registry { client: Box::new(Client::new(&host, &config, &ctx.traffic)?), repository })
-        })
-    };
-    Ok((reference.wanted(), reference.digest, hosts.map(open).collect()))
+/// What an image is called, and what a source is asked for.
+struct Name {
+    image: String,
+    wanted: String,
+    digest: Option<Digest>,
 }
 
-/// What is on the disk now.
-struct Fetched {
-    ready: ReadyImage,
+/// Who may have it.
+enum Place {
+    Layout(PathBuf),
+    Registry { host: String, repository: String },
+}
+
+impl Name {
+    /// And whom to ask: the mirrors of its registry, in order, then the registry.
+    fn parse(ctx: &PullContext, image: &str) -> Result<(Self, VecDeque<Place>), PullFailure> {
+        let name = |wanted, digest| Self { image: image.to_owned(), wanted, digest };
+        if LayoutReference::is_one(image) {
+            let reference = LayoutReference::parse(image).map_err(PullFailure::permanent)?;
+            let name = name(reference.wanted(), reference.digest);
+            return Ok((name, VecDeque::from([Place::Layout(reference.path)])));
+        }
+        let reference = Reference::parse(image).map_err(PullFailure::permanent)?;
+        let mirrors = ctx.registries.get(&reference.registry).map(|config| config.mirrors.clone()).unwrap_or_default();
+        let hosts = mirrors.into_iter().chain([reference.registry.clone()]);
+        let places = hosts.map(|host| Place::Registry { host, repository: reference.repository.clone() });
+        Ok((name(reference.wanted(), reference.digest), places.collect()))
+    }
+
+    fn of<'p>(&'p self, ctx: &'p PullContext, source: &'p Source) -> OneImage<'p> {
+        let naming = if self.digest.is_some() { Naming::Digest } else { Naming::Tag };
+        OneImage { ctx, source, wanted: &self.wanted, naming, image: &self.image }
+    }
+}
+
+impl Place {
+    fn open(&self, ctx: &PullContext) -> Result<Source, PullFailure> {
+        match self {
+            Self::Layout(path) => Ok(Source::Layout(Box::new(Layout::open(path)?))),
+            Self::Registry { host, repository } => {
+                let config = ctx.registries.get(host).cloned().unwrap_or_default();
+                let client = Box::new(Client::new(host, &config, &ctx.traffic)?);
+                Ok(Source::Registry { client, repository: repository.clone() })
+            }
+        }
+    }
+}
+
+/// An image by its documents, which were believed.
+struct Described {
     /// What was asked for (an index, or the manifest itself), and the manifest.
     top: Document,
     document: Document,
+    config: Vec<u8>,
+    /// Lowest first.
+    layers: Vec<Layer>,
+    ready: ReadyImage,
 }
 
 /// How the image is called, which decides what must hold for it.
@@ -293,7 +445,7 @@ struct OneImage<'p> {
 }
 
 impl OneImage<'_> {
-    fn pull(&self, ticket: &mut Option<Ticket>, progress: &dyn Fn(Progress)) -> Result<Fetched, PullFailure> {
+    fn describe(&self) -> Result<Described, PullFailure> {
         let top = self.source.manifest(self.wanted)?;
         let document = self.for_this_platform(&top)?;
         self.check_signature(&top, &document)?;
@@ -314,13 +466,31 @@ impl OneImage<'_> {
             return Err(self.unusable(&format!("made for {is}, this machine is {wants}")));
         }
         let layers = self.layers(&manifest, &configuration)?;
-        layers::fetch(self.ctx, self.image, self.source, &layers, ticket, progress)?;
-        for bytes in [&document.bytes, &config] {
+        let chains = layers.iter().map(|layer| layer.chain).collect();
+        let ready = ready_image(document.digest, chains, &configuration);
+        Ok(Described { top, document, config, layers, ready })
+    }
+
+    /// Of the layers that are not there.
+    fn needs(&self, described: &Described) -> Vec<(Digest, Need)> {
+        let missing = described.layers.iter().filter(|layer| !self.ctx.content.has_layer(layer.chain));
+        size::needs(self.source, missing, self.ctx.disk())
+    }
+
+    fn fetch(
+        &self,
+        described: &Described,
+        promise: &Promise,
+        order: &Order,
+        progress: &dyn Fn(Progress),
+    ) -> Result<ReadyImage, PullFailure> {
+        let Described { document, config, layers, ready, .. } = described;
+        layers::fetch(self, layers, promise, order, progress)?;
+        for bytes in [&document.bytes, config] {
             self.ctx.content.put_document(bytes).map_err(|error| self.disk(&error))?;
         }
         crash_point::pass("documents-written");
-        let chains = layers.iter().map(|layer| layer.chain).collect();
-        Ok(Fetched { ready: ready_image(document.digest, chains, &configuration), top, document })
+        Ok(ready.clone())
     }
 
     /// Of an index, the manifest for this machine.

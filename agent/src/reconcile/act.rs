@@ -3,8 +3,8 @@
 use edged_model::action::Action;
 use edged_model::generation::GenerationState;
 use edged_model::id::{Sequence, WorkloadName};
-use edged_model::observed::{Hold, ImageStatus};
-use edged_model::quantity::{Bytes, Now};
+use edged_model::observed::Hold;
+use edged_model::quantity::Now;
 use edged_model::reason::{Code, Reason};
 use edged_model::spec::Spec;
 use edged_model::workload::{Exit, ExitCause};
@@ -14,17 +14,11 @@ use edged_plan::world::Began;
 use super::store_thread::Busy;
 use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, resize, suspect};
 use crate::crash_point;
-use crate::execute::{copies, isolate, place, pull, start, stop};
+use crate::execute::{isolate, place, start, stop};
 use crate::observe::logs::Clocks;
 use crate::report::Taken;
 use crate::runtime::keeper_link::{LaunchError, Launched};
 use crate::store::{Durability, SavedHistory, inline_chain};
-
-/// The longest pause between two tries of an image that cannot be had now.
-const PULL_RETRY_MAX_MS: u64 = 300_000;
-const PULL_RETRY_MS: u64 = 2_000;
-/// A registry may ask for a longer one, up to this.
-const PULL_ASKED_MAX_MS: u64 = 3_600_000;
 
 /// The key of generations' changes among what failed; no workload has such a name.
 const CHANGE: &str = "(change)";
@@ -43,78 +37,6 @@ impl Agent {
             Action::Kill { workload, why } => self.kill(&workload, &why).await,
             Action::Remove { workload } => self.remove(workload),
             Action::Transition { generation, to, why } => self.change(generation, to, &why, now),
-        }
-    }
-
-    fn pull(&mut self, image: String) {
-        // What a collection takes away must not be what a pull has just found there.
-        if self.collected.under_way || !self.under_way.pulls.insert(image.clone()) {
-            return;
-        }
-        let nothing = ImageStatus::Pulling { done: Bytes(0), total: Bytes(0) };
-        let attempts = match self.world.observed.images.get(&image) {
-            Some(ImageStatus::Failed { attempts, .. }) => *attempts,
-            _ => 0,
-        };
-        self.pull_attempts.insert(image.clone(), attempts);
-        self.world.observed.images.insert(image.clone(), nothing);
-        let (context, inbox) = (self.pull_context.clone(), self.inbox.clone());
-        let (start_context, users) = (self.start_context.clone(), self.own_id_users(&image));
-        crash_point::pass("pull-ordered");
-        let ticket = self.ticket(&image);
-        tokio::task::spawn_blocking(move || {
-            let tell = |progress| {
-                // A progress that finds no room is told by the next one.
-                let _ = inbox.try_send(Message::PullProgress { image: image.clone(), progress });
-            };
-            let pulled = pull::pull(&context, &image, ticket, &tell);
-            let staged = pulled.and_then(|ready| {
-                let users: Vec<_> = users.into_iter().map(|name| (name, ready.clone())).collect();
-                copies::stage(&start_context, &users).map(|()| ready)
-            });
-            let result = Box::new(staged);
-            // The loop has ended only when the agent ends.
-            let _ = inbox.blocking_send(Message::Pulled { image: image.clone(), result });
-        });
-    }
-
-    pub(super) fn pulled(&mut self, image: String, result: Result<pull::ReadyImage, pull::PullFailure>) {
-        self.under_way.pulls.remove(&image);
-        let now = self.now();
-        match result {
-            Ok(ready) => {
-                crash_point::pass("image-told");
-                self.remember_image(image.clone(), ready.clone());
-                self.world.observed.images.insert(image.clone(), ImageStatus::Ready { digest: ready.digest });
-                let text = format!("image {image} ({}) is on disk and verified", ready.digest.short());
-                self.tell(None, None, &Reason::new(Code::ImageReady, text), "agent");
-                self.collected.no_room.remove(&image);
-            }
-            Err(failure) => {
-                let attempts = self.pull_attempts.get(&image).copied().unwrap_or(0) + 1;
-                let backoff = (PULL_RETRY_MS << attempts.min(10)).min(PULL_RETRY_MAX_MS);
-                let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
-                if !failure.permanent {
-                    self.count(|survived| &mut survived.pull_retries);
-                }
-                let permanent = failure.permanent || self.found_no_room(&image, &failure.reason);
-                // The images of one update that does not fit all say the same, and are weighed together again: each alone
-                // might fit.
-                let with_others = self.world.observed.images.values().find_map(|status| match status {
-                    ImageStatus::Failed { reason, retry_at_boot_ms, .. } if *reason == failure.reason => {
-                        Some(*retry_at_boot_ms)
-                    }
-                    _ => None,
-                });
-                if with_others.is_none() {
-                    self.tell(None, None, &failure.reason, "agent");
-                }
-                let alone = || now.boot_ms.saturating_add(pull_pause_ms(backoff, asked));
-                let retry_at_boot_ms = with_others.filter(|at| *at > now.boot_ms).unwrap_or_else(alone);
-                self.refuse(&image, &failure.reason);
-                let status = ImageStatus::Failed { reason: failure.reason, attempts, retry_at_boot_ms, permanent };
-                self.world.observed.images.insert(image, status);
-            }
         }
     }
 
@@ -454,13 +376,4 @@ impl Agent {
             tracing::error!("{busy}");
         }
     }
-}
-
-/// Before the next try of an image, spread: whoever asks for a pause asks many devices at once.
-fn pull_pause_ms(backoff_ms: u64, asked_ms: u64) -> u64 {
-    let mut random = [0; 1];
-    // Without randomness the pause is only not spread.
-    let _ = getrandom::fill(&mut random);
-    let pause_ms = backoff_ms.max(asked_ms.min(PULL_ASKED_MAX_MS));
-    pause_ms + pause_ms / 1024 * u64::from(random[0])
 }

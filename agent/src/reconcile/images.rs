@@ -13,6 +13,7 @@ use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 use tokio::sync::mpsc;
 
+use super::pulling::on_own_thread;
 use super::{Agent, Message, answer};
 use crate::content::Content;
 use crate::content::reading::FromTheDisk;
@@ -58,28 +59,30 @@ impl Agent {
             let why = Reason::new(Code::ImageNotFound, format!("{path}: not an absolute path of the device"));
             return answer::error(&answers, why);
         }
-        // No generation can be called so: a load counts as a pull, and nothing is collected meanwhile.
-        let key = format!("load {path}");
-        if self.collected.under_way || !self.under_way.pulls.insert(key) {
+        if self.collected.under_way || !self.under_way.loads.insert(path.clone()) {
             let why = Reason::new(Code::Busy, "the disk is being cleared, or this path is being read already");
             return answer::error(&answers, why.next("try again"));
         }
         let (context, inbox) = (self.pull_context.clone(), self.inbox.clone());
-        tokio::task::spawn_blocking(move || {
-            let tell = |progress: crate::execute::pull::Progress| {
-                // A progress that finds no room is told by the next one.
-                let _ = answers.try_send(Answer::Progress { done: progress.done, total: progress.total });
-            };
-            let result = load::load(&context, Path::new(&path), &wish, &tell);
-            let ended = LoadEnded { path, by, result, reply: answers.clone() };
+        tokio::spawn(async move {
+            let (from, asking) = (path.clone(), answers.clone());
+            let loading = on_own_thread(move || {
+                let tell = |progress: crate::execute::pull::Progress| {
+                    // A progress that finds no room is told by the next one.
+                    let _ = asking.try_send(Answer::Progress { done: progress.done, total: progress.total });
+                };
+                load::load(&context, Path::new(&from), &wish, &tell)
+            });
+            let result = loading.await;
+            let ended = LoadEnded { path, by, result, reply: answers };
             // The loop has ended only when the agent ends.
-            let _ = inbox.blocking_send(Message::Loaded(Box::new(ended)));
+            let _ = inbox.send(Message::Loaded(Box::new(ended))).await;
         });
     }
 
     pub(super) fn loaded(&mut self, ended: LoadEnded) {
         let LoadEnded { path, by, result, reply } = ended;
-        self.under_way.pulls.remove(&format!("load {path}"));
+        self.under_way.loads.remove(&path);
         let list = match result {
             Ok(list) => list,
             Err(failure) => {

@@ -31,6 +31,7 @@ mod intake;
 mod moment;
 /// The freezer.
 mod pause;
+mod pulling;
 /// Other limits for what runs.
 mod resize;
 /// Layers read slowly, again and again.
@@ -72,7 +73,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use crate::api::Call;
 use crate::config::Config;
 use crate::execute::pull::room::Ticket;
-use crate::execute::pull::{Progress, PullContext, PullFailure, ReadyImage};
+use crate::execute::pull::{Order, Progress, PullContext, PullFailure, ReadyImage};
 use crate::execute::start::StartContext;
 use crate::network::ports::Ports;
 use crate::network::sntp::{Heard, NobodyAnswers};
@@ -187,7 +188,9 @@ struct UnderWay {
     /// Came while another change was being written, and is looked at when that is on the disk. One: who comes third is
     /// told to come again.
     offer: Option<Box<Offer>>,
-    pulls: BTreeSet<String>,
+    pulls: BTreeMap<String, Arc<Order>>,
+    /// What operators load, by path.
+    loads: BTreeSet<String>,
     /// While a plan is carried out.
     update: Option<Ticket>,
     starts: BTreeMap<WorkloadName, StartUnderWay>,
@@ -202,6 +205,13 @@ struct UnderWay {
     change: bool,
     /// Who offered the generation that is being written, and hears of it when it is on the disk.
     acknowledge: Option<(Sequence, oneshot::Sender<Result<Taken, Reason>>)>,
+}
+
+impl UnderWay {
+    /// Whether layers may be coming to the disk.
+    fn is_fetching(&self) -> bool {
+        !self.pulls.is_empty() || !self.loads.is_empty()
+    }
 }
 
 /// A start that was ordered and not answered yet.
@@ -262,6 +272,7 @@ struct Agent {
     scrub: scrub::Scrub,
     /// Failed tries of images that are being fetched again.
     pull_attempts: BTreeMap<String, u32>,
+    lanes: Arc<pulling::Lanes>,
     pull_context: Arc<PullContext>,
     start_context: StartContext,
     floor: Timestamp,
@@ -337,13 +348,14 @@ impl Agent {
             self.act(action, now).await;
         }
         self.under_way.update = None;
+        self.withdraw_pulls();
     }
 
     /// Who answers runs before every workload: it is little. What takes seconds, an image that is unpacked or checked, would
     /// leave them next to nothing meanwhile. The scrub is slow and steps back by itself.
     fn share_time(&mut self) {
         let by_word = Arc::strong_count(&self.checks_by_word) > 1;
-        let works = by_word || !self.under_way.pulls.is_empty() || self.staging.under_way || self.collected.under_way;
+        let works = by_word || self.under_way.is_fetching() || self.staging.under_way || self.collected.under_way;
         // On a host the groups around us are its own.
         if !self.is_device || self.shares_time == Some(works) {
             return;

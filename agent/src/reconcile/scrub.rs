@@ -112,7 +112,7 @@ impl Agent {
         let mut instances = self.world.observed.workloads.values();
         Around {
             up_ms: clock::boot_ms().saturating_sub(self.scrub.agent_began_boot_ms),
-            pulls: !self.under_way.pulls.is_empty(),
+            pulls: self.under_way.is_fetching(),
             switches: self.staging.under_way || self.under_way.change,
             on_probation: matches!(state, Some(GenerationState::Activating | GenerationState::Probation)),
             starts: !self.under_way.starts.is_empty() || instances.any(|instance| is_stopping(&instance.state)),

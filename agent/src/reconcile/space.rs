@@ -51,7 +51,7 @@ impl Agent {
         let mut instances = self.world.observed.workloads.values();
         // The room that a candidate lacks is made while it waits: its pulls stand still.
         (is_good && desired.pointers.candidate.is_none() || self.collected.room_is_short)
-            && self.under_way.pulls.is_empty()
+            && !self.under_way.is_fetching()
             && !self.staging.under_way
             && self.under_way.starts.is_empty()
             && !self.under_way.change
@@ -137,7 +137,7 @@ impl Agent {
         update.map_or_else(Ticket::alone, Ticket::another)
     }
 
-    fn is_active(&self, image: &str) -> bool {
+    pub(super) fn is_active(&self, image: &str) -> bool {
         self.active().is_some_and(|active| active.manifest.workloads.values().any(|workload| workload.image == image))
     }
 

@@ -18,12 +18,14 @@ use edged_plan::garbage::needed_images;
 use tokio::sync::{broadcast, mpsc};
 
 use super::boot;
+use super::pulling::Lanes;
 use super::{Agent, MESSAGES_DEPTH, Message, UnderWay, clock, time, trust_root};
 use crate::api::{self, console};
 use crate::config::{Config, Places};
 use crate::content::Content;
 use crate::crash_point;
 use crate::execute::copies::LayerWay;
+use crate::execute::pull::slots::Slots;
 use crate::execute::pull::{self, PullContext, ReadyImage, is_whole};
 use crate::execute::start::{StartContext, cpu_milli};
 use crate::execute::user_ids::Ranges;
@@ -88,6 +90,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         data: places.data().to_owned(),
         disk_reserve: config.limits.disk_reserve,
         promises: Arc::default(),
+        slots: Arc::new(Slots::new(config.images.parallel)),
         traffic: Arc::new(traffic(&config, &places)),
     };
     let layer_way =
@@ -115,6 +118,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         collected: super::space::Collected::default(),
         leases: super::moment::Leases::default(),
         pull_attempts: BTreeMap::new(),
+        lanes: Arc::new(Lanes::new(config.images.parallel)),
         suspects: super::suspect::Suspects::default(),
         scrub: super::scrub::Scrub::recall(&content),
         pull_context: Arc::new(pull_context),

@@ -163,7 +163,7 @@ impl Agent {
     /// False: not now; whoever has a reason has it again.
     fn look_at(&mut self, names: &BTreeSet<String>, only: Option<&BTreeSet<Digest>>, when: &str) -> bool {
         // Nobody may be pulling, starting or collecting while layers are taken away.
-        if self.collected.under_way || !self.under_way.pulls.is_empty() || !self.under_way.starts.is_empty() {
+        if self.collected.under_way || self.under_way.is_fetching() || !self.under_way.starts.is_empty() {
             return false;
         }
         let in_use = self.layers_in_use();

@@ -16,6 +16,7 @@ mod images;
 mod journal;
 mod life;
 mod limits;
+mod many_images;
 mod moment;
 mod network;
 mod refusals;

@@ -125,7 +125,7 @@ impl Factory {
         self.registry.push(&layout, "busybox", "latest").unwrap()
     }
 
-    fn busybox(&self) -> PathBuf {
+    pub fn busybox(&self) -> PathBuf {
         let root = self.path("busybox");
         if !root.exists() {
             for dir in ["bin", "tmp", "www", "data"] {

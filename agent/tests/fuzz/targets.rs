@@ -296,6 +296,7 @@ impl Stick {
             data: places.data().to_owned(),
             disk_reserve: Bytes(0),
             promises: std::sync::Arc::default(),
+            slots: std::sync::Arc::default(),
             traffic: std::sync::Arc::new(edged::registry::traffic::Traffic::free()),
         };
         Self { dir, layout, ctx, manifest, config }
@@ -322,7 +323,7 @@ impl Stick {
             .replace(&Digest::of(&self.config).to_string(), &self.put(bytes).to_string());
         for top in [self.put(bytes), self.put(as_config.as_bytes())] {
             let image = format!("oci:{}@{top}", self.layout.display());
-            match pull::pull(&self.ctx, &image, pull::room::Ticket::alone(), &|_| {}) {
+            match pull::pull(&self.ctx, &image, &|_| {}) {
                 Ok(ready) => assert!(pull::is_whole(&self.ctx.content, &ready) && !ready.layers.is_empty()),
                 Err(failure) => sentence(&failure.reason),
             }

@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 use edged::config::{self, ImagePolicy, Images, Places};
 use edged::content::Content;
 use edged::content::build::{BuildSpec, build_layout};
-use edged::execute::pull::room::Ticket;
 use edged::execute::pull::{self, PullContext, PullFailure, ReadyImage};
 use edged::registry::platform::architecture;
 use edged_model::id::Digest;
@@ -48,6 +47,7 @@ impl Device {
             data: places.data().to_owned(),
             disk_reserve: Bytes::mebi(1),
             promises: std::sync::Arc::default(),
+            slots: std::sync::Arc::default(),
             traffic: std::sync::Arc::new(edged::registry::traffic::Traffic::free()),
         };
         Self { ctx, _dir: dir }
@@ -60,7 +60,7 @@ impl Device {
     }
 
     fn pull(&self, image: &str) -> Result<ReadyImage, PullFailure> {
-        pull::pull(&self.ctx, image, Ticket::alone(), &|_| {})
+        pull::pull(&self.ctx, image, &|_| {})
     }
 
     fn layer(&self, ready: &ReadyImage, index: usize) -> PathBuf {

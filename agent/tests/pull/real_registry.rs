@@ -5,7 +5,6 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
 use edged::config::ImagePolicy;
-use edged::execute::pull::room::Ticket;
 use edged::execute::pull::{self, Progress};
 use edged_model::reason::Code;
 
@@ -31,9 +30,7 @@ fn a_signed_image_is_pulled_once_and_then_ready_without_a_network() {
     device.ctx.keys = vec![public];
     let image = format!("{}/team/app@{digest}", registry.host());
     let seen = RefCell::new(Vec::new());
-    let ready =
-        pull::pull(&device.ctx, &image, Ticket::alone(), &|progress: Progress| seen.borrow_mut().push(progress))
-            .unwrap();
+    let ready = pull::pull(&device.ctx, &image, &|progress: Progress| seen.borrow_mut().push(progress)).unwrap();
 
     assert_eq!(ready.entrypoint, ["/bin/app"]);
     assert_eq!(ready.cmd, ["--serve"]);

@@ -12,6 +12,7 @@ use edged_model::reason::Code;
 use super::Device;
 use super::broken_registry::{Good, plain_http};
 use super::support::faults::{Answer, FaultServer, Request};
+use super::support::tmpfs;
 
 /// Whoever looks at it has waited ten seconds.
 fn slow_ms() -> u64 {
@@ -157,4 +158,20 @@ fn a_rate_limit_holds_for_all_that_comes() {
     device.pull(&format!("{}/app@{}", server.host, good.digest)).unwrap();
     let took = began.elapsed();
     assert!(took >= Duration::from_millis(950), "a MiB in {took:?}");
+}
+
+#[test]
+fn where_the_disk_has_no_room_for_both_a_slow_layer_is_unpacked_and_not_kept() {
+    let good = Good::new();
+    let registry = good.clone();
+    let server = FaultServer::start(move |request| registry.answer(request));
+    let image = format!("{}/app@{}", server.host, good.digest);
+    tmpfs::own_mounts();
+    let device = Device::new([(server.host.clone(), plain_http())]).trusting_digests();
+    // A MiB in reserve, one and a little for the layers, and half of one that they can do without.
+    tmpfs::mount_at(&device.ctx.data, "size=2700k");
+    let device = device.restarted().with_traffic(Limits::default(), SLOW);
+    let ready = device.pull(&image).unwrap();
+    assert!(device.layer(&ready, 1).join("data/noise").exists());
+    assert_eq!(device.partial_bytes(), 0);
 }

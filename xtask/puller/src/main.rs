@@ -9,7 +9,6 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 use edged::config::{ImagePolicy, Images, Places, Registry};
 use edged::content::Content;
-use edged::execute::pull::room::Ticket;
 use edged::execute::pull::{PullContext, pull};
 use edged::registry::traffic::Traffic;
 use edged_model::quantity::Bytes;
@@ -29,10 +28,11 @@ fn main() -> Result<()> {
         data: places.data().to_owned(),
         disk_reserve: Bytes(0),
         promises: Arc::default(),
+        slots: Arc::default(),
         traffic: Arc::new(Traffic::free()),
     };
     let begin = Instant::now();
-    pull(&ctx, &image, Ticket::alone(), &|_| {}).map_err(|failure| anyhow!("{}", failure.reason))?;
+    pull(&ctx, &image, &|_| {}).map_err(|failure| anyhow!("{}", failure.reason))?;
     let took_ms = begin.elapsed().as_secs_f64() * 1000.0;
     // Dirty pages are counted when they are made: none is still to come.
     let counters = std::fs::read_to_string("/proc/self/io")?;

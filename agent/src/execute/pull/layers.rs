@@ -1,19 +1,20 @@
-//! The layers of one image, several at once. Each goes from its stream into its directory in one pass; a thread takes
+//! The layers of one image, several at once ([`Slots`](super::slots::Slots)). Each goes from its stream into its directory in one pass; a thread takes
 //! the lowest that nobody has taken, so that waiting for the layers below never waits for oneself.
 
 use std::io::{self, Read};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use edged_model::id::Digest;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 
 use super::resume::Resumed;
-use super::room::{Disk, Promise, Ticket};
-use super::{Progress, PullContext, PullFailure, size};
+use super::room::Promise;
+use super::slots::Slot;
+use super::{OneImage, Order, Progress, PullContext, PullFailure};
 use crate::content::ContentError;
 use crate::content::layer::{Compression, Expected, LayerError, unpack_stream};
 use crate::content::unpack::{Bounds, UnpackError};
@@ -33,29 +34,22 @@ pub struct Layer {
 /// A report of progress is worth waking somebody for.
 const PROGRESS_STEP_BYTES: u64 = 256 << 10;
 
-/// A window of 8 MiB each: the pull has 24 MiB.
-const ZSTD_AT_ONCE: usize = 2;
-
 /// Reports on their way: one for each thread that fetches is enough, more only smooths.
 const PROGRESS_DEPTH: usize = 16;
 
-/// Fetches what is missing of `layers` (lowest first), once it is certain that there is room for it. Without a `ticket`
-/// it is weighed alone.
+/// Fetches what is missing of `layers` (lowest first); there is room for it by the `promise`.
 pub fn fetch(
-    ctx: &PullContext,
-    image: &str,
-    source: &Source,
+    image: &OneImage<'_>,
     layers: &[Layer],
-    ticket: &mut Option<Ticket>,
+    promise: &Promise,
+    order: &Order,
     progress: &dyn Fn(Progress),
 ) -> Result<(), PullFailure> {
+    let OneImage { ctx, source, image, .. } = *image;
     let missing: Vec<usize> = (0..layers.len()).filter(|index| !ctx.content.has_layer(layers[*index].chain)).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let disk = || Disk::of(&ctx.data, ctx.disk_reserve);
-    let needs = size::needs(source, missing.iter().map(|index| &layers[*index]), disk());
-    let promise = ticket.take().unwrap_or_else(Ticket::alone).weigh(image, needs, &ctx.promises, &disk)?;
     let work = Work {
         ctx,
         image,
@@ -64,14 +58,14 @@ pub fn fetch(
         missing: &missing,
         next: AtomicUsize::new(0),
         promise,
+        order,
+        has_windows: missing.iter().any(|index| layers[*index].compression == Compression::Zstd),
         done: Mutex::new((0..layers.len()).map(|index| !missing.contains(&index)).collect()),
         changed: Condvar::new(),
         failed: AtomicBool::new(false),
     };
     let total = missing.iter().map(|index| layers[*index].size).fold(0, u64::saturating_add);
-    let has_windows = missing.iter().any(|index| layers[*index].compression == Compression::Zstd);
-    let at_once = usize::try_from(ctx.images.parallel).unwrap_or(1);
-    let threads = if has_windows { at_once.min(ZSTD_AT_ONCE) } else { at_once }.clamp(1, missing.len());
+    let threads = usize::try_from(ctx.images.parallel).unwrap_or(1).clamp(1, missing.len());
     progress(Progress { done: Bytes(0), total: Bytes(total) });
     let (sender, receiver) = sync_channel(PROGRESS_DEPTH);
     std::thread::scope(|scope| {
@@ -88,7 +82,7 @@ pub fn fetch(
             fetched = fetched.saturating_add(count);
             progress(Progress { done: Bytes(fetched.min(total)), total: Bytes(total) });
         }
-        let mut given_up = None;
+        let mut given_up = order.is_withdrawn().then_some("nobody wants it any more");
         for worker in workers {
             match worker.join() {
                 Ok(Ok(())) => {}
@@ -128,7 +122,9 @@ struct Work<'w> {
     layers: &'w [Layer],
     missing: &'w [usize],
     next: AtomicUsize,
-    promise: Arc<Promise>,
+    promise: &'w Promise,
+    order: &'w Order,
+    has_windows: bool,
     /// Which layers are on the disk.
     done: Mutex<Vec<bool>>,
     changed: Condvar,
@@ -139,13 +135,27 @@ impl Work<'_> {
     fn until_done(&self, progress: &SyncSender<u64>) -> Result<(), Stopped> {
         // Also when this thread panics: the others must not wait for a layer that never comes.
         let fence = FailOnDrop(self);
-        while let Some(index) = self.missing.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+        // The slot first: then whoever waits for a layer below waits for somebody who has one.
+        while let Some(_slot) = self.slot()
+            && let Some(index) = self.missing.get(self.next.fetch_add(1, Ordering::Relaxed))
+        {
             self.one(*index, progress)?;
             self.done.lock().unwrap_or_else(PoisonError::into_inner)[*index] = true;
             self.changed.notify_all();
         }
         std::mem::forget(fence);
         Ok(())
+    }
+
+    /// `None`: there is nothing left to do.
+    fn slot(&self) -> Option<Slot<'_>> {
+        let nothing_left = || self.next.load(Ordering::Relaxed) >= self.missing.len() || self.has_ended();
+        self.ctx.slots.take(self.has_windows, self.order.is_urgent, &nothing_left)
+    }
+
+    /// Another layer has failed, or nobody wants the image any more.
+    fn has_ended(&self) -> bool {
+        self.failed.load(Ordering::Relaxed) || self.order.is_withdrawn()
     }
 
     fn one(&self, index: usize, progress: &SyncSender<u64>) -> Result<(), Stopped> {
@@ -158,9 +168,9 @@ impl Work<'_> {
         let layer = &self.layers[index];
         let disk = |error| self.disk(&error);
         let Some(staged) = self.ctx.content.stage(layer.chain).map_err(disk)? else { return Ok(Unpacked::Whole) };
-        let (blob, left) = ((layer.digest, layer.size), self.promise.left());
-        let stream = Resumed::open(self.ctx, self.source, blob, left).map_err(PullFailure::from)?;
-        let mut reader = Watched { stream, size_left: layer.size, unreported: 0, progress, failed: &self.failed };
+        let blob = (layer.digest, layer.size);
+        let stream = Resumed::open(self.ctx, self.source, blob, self.promise).map_err(PullFailure::from)?;
+        let mut reader = Watched { stream, size_left: layer.size, unreported: 0, progress, work: self };
         let expected = Expected { digest: layer.digest, diff_id: layer.diff_id, compression: layer.compression };
         let images = &self.ctx.images;
         let (bytes_max, entries_max) = (images.layer_max.0, images.layer_entries_max);
@@ -173,7 +183,7 @@ impl Work<'_> {
                 reader.stream.forget();
                 Ok(Unpacked::Whole)
             }
-            Err(_) if self.failed.load(Ordering::Relaxed) => Err(Stopped::GivenUp),
+            Err(_) if self.has_ended() => Err(Stopped::GivenUp),
             Err(error) => match reader.stream.take_error() {
                 Some(error) => Err(PullFailure::from(error).into()),
                 None => {
@@ -213,10 +223,8 @@ impl Work<'_> {
 
     fn refused(&self, layer: &Layer, error: &LayerError) -> PullFailure {
         let text = format!("{}: layer {}: {}", self.image, layer.digest.short(), inline_chain(error));
-        let is_full =
-            |source: &io::Error| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
         match error {
-            LayerError::Unpack(UnpackError::Write { source, .. }) if is_full(source) => {
+            LayerError::Unpack(UnpackError::Write { source, .. }) if is_of_this_device(source) => {
                 PullFailure::passing(Code::DiskFull, text)
             }
             LayerError::Unpack(UnpackError::DiskFull { .. }) => {
@@ -235,6 +243,15 @@ impl Work<'_> {
     }
 }
 
+/// Not what the layer wants to have written is the reason, but the disk, or what there is too little of just now.
+fn is_of_this_device(error: &io::Error) -> bool {
+    use nix::errno::Errno as E;
+    let errno = error.raw_os_error().map(E::from_raw);
+    let of_the_disk = [E::ENOSPC, E::EDQUOT, E::EIO, E::EROFS, E::EUCLEAN, E::EBADMSG, E::ENODEV, E::ENXIO, E::ESTALE];
+    let too_little = [E::ENOMEM, E::EMFILE, E::ENFILE, E::EAGAIN, E::EINTR, E::ENOBUFS];
+    errno.is_some_and(|errno| of_the_disk.contains(&errno) || too_little.contains(&errno))
+}
+
 /// Tells the other threads to give up.
 struct FailOnDrop<'w, 'x>(&'w Work<'x>);
 
@@ -244,6 +261,7 @@ impl Drop for FailOnDrop<'_, '_> {
         let _done = self.0.done.lock().unwrap_or_else(PoisonError::into_inner);
         self.0.failed.store(true, Ordering::Relaxed);
         self.0.changed.notify_all();
+        self.0.ctx.slots.look_again();
     }
 }
 
@@ -253,13 +271,13 @@ struct Watched<'w> {
     size_left: u64,
     unreported: u64,
     progress: &'w SyncSender<u64>,
-    failed: &'w AtomicBool,
+    work: &'w Work<'w>,
 }
 
 impl Read for Watched<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.failed.load(Ordering::Relaxed) {
-            return Err(io::Error::other("another layer failed"));
+        if self.work.has_ended() {
+            return Err(io::Error::other("nobody wants it any more"));
         }
         // One byte more than announced is enough to see that the digest cannot be right.
         let take = buffer.len().min(usize::try_from(self.size_left.saturating_add(1)).unwrap_or(usize::MAX));

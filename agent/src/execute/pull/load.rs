@@ -9,7 +9,9 @@ use edged_model::reason::{Code, Reason};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Fetched, Naming, OneImage, Progress, PullContext, PullFailure, ReadyImage, claims, is_whole, remember};
+use super::{
+    Described, Naming, OneImage, Order, Progress, PullContext, PullFailure, ReadyImage, claims, is_whole, remember,
+};
 use crate::config::DeviceNodes;
 use crate::registry::layout::Layout;
 use crate::registry::{Reference, Source};
@@ -60,14 +62,16 @@ pub fn load(
         let label = format!("{shown}@{digest}");
         let (image, naming) = tag.as_deref().map_or((label.as_str(), Naming::Later), |tag| (tag, Naming::Tag));
         let one = OneImage { ctx, source: &source, wanted: &digest, naming, image };
-        let fetched = one.pull(&mut None, progress).map_err(|failure| explained(failure, is_docker_archive))?;
+        let described = one.describe().map_err(|failure| explained(failure, is_docker_archive))?;
+        let promise = ctx.weigh_alone(image, &one.needs(&described))?;
+        let ready = one.fetch(&described, &promise, &Order::default(), progress)?;
         let device_nodes = ctx.device_nodes(image);
-        let mut names = keep(ctx, &source, device_nodes, &fetched)?;
+        let mut names = keep(ctx, &source, device_nodes, &described)?;
         if let Some(tag) = &tag {
-            remember(ctx, tag, true, device_nodes, fetched.ready.clone())?;
+            remember(ctx, tag, true, device_nodes, ready.clone())?;
             names.push(tag.clone());
         }
-        all.push(Loaded { names, image: fetched.ready });
+        all.push(Loaded { names, image: ready });
     }
     Ok(all)
 }
@@ -117,22 +121,22 @@ fn keep(
     ctx: &PullContext,
     source: &Source,
     device_nodes: DeviceNodes,
-    fetched: &Fetched,
+    described: &Described,
 ) -> Result<Vec<String>, PullFailure> {
-    let disk = |why: String| PullFailure::passing(Code::DiskFull, format!("{}: {why}", fetched.top.digest));
-    let mut documents = vec![fetched.top.digest];
-    let mut claims = claims::collect(source, fetched.top.digest)?;
-    if fetched.document.digest != fetched.top.digest {
+    let disk = |why: String| PullFailure::passing(Code::DiskFull, format!("{}: {why}", described.top.digest));
+    let mut documents = vec![described.top.digest];
+    let mut claims = claims::collect(source, described.top.digest)?;
+    if described.document.digest != described.top.digest {
         // A manifest may name the index, or the image for this machine.
-        documents.push(fetched.document.digest);
-        claims.extend(claims::collect(source, fetched.document.digest)?);
+        documents.push(described.document.digest);
+        claims.extend(claims::collect(source, described.document.digest)?);
     }
     let claims = claims.into_iter().map(KeptClaim::from).collect();
-    ctx.content.put_document(&fetched.top.bytes).map_err(|error| disk(inline_chain(&error)))?;
-    let brought = Brought { ready: fetched.ready.clone(), device_nodes, documents: documents.clone(), claims };
+    ctx.content.put_document(&described.top.bytes).map_err(|error| disk(inline_chain(&error)))?;
+    let brought = Brought { ready: described.ready.clone(), device_nodes, documents: documents.clone(), claims };
     let bytes = serde_cbor::to_vec(&brought).map_err(|error| disk(error.to_string()))?;
     if bytes.len() > BROUGHT_MAX_BYTES {
-        let text = format!("{}: its signatures take {} bytes", fetched.top.digest, bytes.len());
+        let text = format!("{}: its signatures take {} bytes", described.top.digest, bytes.len());
         return Err(PullFailure::permanent(Reason::new(Code::ImageUnusable, text)));
     }
     let names: Vec<String> = documents.iter().map(ToString::to_string).collect();

@@ -1,14 +1,15 @@
 //! A layer's bytes from its source, over restarts: what an earlier try has kept comes first, and what comes now is kept if it
 //! would take long to fetch again. Keeping costs the flash the compressed size on top of the unpacked, so on a quick link
-//! nothing is kept; on a slow one, or where bytes are counted by the day, fetching twice costs more.
+//! nothing is kept; on a slow one, or where bytes are counted by the day, fetching twice costs more. Where the disk has no
+//! room for both, nothing is kept either.
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use edged_model::id::Digest;
 
 use super::PullContext;
+use super::room::Promise;
 use crate::content::Content;
 use crate::content::partial::Partial;
 use crate::registry::traffic::Traffic;
@@ -37,8 +38,9 @@ pub struct Resumed<'w> {
     content: &'w Content,
     traffic: &'w Traffic,
     keep_after_ms: u64,
-    /// Of the disk; what is kept takes from it.
-    left: &'w AtomicU64,
+    promise: &'w Promise,
+    /// What was kept by this try takes of the promise.
+    spared: u64,
 }
 
 impl<'w> Resumed<'w> {
@@ -46,7 +48,7 @@ impl<'w> Resumed<'w> {
         ctx: &'w PullContext,
         source: &'w Source,
         (layer, size): (Digest, u64),
-        left: &'w AtomicU64,
+        promise: &'w Promise,
     ) -> Result<Self, RegistryError> {
         let is_far = matches!(source, Source::Registry { .. });
         let partial = if is_far { ctx.content.partial(layer) } else { None };
@@ -74,7 +76,8 @@ impl<'w> Resumed<'w> {
             content: &ctx.content,
             traffic: &ctx.traffic,
             keep_after_ms: if ctx.traffic.has_budget() { 0 } else { ctx.images.keep_partial_after.ms },
-            left,
+            promise,
+            spared: 0,
         })
     }
 
@@ -86,8 +89,8 @@ impl<'w> Resumed<'w> {
     /// Nobody needs what was kept any more.
     pub fn forget(&mut self) {
         if let Keeping::Yes(partial) = std::mem::replace(&mut self.keeping, Keeping::No) {
-            self.left.fetch_add(partial.bytes(), Ordering::Relaxed);
             partial.remove();
+            self.promise.give_back(std::mem::take(&mut self.spared));
         }
     }
 
@@ -113,8 +116,9 @@ impl<'w> Resumed<'w> {
 
     fn keep(&mut self, bytes: &[u8]) {
         let Keeping::Yes(partial) = &mut self.keeping else { return };
-        let take = |left: u64| left.checked_sub(bytes.len() as u64);
-        let has_room = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok();
+        let count = bytes.len() as u64;
+        let has_room = self.promise.spare(count);
+        self.spared += if has_room { count } else { 0 };
         if !has_room || partial.append(bytes).is_err() {
             self.forget();
         }

@@ -1,15 +1,17 @@
 //! Room on the disk. Before the first byte of a layer is fetched, all pulls of an update are weighed together: what they
 //! need against what is free, what stays in reserve and what other pulls were promised. What does not fit is refused with
-//! the numbers, and nothing was fetched. A compressed layer is not kept, so only what it unpacks to counts.
+//! the numbers, and nothing was fetched. A compressed layer is kept only where there is more room than that
+//! ([`Promise::spare`]), so only what it unpacks to counts.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use edged_model::id::Digest;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
+use tokio::sync::Notify;
 
 use super::PullFailure;
 
@@ -59,6 +61,10 @@ impl Need {
     pub fn guessed(bytes: u64) -> Self {
         Self { bytes, is_guess: true }
     }
+
+    fn at_most(&self) -> u64 {
+        if self.is_guess { self.bytes.saturating_mul(2) } else { self.bytes }
+    }
 }
 
 /// What the pulls of one update may write together.
@@ -66,28 +72,54 @@ impl Need {
 pub struct Promise {
     disk: Disk,
     needed: u64,
+    /// Where that is a guess, it may be twice as much.
+    may_need: u64,
     /// What could be had when it was made, and what of that is still there.
     usable: u64,
     left: AtomicU64,
+    /// What was taken for something that could be done without.
+    spared: AtomicU64,
 }
 
 impl Promise {
-    /// Taken from by whoever writes.
+    /// Taken from by whoever unpacks.
     pub fn left(&self) -> &AtomicU64 {
         &self.left
     }
 
-    fn taken(&self) -> u64 {
-        self.usable.saturating_sub(self.left.load(Ordering::Relaxed))
+    /// Takes `bytes` for something that could be done without; false where the layers may need them.
+    pub fn spare(&self, bytes: u64) -> bool {
+        // First of all: who looks meanwhile must not take it for something that was unpacked.
+        self.spared.fetch_add(bytes, Ordering::Relaxed);
+        let take = |left: u64| {
+            let left = left.checked_sub(bytes)?;
+            (left >= self.may_need.saturating_sub(self.unpacked(left))).then_some(left)
+        };
+        let is_taken = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok();
+        if !is_taken {
+            self.spared.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        is_taken
+    }
+
+    /// What [`Promise::spare`] took is free again.
+    pub fn give_back(&self, bytes: u64) {
+        self.left.fetch_add(bytes, Ordering::Relaxed);
+        self.spared.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// While so much is left.
+    fn unpacked(&self, left: u64) -> u64 {
+        self.usable.saturating_sub(left).saturating_sub(self.spared.load(Ordering::Relaxed))
     }
 
     fn outstanding(&self) -> u64 {
-        self.needed.saturating_sub(self.taken())
+        self.needed.saturating_sub(self.unpacked(self.left.load(Ordering::Relaxed)))
     }
 
     /// It turned out to be more than was thought.
     pub fn was_too_small(&self, image: &str) -> PullFailure {
-        let needed = Bytes(self.taken()).human();
+        let needed = Bytes(self.unpacked(self.left.load(Ordering::Relaxed))).human();
         let [free, reserve] = [self.disk.free, self.disk.reserve].map(|bytes| Bytes(bytes).human());
         refusal(format!("{image} needs more than {needed}, {free} were free, {reserve} are in reserve"))
     }
@@ -103,7 +135,7 @@ fn refusal(text: String) -> PullFailure {
 #[derive(Debug, Default)]
 pub struct Together {
     weighing: Mutex<Weighing>,
-    changed: Condvar,
+    changed: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -116,12 +148,19 @@ struct Weighing {
     verdict: Option<Result<Arc<Promise>, PullFailure>>,
 }
 
+impl Weighing {
+    fn add(&mut self, image: &str, needs: impl IntoIterator<Item = (Digest, Need)>) {
+        self.images.insert(image.to_owned());
+        self.needs.extend(needs);
+    }
+}
+
 /// The right to be weighed. As long as one is held, nobody is told anything; dropped, it needs nothing.
 #[derive(Debug)]
 pub struct Ticket(Arc<Together>);
 
 impl Ticket {
-    /// For a pull of its own.
+    /// For a pull of its own, or the first of an update.
     pub fn alone() -> Self {
         Self::of(Arc::default())
     }
@@ -137,48 +176,64 @@ impl Ticket {
         Self(together)
     }
 
-    /// Says what `image` needs, waits for the others, and gets what all of them get.
-    pub fn weigh(
+    /// Says what `image` needs, waits for the others, and gets what all of them get. No thread is held meanwhile: an update
+    /// may have more images than there are threads to look for them.
+    pub async fn weigh(
         self,
         image: &str,
         needs: impl IntoIterator<Item = (Digest, Need)>,
         promises: &Promises,
-        disk: &dyn Fn() -> Disk,
+        disk: impl FnOnce() -> Disk,
     ) -> Result<Arc<Promise>, PullFailure> {
         let together = Arc::clone(&self.0);
-        let mut weighing = lock(&together.weighing);
-        weighing.images.insert(image.to_owned());
-        weighing.needs.extend(needs);
-        drop(weighing);
+        lock(&together.weighing).add(image, needs);
         drop(self);
-        let mut weighing = lock(&together.weighing);
-        while weighing.looking > 0 {
-            weighing = together.changed.wait(weighing).unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let changed = together.changed.notified();
+            if let Some(mut weighing) = together.once_all_have_looked() {
+                let verdict = weighing.verdict.take().unwrap_or_else(|| judge(&weighing, promises, disk()));
+                return weighing.verdict.insert(verdict).clone();
+            }
+            changed.await;
         }
-        if let Some(verdict) = &weighing.verdict {
-            return verdict.clone();
-        }
-        let verdict = judge(&weighing, promises, disk());
-        weighing.verdict = Some(verdict.clone());
-        verdict
+    }
+}
+
+impl Together {
+    fn once_all_have_looked(&self) -> Option<MutexGuard<'_, Weighing>> {
+        Some(lock(&self.weighing)).filter(|weighing| weighing.looking == 0)
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
         lock(&self.0.weighing).looking -= 1;
-        self.0.changed.notify_all();
+        self.0.changed.notify_waiters();
     }
 }
 
+/// For what belongs to no update, or comes on top of one.
+pub fn weigh_alone(
+    image: &str,
+    needs: impl IntoIterator<Item = (Digest, Need)>,
+    promises: &Promises,
+    disk: Disk,
+) -> Result<Arc<Promise>, PullFailure> {
+    let mut weighing = Weighing::default();
+    weighing.add(image, needs);
+    judge(&weighing, promises, disk)
+}
+
 fn judge(weighing: &Weighing, promises: &Promises, disk: Disk) -> Result<Arc<Promise>, PullFailure> {
-    let needed = weighing.needs.values().map(|need| need.bytes).fold(0, u64::saturating_add);
+    let sum = |of: fn(&Need) -> u64| weighing.needs.values().map(of).fold(0, u64::saturating_add);
+    let (needed, may_need) = (sum(|need| need.bytes), sum(Need::at_most));
     let others = promises.outstanding();
     let usable = disk.free.saturating_sub(disk.reserve).saturating_sub(others);
     if needed > usable {
         return Err(does_not_fit(weighing, needed, disk, others));
     }
-    let promise = Arc::new(Promise { disk, needed, usable, left: AtomicU64::new(usable) });
+    let (left, spared) = (AtomicU64::new(usable), AtomicU64::new(0));
+    let promise = Arc::new(Promise { disk, needed, may_need, usable, left, spared });
     lock(&promises.0).push(Arc::downgrade(&promise));
     Ok(promise)
 }
@@ -221,32 +276,38 @@ mod tests {
         Need::known(count * MIB)
     }
 
-    fn disk(free: u64, reserve: u64) -> impl Fn() -> Disk {
-        move || Disk { free: free * MIB, reserve: reserve * MIB }
+    fn disk(free: u64, reserve: u64) -> Disk {
+        Disk { free: free * MIB, reserve: reserve * MIB }
     }
 
-    #[test]
-    fn an_update_is_weighed_as_a_whole_and_what_two_images_share_once() {
-        let weigh = |free| {
+    fn alone(needs: impl IntoIterator<Item = Need>, promises: &Promises, free: u64) -> Result<Arc<Promise>, String> {
+        let needs = needs.into_iter().enumerate().map(|(number, need)| (chain(number as u8), need));
+        weigh_alone("app", needs, promises, disk(free, 0)).map_err(|refused| refused.reason.text)
+    }
+
+    #[tokio::test]
+    async fn an_update_is_weighed_as_a_whole_and_what_two_images_share_once() {
+        let weigh = async |free| {
             let (promises, first) = (Promises::default(), Ticket::alone());
             let (second, third) = (first.another(), first.another());
-            std::thread::scope(|scope| {
-                let promises = &promises;
-                let pull = |image: &'static str, ticket: Ticket, needs: Vec<(Digest, Need)>| {
-                    scope.spawn(move || ticket.weigh(image, needs, promises, &disk(free, 10)))
-                };
-                let pulls = [
-                    pull("one", first, vec![(chain(0), mib(20)), (chain(1), mib(5))]),
-                    pull("two", second, vec![(chain(0), mib(20)), (chain(2), mib(15))]),
-                ];
-                // The third has failed: nobody waits for it any more.
+            let one = [(chain(0), mib(20)), (chain(1), mib(5))];
+            let two = [(chain(0), mib(20)), (chain(2), mib(15))];
+            let disk = || disk(free, 10);
+            let failed = async {
+                tokio::task::yield_now().await;
+                // Nobody waits for it any more.
                 drop(third);
-                pulls.map(|pull| pull.join().unwrap())
-            })
+            };
+            let (one, two, ()) = tokio::join!(
+                first.weigh("one", one, &promises, disk),
+                second.weigh("two", two, &promises, disk),
+                failed
+            );
+            [one, two]
         };
-        let [one, two] = weigh(50);
+        let [one, two] = weigh(50).await;
         assert!(Arc::ptr_eq(&one.unwrap(), &two.unwrap()), "40 and 10 are 50");
-        for refused in weigh(49) {
+        for refused in weigh(49).await {
             let text = refused.unwrap_err().reason.text;
             assert!(text.contains("the 2 images one, two need about 40Mi, 49Mi are free, 10Mi are in"), "{text}");
         }
@@ -255,24 +316,37 @@ mod tests {
     #[test]
     fn what_was_promised_and_not_written_yet_is_nobody_elses() {
         let promises = Promises::default();
-        let weigh = |needs: u64| Ticket::alone().weigh("app", [(chain(0), mib(needs))], &promises, &disk(100, 0));
-        let first = weigh(60).unwrap();
-        let text = weigh(41).unwrap_err().reason.text;
+        let first = alone([mib(60)], &promises, 100).unwrap();
+        let text = alone([mib(41)], &promises, 100).unwrap_err();
         assert!(text.ends_with("60Mi are promised to other images"), "{text}");
-        drop(weigh(40).unwrap());
+        drop(alone([mib(40)], &promises, 100).unwrap());
         // Half of it is on the disk, which has that much less.
         first.left().fetch_sub(30 * MIB, Ordering::Relaxed);
-        let after = Ticket::alone().weigh("app", [(chain(0), mib(40))], &promises, &disk(70, 0));
-        drop(after.unwrap());
+        drop(alone([mib(40)], &promises, 70).unwrap());
+        // What could be done without counts on top of it.
+        assert!(first.spare(10 * MIB));
+        assert!(alone([mib(31)], &promises, 60).unwrap_err().ends_with("30Mi are promised to other images"));
         drop(first);
-        weigh(100).unwrap();
+        alone([mib(100)], &promises, 100).unwrap();
     }
+
+    #[test]
+    fn what_could_be_done_without_takes_nothing_that_layers_need() {
+        let promise = alone([mib(60)], &Promises::default(), 100).unwrap();
+        assert!(promise.spare(30 * MIB) && !promise.spare(11 * MIB) && promise.spare(10 * MIB));
+        // However far the layers are.
+        promise.left().fetch_sub(45 * MIB, Ordering::Relaxed);
+        assert!(!promise.spare(1));
+        promise.give_back(40 * MIB);
+        assert_eq!((promise.outstanding(), promise.spare(40 * MIB), promise.spare(1)), (15 * MIB, true, false));
+        // A guess may be wrong.
+        let guessed = alone([mib(10), Need::guessed(30 * MIB)], &Promises::default(), 100).unwrap();
+        assert!(guessed.spare(30 * MIB) && !guessed.spare(1));
+    }
+
     #[test]
     fn a_guess_is_called_one() {
-        let weigh = |needs: [Need; 2]| {
-            let needs = needs.into_iter().enumerate().map(|(number, need)| (chain(number as u8), need));
-            Ticket::alone().weigh("app", needs, &Promises::default(), &disk(10, 0)).unwrap_err().reason.text
-        };
+        let weigh = |needs: [Need; 2]| alone(needs, &Promises::default(), 10).unwrap_err();
         let text = weigh([mib(9), Need::guessed(3 * MIB)]);
         assert!(text.contains("needs about 12Mi (a guess by what is to be fetched), 10Mi are free"), "{text}");
         let text = weigh([mib(9), mib(3)]);
