@@ -179,16 +179,12 @@ impl Agent {
         let attempts = self.pull_attempts.get(&image).copied().unwrap_or(0) + 1;
         let backoff = (RETRY_MS << attempts.min(10)).min(RETRY_MAX_MS);
         let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
-        let is_believed =
-            failure.permanent && (failure.reason.code != Code::DigestMismatch || attempts >= WRONG_BYTES_BELIEVED);
-        if !is_believed {
+        let next = Next::after(&failure, attempts, self.is_active(&image));
+        if next == Next::Soon {
             self.count(|survived| &mut survived.pull_retries);
         }
-        let found_no_room = self.found_no_room(&image, &failure.reason);
-        // What runs is never given up, whatever is said of it.
-        let is_active = self.is_active(&image);
-        let permanent = found_no_room || is_believed && !is_active;
-        let asked = if is_believed && is_active { ASKED_MAX_MS } else { asked };
+        let asked = if next == Next::Later { ASKED_MAX_MS } else { asked };
+        let permanent = self.found_no_room(&image, &failure.reason) || next == Next::Never;
         // The images of one update that does not fit all say the same, and are weighed together again: each alone might fit.
         let with_others = self.world.observed.images.values().find_map(|status| match status {
             ImageStatus::Failed { reason, retry_at_boot_ms, .. } if *reason == failure.reason => {
@@ -207,6 +203,26 @@ impl Agent {
     }
 }
 
+/// When an image that failed is tried again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Soon,
+    /// What runs is never given up, whatever is said of its image.
+    Later,
+    Never,
+}
+
+impl Next {
+    fn after(failure: &PullFailure, attempts: u32, is_active: bool) -> Self {
+        let may_be_an_accident = failure.reason.code == Code::DigestMismatch && attempts < WRONG_BYTES_BELIEVED;
+        match failure.permanent && !may_be_an_accident {
+            false => Self::Soon,
+            true if is_active => Self::Later,
+            true => Self::Never,
+        }
+    }
+}
+
 /// Before the next try of an image, spread: whoever asks for a pause asks many devices at once.
 fn pause_ms(backoff_ms: u64, asked_ms: u64) -> u64 {
     let mut random = [0; 1];
@@ -219,6 +235,17 @@ fn pause_ms(backoff_ms: u64, asked_ms: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_update_is_refused_for_good_and_what_runs_is_asked_for_again() {
+        let refused = |code| PullFailure { permanent: true, ..PullFailure::passing(code, String::new()) };
+        let (unsigned, wrong) = (refused(Code::ImageUnsigned), refused(Code::DigestMismatch));
+        assert_eq!([1, 2, 3].map(|tries| Next::after(&wrong, tries, false)), [Next::Soon, Next::Soon, Next::Never]);
+        assert_eq!(Next::after(&unsigned, 1, false), Next::Never);
+        assert_eq!([&unsigned, &wrong].map(|failure| Next::after(failure, 9, true)), [Next::Later; 2]);
+        let gone = PullFailure::passing(Code::RegistryUnavailable, String::new());
+        assert_eq!([true, false].map(|is_active| Next::after(&gone, 99, is_active)), [Next::Soon; 2]);
+    }
 
     #[test]
     fn pauses_are_spread_and_longer_than_an_hour_by_that_alone() {

@@ -1,6 +1,6 @@
 //! Everything a registry can do wrong, each a clear reason with the object named, and nothing half done.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,8 +21,13 @@ pub struct Good {
 
 impl Good {
     pub fn new() -> Self {
+        Self::of(sample)
+    }
+
+    /// Another image, as a layout.
+    pub fn of(build: impl FnOnce(&Path) -> (PathBuf, Digest)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let (layout, digest) = sample(dir.path());
+        let (layout, digest) = build(dir.path());
         Self { layout, digest, _dir: Arc::new(dir) }
     }
 

@@ -1,12 +1,17 @@
 //! Links that are slow, break, or cost: what came once need not come twice, over restarts too.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use edged::config::Places;
 use edged::content::Content;
+use edged::content::build::{BuildSpec, build_layout};
+use edged::execute::pull;
+use edged::registry::platform::architecture;
 use edged::registry::traffic::{Clock, Limits, Traffic};
+use edged_model::id::Digest;
 use edged_model::reason::Code;
 
 use super::Device;
@@ -160,18 +165,41 @@ fn a_rate_limit_holds_for_all_that_comes() {
     assert!(took >= Duration::from_millis(950), "a MiB in {took:?}");
 }
 
+/// One layer of many files that do not compress, three MiB in all.
+fn many_files(dir: &Path) -> (PathBuf, Digest) {
+    let (root, layout) = (dir.join("root"), dir.join("layout"));
+    std::fs::create_dir_all(&root).unwrap();
+    let mut state = 1_u64;
+    for number in 0..30 {
+        let noise = (0..100 << 10).map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()[0]
+        });
+        std::fs::write(root.join(format!("file-{number}")), noise.collect::<Vec<u8>>()).unwrap();
+    }
+    let (layers, architecture) = (vec![root], architecture().to_owned());
+    let spec = BuildSpec { layers, architecture, reference: "v1".to_owned(), ..BuildSpec::default() };
+    let digest = build_layout(&spec, &layout).unwrap();
+    (layout, digest)
+}
+
 #[test]
 fn where_the_disk_has_no_room_for_both_a_slow_layer_is_unpacked_and_not_kept() {
-    let good = Good::new();
+    let good = Good::of(many_files);
     let registry = good.clone();
     let server = FaultServer::start(move |request| registry.answer(request));
     let image = format!("{}/app@{}", server.host, good.digest);
     tmpfs::own_mounts();
-    let device = Device::new([(server.host.clone(), plain_http())]).trusting_digests();
-    // A MiB in reserve, one and a little for the layers, and half of one that they can do without.
-    tmpfs::mount_at(&device.ctx.data, "size=2700k");
-    let device = device.restarted().with_traffic(Limits::default(), SLOW);
-    let ready = device.pull(&image).unwrap();
-    assert!(device.layer(&ready, 1).join("data/noise").exists());
-    assert_eq!(device.partial_bytes(), 0);
+    // A MiB in reserve, three and a little for the layer, and as much again, or half of it, to keep it meanwhile.
+    for (size_kib, kept) in [(8_000, true), (5_700, false)] {
+        let device = Device::new([(server.host.clone(), plain_http())]).trusting_digests();
+        tmpfs::mount_at(&device.ctx.data, &format!("size={size_kib}k"));
+        let device = device.restarted().with_traffic(Limits::default(), SLOW);
+        let most = std::cell::Cell::new(0);
+        let seen = |_| most.set(most.get().max(device.partial_bytes()));
+        let ready = pull::pull(&device.ctx, &image, &seen).unwrap();
+        assert!(device.layer(&ready, 0).join("file-29").exists());
+        assert_eq!(device.partial_bytes(), 0);
+        assert_eq!(most.get() > 2 << 20, kept, "{} were kept of {}", most.get(), good.large_bytes());
+    }
 }
