@@ -236,7 +236,7 @@ pub struct Images {
     /// The most that one layer may unpack to.
     pub layer_max: Bytes,
     pub layer_entries_max: u64,
-    /// Layers fetched at the same time.
+    /// Layers fetched at the same time, of all images together.
     pub parallel: u32,
     /// How long an image that no generation needs stays, while there is room.
     pub keep_unused: Span,
