@@ -22,7 +22,7 @@ use crate::registry::layout::{Layout, LayoutReference};
 use crate::registry::platform::{self, architecture};
 use crate::registry::traffic::Traffic;
 use crate::registry::{Client, Document, Reference, RegistryError, Source};
-use crate::verify::cosign::{self, Wanted};
+use crate::verify::cosign::Wanted;
 use crate::verify::image_policy::{self, Demand, Rule};
 use layers::Layer;
 use room::{Disk, Need, Promise, Promises, weigh_alone};
@@ -560,8 +560,7 @@ impl OneImage<'_> {
     }
 
     fn signed(&self, document: &Document, wanted: &Wanted) -> Result<Result<(), Reason>, PullFailure> {
-        let claims = claims::collect(self.source, document.digest)?;
-        Ok(cosign::check(self.image, &document.bytes, &claims, wanted))
+        Ok(claims::check(self.source, self.image, document, wanted)?)
     }
 
     fn layers(&self, manifest: &ImageManifest, configuration: &ImageConfiguration) -> Result<Vec<Layer>, PullFailure> {

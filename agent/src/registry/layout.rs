@@ -12,7 +12,6 @@ use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 
 use super::bundle::Bundle;
 use super::docker_archive::DockerImages;
-use super::source::ARTIFACTS_MAX;
 use super::{BlobStream, DOCUMENT_MAX_BYTES, Document, RegistryError};
 use crate::content::layer::Compression;
 
@@ -86,12 +85,12 @@ impl Layout {
     /// A directory, or an archive of one; an archive of `docker save` too.
     pub fn open(path: &Path) -> Result<Self, RegistryError> {
         if path.is_dir() {
-            let bytes = read(&path.join(INDEX))?;
+            let bytes = read(&path.join(INDEX), DOCUMENT_MAX_BYTES)?;
             return Ok(Self { path: path.to_owned(), files: Files::Directory, index: parse_index(path, &bytes)? });
         }
         let bundle = Bundle::open(path)?;
         if let Some(part) = bundle.file(INDEX) {
-            let index = parse_index(path, &read_part(path, INDEX, part)?)?;
+            let index = parse_index(path, &read_bounded(part, &path.join(INDEX), DOCUMENT_MAX_BYTES)?)?;
             return Ok(Self { path: path.to_owned(), files: Files::Archive(bundle), index });
         }
         let image = Box::new(DockerImages::read(path, &bundle)?);
@@ -104,9 +103,10 @@ impl Layout {
         matches!(self.files, Files::DockerArchive { .. })
     }
 
+    /// By digest or by name; empty: the only one there is.
     pub fn manifest(&self, wanted: &str) -> Result<Document, RegistryError> {
         if let Ok(digest) = Digest::parse(wanted) {
-            return self.document(digest);
+            return self.document(digest, DOCUMENT_MAX_BYTES);
         }
         let mut found = match wanted {
             "" => self.images()?,
@@ -142,17 +142,17 @@ impl Layout {
         let digest = Digest::parse(descriptor.digest().as_ref()).map_err(|error| {
             RegistryError::new(Code::ImageUnusable, format!("{}: {error}", self.path.display()), true)
         })?;
-        Ok(Document { media_type: descriptor.media_type().to_string(), ..self.document(digest)? })
+        Ok(Document { media_type: descriptor.media_type().to_string(), ..self.document(digest, DOCUMENT_MAX_BYTES)? })
     }
 
     /// A document by its digest, checked.
-    pub fn document(&self, digest: Digest) -> Result<Document, RegistryError> {
+    pub fn document(&self, digest: Digest, bytes_max: u64) -> Result<Document, RegistryError> {
         let name = blob_name(digest);
         let bytes = match &self.files {
-            Files::Directory => read(&self.path.join(&name))?,
+            Files::Directory => read(&self.path.join(&name), bytes_max)?,
             Files::Archive(bundle) => {
                 let part = bundle.file(&name).ok_or_else(|| self.has_no(&name))?;
-                read_part(&self.path, &name, part)?
+                read_bounded(part, &self.path.join(&name), bytes_max)?
             }
             Files::DockerArchive { image, .. } => {
                 image.documents.get(&digest).cloned().ok_or_else(|| self.has_no(&name))?
@@ -203,9 +203,9 @@ impl Layout {
         RegistryError::new(Code::ImageNotFound, format!("{} has no {name}", self.path.display()), true)
     }
 
-    /// Everything else in the layout may be a signature.
-    pub fn artifacts(&self) -> Result<Vec<Document>, RegistryError> {
-        self.index.manifests().iter().take(ARTIFACTS_MAX).map(|descriptor| self.described(descriptor)).collect()
+    /// All that it says of itself.
+    pub fn index(&self) -> &ImageIndex {
+        &self.index
     }
 }
 
@@ -240,20 +240,16 @@ fn has_image(document: &Document) -> bool {
     })
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, RegistryError> {
+fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, RegistryError> {
     let file = File::open(path).map_err(|error| unreadable(path, &error))?;
-    read_bounded(file, path)
+    read_bounded(file, path, bytes_max)
 }
 
-fn read_part(path: &Path, name: &str, part: impl Read) -> Result<Vec<u8>, RegistryError> {
-    read_bounded(part, &path.join(name))
-}
-
-fn read_bounded(reader: impl Read, path: &Path) -> Result<Vec<u8>, RegistryError> {
+fn read_bounded(reader: impl Read, path: &Path, bytes_max: u64) -> Result<Vec<u8>, RegistryError> {
     let mut bytes = Vec::new();
-    reader.take(DOCUMENT_MAX_BYTES + 1).read_to_end(&mut bytes).map_err(|error| unreadable(path, &error))?;
-    if bytes.len() as u64 > DOCUMENT_MAX_BYTES {
-        let text = format!("{} is larger than {DOCUMENT_MAX_BYTES} bytes", path.display());
+    reader.take(bytes_max + 1).read_to_end(&mut bytes).map_err(|error| unreadable(path, &error))?;
+    if bytes.len() as u64 > bytes_max {
+        let text = format!("{} is larger than {bytes_max} bytes", path.display());
         return Err(RegistryError::new(Code::ImageUnusable, text, true));
     }
     Ok(bytes)

@@ -15,12 +15,15 @@ use ureq::{Agent, Body};
 
 use crate::config::Registry;
 
+/// What hangs on an image and may be its signature.
+pub mod artifacts;
 mod auth;
 mod blob;
 mod bundle;
 mod docker_archive;
 /// An OCI layout or a saved image: a stick, a test, a build.
 pub mod layout;
+mod link;
 /// Which image of an index is for this machine.
 pub mod platform;
 /// Image names.
@@ -90,6 +93,19 @@ pub struct Client {
     traffic: Arc<Traffic>,
 }
 
+/// A list of referrers, or a part of it.
+pub struct Referrers {
+    pub index: Document,
+    /// The path of the next part; or the host where it would be, which is another one.
+    pub next: Option<Result<String, String>>,
+}
+
+/// A document as it came.
+struct Page {
+    document: Document,
+    link: Option<String>,
+}
+
 /// A document and its digest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Document {
@@ -131,24 +147,41 @@ impl Client {
     }
 
     /// A manifest by tag or digest; a digest is checked.
-    pub fn manifest(&self, repository: &str, wanted: &str) -> Result<Document, RegistryError> {
+    pub fn manifest(&self, repository: &str, wanted: &str, bytes_max: u64) -> Result<Document, RegistryError> {
         let expected = Digest::parse(wanted).ok();
-        self.document(&format!("/{repository}/manifests/{wanted}"), MANIFEST_TYPES, expected)
+        let path = format!("/{repository}/manifests/{wanted}");
+        self.document(&path, MANIFEST_TYPES, expected, bytes_max).map(|page| page.document)
     }
 
     /// A small blob, checked.
-    pub fn small_blob(&self, repository: &str, digest: Digest) -> Result<Document, RegistryError> {
-        self.document(&format!("/{repository}/blobs/{digest}"), "*/*", Some(digest))
+    pub fn small_blob(&self, repository: &str, digest: Digest, bytes_max: u64) -> Result<Document, RegistryError> {
+        let path = format!("/{repository}/blobs/{digest}");
+        self.document(&path, "*/*", Some(digest), bytes_max).map(|page| page.document)
     }
 
-    /// The referrers of an image: by the API, or by the tag that stands in for it where a registry has none.
-    pub fn referrers(&self, repository: &str, digest: Digest) -> Result<Option<Document>, RegistryError> {
+    /// The referrers of an image: by the API, or by the tag that stands in for it where a registry has none. `next`: where
+    /// the part before said that the list goes on.
+    pub fn referrers(
+        &self,
+        repository: &str,
+        digest: Digest,
+        next: Option<&str>,
+        bytes_max: u64,
+    ) -> Result<Option<Referrers>, RegistryError> {
         const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-        for path in
-            [format!("/{repository}/referrers/{digest}"), format!("/{repository}/manifests/sha256-{}", digest.hex())]
-        {
-            match self.document(&path, INDEX, None) {
-                Ok(document) if document.media_type.starts_with(INDEX) => return Ok(Some(document)),
+        let paths = match next {
+            Some(path) => vec![path.to_owned()],
+            None => vec![
+                format!("/{repository}/referrers/{digest}"),
+                format!("/{repository}/manifests/sha256-{}", digest.hex()),
+            ],
+        };
+        for path in paths {
+            match self.document(&path, INDEX, None, bytes_max) {
+                Ok(page) if page.document.media_type.starts_with(INDEX) => {
+                    let next = page.link.as_deref().and_then(link::next).map(|target| self.next_page(&path, target));
+                    return Ok(Some(Referrers { index: page.document, next }));
+                }
                 Ok(_) => {}
                 Err(error) if matches!(error.reason.code, Code::ImageNotFound | Code::RegistryRefused) => {}
                 Err(error) => return Err(error),
@@ -157,15 +190,30 @@ impl Client {
         Ok(None)
     }
 
-    fn document(&self, path: &str, accept: &str, expected: Option<Digest>) -> Result<Document, RegistryError> {
+    /// The path that a list names for its next part, if this registry itself has it; else the host that has.
+    fn next_page(&self, path: &str, target: &str) -> Result<String, String> {
+        let url = absolute(&format!("{}{path}", self.base), target).unwrap_or_else(|| target.to_owned());
+        match url.strip_prefix(&self.base).filter(|path| path.starts_with('/')) {
+            Some(path) => Ok(path.to_owned()),
+            None => Err(without_path(&url).to_owned()),
+        }
+    }
+
+    fn document(
+        &self,
+        path: &str,
+        accept: &str,
+        expected: Option<Digest>,
+        bytes_max: u64,
+    ) -> Result<Page, RegistryError> {
         let what = format!("{}{path}", self.name);
         let mut tries = 0;
         loop {
             tries += 1;
-            match self.document_once(path, accept, &what) {
-                Ok(document) if expected.is_none_or(|digest| digest == document.digest) => return Ok(document),
-                Ok(document) => {
-                    let text = format!("{what} has digest {}", document.digest);
+            match self.document_once(path, accept, &what, bytes_max) {
+                Ok(page) if expected.is_none_or(|digest| digest == page.document.digest) => return Ok(page),
+                Ok(page) => {
+                    let text = format!("{what} has digest {}", page.document.digest);
                     return Err(RegistryError::new(Code::DigestMismatch, text, true));
                 }
                 Err(error) if error.is_final() || tries == TRIES => return Err(error),
@@ -174,25 +222,31 @@ impl Client {
         }
     }
 
-    fn document_once(&self, path: &str, accept: &str, what: &str) -> Result<Document, RegistryError> {
+    fn document_once(&self, path: &str, accept: &str, what: &str, bytes_max: u64) -> Result<Page, RegistryError> {
         let response = self.get(path, accept, None, DOCUMENT_TIMEOUT, what)?;
-        let media_type = response.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let media_type = media_type.to_owned();
+        let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let (media_type, link) = (text(header::CONTENT_TYPE).unwrap_or_default(), text(header::LINK));
         let announced = length(&response);
-        let mut bytes = Vec::new();
+        let too_large = || {
+            let text = format!("{what} is larger than {bytes_max} bytes");
+            RegistryError::new(Code::ImageUnusable, text, true)
+        };
+        if announced.is_some_and(|announced| announced > bytes_max) {
+            return Err(too_large());
+        }
+        // Nothing is grown and copied over where the size is known.
+        let mut bytes = Vec::with_capacity(usize::try_from(announced.unwrap_or(0)).unwrap_or(0));
         let body = Metered::new(response.into_body().into_reader(), &self.traffic);
-        let mut body = body.take(DOCUMENT_MAX_BYTES + 1);
-        body.read_to_end(&mut bytes).map_err(|error| broken(what, &error))?;
-        if bytes.len() as u64 > DOCUMENT_MAX_BYTES {
-            let text = format!("{what} is larger than {DOCUMENT_MAX_BYTES} bytes");
-            return Err(RegistryError::new(Code::ImageUnusable, text, true));
+        body.take(bytes_max + 1).read_to_end(&mut bytes).map_err(|error| broken(what, &error))?;
+        if bytes.len() as u64 > bytes_max {
+            return Err(too_large());
         }
         if announced.is_some_and(|announced| announced != bytes.len() as u64) {
             let text = format!("{what}: {} bytes came of {}", bytes.len(), announced.unwrap_or(0));
             return Err(RegistryError::new(Code::RegistryUnavailable, text, false));
         }
         let digest = Digest::of(&bytes);
-        Ok(Document { bytes, digest, media_type })
+        Ok(Page { document: Document { bytes, digest, media_type }, link })
     }
 
     /// A blob as a stream that goes on where it stopped when the link breaks. Its digest is the reader's to check.
@@ -214,8 +268,8 @@ impl Client {
         Some(part)
     }
 
-    /// GET with authorization and redirects; `range`: the first and the last byte that are wanted. The credentials never go to another host, and what began encrypted does
-    /// not go on in the clear.
+    /// GET with authorization and redirects; `range`: the first and the last byte that are wanted. The credentials never go
+    /// to another host, and what began encrypted does not go on in the clear.
     fn get(
         &self,
         path: &str,

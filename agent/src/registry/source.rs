@@ -3,14 +3,9 @@
 use std::io::Read;
 
 use edged_model::id::Digest;
-use edged_model::reason::Code;
-use oci_spec::image::ImageIndex;
 
 use super::layout::Layout;
-use super::{Client, Document, RegistryError};
-
-/// Signatures and other artifacts of one image that are looked at: a registry could list any number.
-pub const ARTIFACTS_MAX: usize = 32;
+use super::{Client, DOCUMENT_MAX_BYTES, Document, RegistryError};
 
 /// Bytes of a blob. A `Read` can only say `io::Error`: what it was about is asked for afterwards.
 pub trait BlobStream: Read {
@@ -25,16 +20,27 @@ pub enum Source {
 impl Source {
     /// A manifest or an index, by tag or digest.
     pub fn manifest(&self, wanted: &str) -> Result<Document, RegistryError> {
-        match self {
-            Self::Registry { client, repository } => client.manifest(repository, wanted),
-            Self::Layout(layout) => layout.manifest(wanted),
+        self.manifest_within(wanted, DOCUMENT_MAX_BYTES)
+    }
+
+    /// The same, unless it is larger than this.
+    pub fn manifest_within(&self, wanted: &str, bytes_max: u64) -> Result<Document, RegistryError> {
+        match (self, Digest::parse(wanted)) {
+            (Self::Registry { client, repository }, _) => client.manifest(repository, wanted, bytes_max),
+            (Self::Layout(layout), Ok(digest)) => layout.document(digest, bytes_max),
+            (Self::Layout(layout), Err(_)) => layout.manifest(wanted),
         }
     }
 
     pub fn small_blob(&self, digest: Digest) -> Result<Document, RegistryError> {
+        self.small_blob_within(digest, DOCUMENT_MAX_BYTES)
+    }
+
+    /// The same, unless it is larger than this.
+    pub fn small_blob_within(&self, digest: Digest, bytes_max: u64) -> Result<Document, RegistryError> {
         match self {
-            Self::Registry { client, repository } => client.small_blob(repository, digest),
-            Self::Layout(layout) => layout.document(digest),
+            Self::Registry { client, repository } => client.small_blob(repository, digest, bytes_max),
+            Self::Layout(layout) => layout.document(digest, bytes_max),
         }
     }
 
@@ -53,36 +59,4 @@ impl Source {
             Self::Layout(layout) => layout.part(digest, from, bytes),
         }
     }
-
-    /// Manifests that may hold a signature of `digest`, at most [`ARTIFACTS_MAX`].
-    pub fn artifacts(&self, digest: Digest) -> Result<Vec<Document>, RegistryError> {
-        match self {
-            Self::Registry { client, repository } => registry_artifacts(client, repository, digest),
-            Self::Layout(layout) => layout.artifacts(),
-        }
-    }
-}
-
-fn registry_artifacts(client: &Client, repository: &str, digest: Digest) -> Result<Vec<Document>, RegistryError> {
-    let mut artifacts = Vec::new();
-    match client.manifest(repository, &format!("sha256-{}.sig", digest.hex())) {
-        Ok(document) => artifacts.push(document),
-        Err(error) if error.reason.code == Code::ImageNotFound => {}
-        Err(error) => return Err(error),
-    }
-    let Some(referrers) = client.referrers(repository, digest)? else { return Ok(artifacts) };
-    let index: ImageIndex = serde_json::from_slice(&referrers.bytes).map_err(|error| {
-        let text = format!("{}/{repository}: the referrers of {digest} cannot be read: {error}", client.name);
-        RegistryError::new(Code::ImageUnusable, text, true)
-    })?;
-    // The artifact type in the list is not to be relied on: signers get it wrong.
-    for descriptor in index.manifests().iter().take(ARTIFACTS_MAX - artifacts.len()) {
-        match client.manifest(repository, descriptor.digest().as_ref()) {
-            Ok(document) => artifacts.push(document),
-            // A list that has outlived what it lists.
-            Err(error) if error.reason.code == Code::ImageNotFound => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(artifacts)
 }

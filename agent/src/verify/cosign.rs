@@ -25,6 +25,25 @@ pub const SIMPLE_SIGNING: &str = "application/vnd.dev.cosign.simplesigning.v1+js
 /// Bundles of all versions begin so.
 pub const BUNDLE: &str = "application/vnd.dev.sigstore.bundle.v0.";
 
+/// Artifacts of simple-signing payloads that hang on their image by the referrers API.
+const SIMPLE_SIGNING_ARTIFACT: &str = "application/vnd.dev.cosign.artifact.sig.";
+
+/// What lists name as the type of an artifact that has none of its own (image-spec, "Guidelines for Artifact Usage"; some
+/// signers' libraries write it for all).
+const NO_TYPE: [&str; 3] = ["", "application/vnd.oci.empty.v1+json", "application/vnd.oci.image.config.v1+json"];
+
+/// Whether an artifact that is listed so can be a signature of an image. `None`: the list does not say.
+pub fn may_sign(artifact_type: Option<&str>, predicate_type: Option<&str>) -> Option<bool> {
+    let kind = artifact_type.filter(|kind| !NO_TYPE.contains(kind));
+    match (kind, predicate_type) {
+        // Statements of other things are signed and hung up in the same way.
+        (_, Some(predicate)) if predicate != SIGN_PREDICATE => Some(false),
+        (Some(kind), _) => Some(kind.starts_with(BUNDLE) || kind.starts_with(SIMPLE_SIGNING_ARTIFACT)),
+        (None, Some(_)) => Some(true),
+        (None, None) => None,
+    }
+}
+
 /// One thing that claims to be a signature of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Claim {
@@ -60,35 +79,69 @@ pub struct Wanted {
 
 /// Checks that enough of the wanted keys have signed the image manifest (or index) `document`.
 pub fn check(image: &str, document: &[u8], claims: &[Claim], wanted: &Wanted) -> Result<(), Reason> {
-    let digest = Digest::of(document);
-    if claims.is_empty() {
-        return Err(Reason::new(Code::ImageUnsigned, format!("image {image} ({}) is not signed", digest.short()))
-            .next("sign it with `cosign sign --key …`"));
+    let mut count = Count::new(document, wanted);
+    claims.iter().for_each(|claim| count.add(claim));
+    count.verdict(image)
+}
+
+/// The keys that have signed a document, counted claim by claim: nobody need have them all.
+pub struct Count<'w> {
+    document: &'w [u8],
+    digest: Digest,
+    wanted: &'w Wanted,
+    claims: usize,
+    /// By key.
+    signed: Vec<bool>,
+    wrong: Option<(Code, String)>,
+}
+
+impl<'w> Count<'w> {
+    pub fn new(document: &'w [u8], wanted: &'w Wanted) -> Self {
+        let signed = vec![false; wanted.keys.len()];
+        Self { document, digest: Digest::of(document), wanted, claims: 0, signed, wrong: None }
     }
-    let mut wrong = None;
-    let mut signed = vec![false; wanted.keys.len()];
-    for claim in claims {
-        match signers(claim, document, digest, wanted) {
-            Ok(by) => by.into_iter().for_each(|index| signed[index] = true),
-            Err(why) => wrong = Some(why),
+
+    pub fn add(&mut self, claim: &Claim) {
+        self.claims += 1;
+        match signers(claim, self.document, self.digest, self.wanted) {
+            Ok(by) => by.into_iter().for_each(|index| self.signed[index] = true),
+            Err(why) => self.wrong = Some(why),
         }
     }
-    let count = signed.iter().filter(|signed| **signed).count();
-    let threshold = wanted.threshold.max(1);
-    if count >= threshold {
-        return Ok(());
+
+    fn keys(&self) -> usize {
+        self.signed.iter().filter(|signed| **signed).count()
     }
-    if count > 0 {
-        let text = format!("image {image}: signed by {count} of the {threshold} keys that are needed");
-        return Err(Reason::new(Code::ThresholdNotMet, text).next("let more of the trust root's image keys sign it"));
+
+    /// Nothing that is added can change the verdict.
+    pub fn is_enough(&self) -> bool {
+        self.keys() >= self.wanted.threshold.max(1)
     }
-    let (code, why) =
-        wrong.unwrap_or((Code::ImageWrongKey, "no signature is by an image key of the trust root".to_owned()));
-    let next = match code {
-        Code::ImageWrongIdentity => "sign it as the trust root's rule for this image wants it",
-        _ => "sign it with a key of the trust root's `image` role, or of its rule for this image",
-    };
-    Err(Reason::new(code, format!("image {image} ({}): {why}", digest.short())).next(next))
+
+    pub fn verdict(self, image: &str) -> Result<(), Reason> {
+        if self.is_enough() {
+            return Ok(());
+        }
+        let digest = self.digest.short();
+        if self.claims == 0 {
+            return Err(Reason::new(Code::ImageUnsigned, format!("image {image} ({digest}) is not signed"))
+                .next("sign it with `cosign sign --key …`"));
+        }
+        let (count, threshold) = (self.keys(), self.wanted.threshold);
+        if count > 0 {
+            let text = format!("image {image}: signed by {count} of the {threshold} keys that are needed");
+            return Err(
+                Reason::new(Code::ThresholdNotMet, text).next("let more of the trust root's image keys sign it")
+            );
+        }
+        let (code, why) =
+            self.wrong.unwrap_or((Code::ImageWrongKey, "no signature is by an image key of the trust root".to_owned()));
+        let next = match code {
+            Code::ImageWrongIdentity => "sign it as the trust root's rule for this image wants it",
+            _ => "sign it with a key of the trust root's `image` role, or of its rule for this image",
+        };
+        Err(Reason::new(code, format!("image {image} ({digest}): {why}")).next(next))
+    }
 }
 
 /// What a claim says once its signature is believed.
@@ -143,6 +196,10 @@ fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(120).collect()
 }
 
+/// Signatures of one envelope that are tried with each key. cosign writes one; a hostile registry would have a device try
+/// thousands.
+const SIGNATURES_MAX: usize = 16;
+
 /// A sigstore bundle (protobuf-specs, sigstore_bundle.proto) of either content.
 fn bundle(json: &[u8], document: &[u8], digest: Digest) -> Result<Read, &'static str> {
     let bundle: Bundle = serde_json::from_slice(json).map_err(|_| "readable sigstore bundle")?;
@@ -151,7 +208,8 @@ fn bundle(json: &[u8], document: &[u8], digest: Digest) -> Result<Read, &'static
             let payload = STANDARD.decode(&envelope.payload).map_err(|_| "readable base64")?;
             let stated =
                 statement(&envelope.payload_type, &payload, digest).ok_or("statement that the image was signed")?;
-            let signatures = envelope.signatures.iter().filter_map(|s| STANDARD.decode(&s.sig).ok()).collect();
+            let signatures = envelope.signatures.iter().take(SIGNATURES_MAX);
+            let signatures = signatures.filter_map(|s| STANDARD.decode(&s.sig).ok()).collect();
             Ok((pre_authentication(&envelope.payload_type, &payload), signatures, stated))
         }
         // The document itself is what was signed: it can be no other one. It names nothing else.

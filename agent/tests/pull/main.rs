@@ -4,6 +4,7 @@
 mod support;
 
 mod broken_registry;
+mod claims;
 mod cuts;
 mod device_nodes;
 mod image_policy;
@@ -12,6 +13,7 @@ mod many_layers;
 mod real_registry;
 mod resume;
 mod same_tree;
+mod shelf;
 mod small_disk;
 mod ways;
 
