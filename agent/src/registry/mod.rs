@@ -41,8 +41,8 @@ pub use blob::BlobReader;
 pub use reference::Reference;
 pub use source::{BlobStream, Source};
 use traffic::{Metered, Spent, Traffic};
+use way::{Ways, misconfigured};
 pub use way::{agent, certificates};
-use way::{agent_of, misconfigured};
 
 /// A manifest, an index or a configuration larger than this is none (distribution-spec: 4 MiB).
 pub const DOCUMENT_MAX_BYTES: u64 = 4 << 20;
@@ -83,7 +83,7 @@ impl RegistryError {
 
 /// One registry with its credentials.
 pub struct Client {
-    agent: Agent,
+    ways: Ways,
     base: String,
     name: String,
     basic: Option<String>,
@@ -135,9 +135,10 @@ impl Client {
             format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}")))
         });
         let scheme = if config.insecure_http { "http" } else { "https" };
+        let base = format!("{scheme}://{registry}/v2");
         Ok(Self {
-            agent: agent_of(registry, config)?,
-            base: format!("{scheme}://{registry}/v2"),
+            ways: Ways::of(registry, &base, config)?,
+            base,
             name: registry.to_owned(),
             basic,
             stall_timeout: STALL_TIMEOUT,
@@ -285,18 +286,20 @@ impl Client {
         let mut redirects = 0;
         let mut authorized = false;
         loop {
-            let mut request = self.agent.get(&url).header(header::ACCEPT, accept);
-            if let Some((first, last)) = range {
-                let last = last.map(|last| last.to_string()).unwrap_or_default();
-                request = request.header(header::RANGE, format!("bytes={first}-{last}"));
-            }
             let authorization = self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            if let (true, Some(authorization)) = (is_registry, &authorization) {
-                request = request.header(header::AUTHORIZATION, authorization);
-            }
-            let timeouts = request.config().timeout_recv_body(Some(body_timeout));
-            let request = timeouts.timeout_per_read(Some(self.stall_timeout)).build();
-            let response = request.call().map_err(|error| match redirects {
+            let ask = |agent: &Agent| {
+                let mut request = agent.get(&url).header(header::ACCEPT, accept);
+                if let Some((first, last)) = range {
+                    let last = last.map(|last| last.to_string()).unwrap_or_default();
+                    request = request.header(header::RANGE, format!("bytes={first}-{last}"));
+                }
+                if let (true, Some(authorization)) = (is_registry, &authorization) {
+                    request = request.header(header::AUTHORIZATION, authorization);
+                }
+                let timeouts = request.config().timeout_recv_body(Some(body_timeout));
+                timeouts.timeout_per_read(Some(self.stall_timeout)).build().call()
+            };
+            let response = self.ways.ask(&url, ask).map_err(|error| match redirects {
                 0 => unreachable(what, &error),
                 _ => unreachable(&format!("{what}, redirected to {}", without_path(&url)), &error),
             })?;
@@ -349,11 +352,14 @@ impl Client {
                 return Err(unauthorized("its token service is not encrypted"));
             }
             Some(Challenge::Bearer { realm, service, scope }) => {
-                let mut request = self.agent.get(&realm).query("service", &service).query("scope", &scope);
-                if let Some(basic) = &self.basic {
-                    request = request.header(header::AUTHORIZATION, basic);
-                }
-                let response = request.call().map_err(|error| unreachable(&realm, &error))?;
+                let ask = |agent: &Agent| {
+                    let request = agent.get(&realm).query("service", &service).query("scope", &scope);
+                    match &self.basic {
+                        Some(basic) => request.header(header::AUTHORIZATION, basic).call(),
+                        None => request.call(),
+                    }
+                };
+                let response = self.ways.ask(&realm, ask).map_err(|error| unreachable(&realm, &error))?;
                 if !response.status().is_success() {
                     return Err(unauthorized(&format!("the token service answers {}", response.status().as_u16())));
                 }

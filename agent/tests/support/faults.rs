@@ -12,6 +12,8 @@ use std::time::Duration;
 pub struct Request {
     pub path: String,
     pub headers: BTreeMap<String, String>,
+    /// The client has shown a certificate.
+    pub has_certificate: bool,
     /// How often this path has been asked for before.
     pub before: usize,
 }
@@ -131,7 +133,7 @@ impl FaultServer {
 
 /// One request, one connection.
 fn serve_plainly(mut stream: TcpStream, behaviour: &Behaviour, log: &Mutex<Vec<Request>>) -> Option<()> {
-    let answer = behaviour(&request(&mut stream, log)?);
+    let answer = behaviour(&request(&mut stream, false, log)?);
     if !answer.silent {
         stream.write_all(&answer.bytes()).ok()?;
     }
@@ -146,7 +148,9 @@ fn serve_encrypted(
     log: &Mutex<Vec<Request>>,
 ) -> Option<()> {
     let mut stream = rustls::StreamOwned::new(rustls::ServerConnection::new(config).ok()?, stream);
-    let answer = behaviour(&request(&mut stream, log)?);
+    stream.conn.complete_io(&mut stream.sock).ok()?;
+    let has_certificate = stream.conn.peer_certificates().is_some();
+    let answer = behaviour(&request(&mut stream, has_certificate, log)?);
     if !answer.silent {
         stream.write_all(&answer.bytes()).ok()?;
         stream.flush().ok()?;
@@ -168,7 +172,7 @@ fn end(stream: &TcpStream, ending: Ending) {
     }
 }
 
-fn request(stream: &mut impl Read, log: &Mutex<Vec<Request>>) -> Option<Request> {
+fn request(stream: &mut impl Read, has_certificate: bool, log: &Mutex<Vec<Request>>) -> Option<Request> {
     let mut lines = BufReader::new(stream).lines();
     let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
     let mut headers = BTreeMap::new();
@@ -179,24 +183,63 @@ fn request(stream: &mut impl Read, log: &Mutex<Vec<Request>>) -> Option<Request>
     }
     let mut log = log.lock().unwrap();
     let before = log.iter().filter(|request| request.path == path).count();
-    let request = Request { path, headers, before };
+    let request = Request { path, headers, has_certificate, before };
     log.push(request.clone());
     Some(request)
 }
 
 /// A certificate for 127.0.0.1, and the file of the authority that issued it.
 pub fn certificate(dir: &Path) -> (Arc<rustls::ServerConfig>, PathBuf) {
-    let authority_key = rcgen::KeyPair::generate().unwrap();
-    let mut authority = rcgen::CertificateParams::new(Vec::new()).unwrap();
-    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-    let authority_file = dir.join("authority.pem");
-    std::fs::write(&authority_file, authority.self_signed(&authority_key).unwrap().pem()).unwrap();
-    let issuer = rcgen::Issuer::new(authority, authority_key);
-    let key = rcgen::KeyPair::generate().unwrap();
-    let own = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
-    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into());
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let config = builder.with_no_client_auth().with_single_cert(vec![own.der().clone()], key).unwrap();
-    (Arc::new(config), authority_file)
+    let authority = Authority::new(dir, "authority");
+    (authority.server(), authority.file.clone())
+}
+
+/// Issues certificates.
+pub struct Authority {
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    own: rustls::pki_types::CertificateDer<'static>,
+    /// Its own certificate.
+    pub file: PathBuf,
+}
+
+impl Authority {
+    pub fn new(dir: &Path, name: &str) -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        let own = params.self_signed(&key).unwrap();
+        let file = dir.join(format!("{name}.pem"));
+        std::fs::write(&file, own.pem()).unwrap();
+        Self { issuer: rcgen::Issuer::new(params, key), own: own.der().clone(), file }
+    }
+
+    fn issue(&self) -> (rcgen::Certificate, rcgen::KeyPair) {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        (params.signed_by(&key, &self.issuer).unwrap(), key)
+    }
+
+    /// A server of this authority. It asks for certificates of the same one, and serves who has none as well.
+    pub fn server(&self) -> Arc<rustls::ServerConfig> {
+        let (own, key) = self.issue();
+        let key = rustls::pki_types::PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut clients = rustls::RootCertStore::empty();
+        clients.add(self.own.clone()).unwrap();
+        let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(clients.into(), provider.clone());
+        let verifier = verifier.allow_unauthenticated().build().unwrap();
+        let builder = rustls::ServerConfig::builder_with_provider(provider);
+        let builder = builder.with_safe_default_protocol_versions().unwrap().with_client_cert_verifier(verifier);
+        Arc::new(builder.with_single_cert(vec![own.der().clone()], key).unwrap())
+    }
+
+    /// The files of a client's certificate and key.
+    pub fn client(&self, dir: &Path) -> (PathBuf, PathBuf) {
+        let (own, key) = self.issue();
+        let (cert_file, key_file) = (dir.join("client.crt"), dir.join("client.key"));
+        std::fs::write(&cert_file, own.pem()).unwrap();
+        std::fs::write(&key_file, key.serialize_pem()).unwrap();
+        (cert_file, key_file)
+    }
 }
