@@ -450,10 +450,8 @@ impl OneImage<'_> {
         let document = self.for_this_platform(&top)?;
         self.check_signature(&top, &document)?;
         let manifest: ImageManifest = self.parse("manifest", &document.bytes)?;
-        if !is_image(&manifest) {
-            return Err(
-                self.unusable(&format!("not an image but an artifact of type {}", manifest.config().media_type()))
-            );
+        if let Some(kind) = artifact_type(&manifest) {
+            return Err(self.unusable(&format!("not an image but an artifact of type {kind}")));
         }
         let config_digest = self.digest(manifest.config())?;
         let config = match self.ctx.content.document(config_digest) {
@@ -613,9 +611,16 @@ impl OneImage<'_> {
     }
 }
 
-fn is_image(manifest: &ImageManifest) -> bool {
-    let config = manifest.config().media_type().to_string();
-    config.contains("image.config") || config.contains("container.image")
+/// Of what type a manifest is that is no image's (image-spec manifest.md, "Guidelines for Artifact Usage"): what it says
+/// itself, else the type of its configuration.
+fn artifact_type(manifest: &ImageManifest) -> Option<String> {
+    const OF_IMAGES: [&str; 2] =
+        ["application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json"];
+    let own = manifest.artifact_type().as_ref().map(ToString::to_string).filter(|own| !own.is_empty());
+    own.or_else(|| {
+        let config = manifest.config().media_type().to_string();
+        (!OF_IMAGES.contains(&config.as_str())).then_some(config)
+    })
 }
 
 fn ready_image(digest: Digest, layers: Vec<Digest>, configuration: &ImageConfiguration) -> ReadyImage {

@@ -8,6 +8,7 @@ mod claims;
 mod cuts;
 mod device_nodes;
 mod image_policy;
+mod kinds;
 mod load;
 mod many_layers;
 mod real_registry;
