@@ -82,10 +82,14 @@ impl Shelf {
 
     /// Hangs a bundle with a signature of the document itself on it.
     pub fn sign(&mut self, document: Digest, key: &SecretKey) {
-        let layer = signature(self.bytes(document), key);
-        let layer = self.put(BUNDLE, layer);
+        let bundle = signature(self.bytes(document), key);
+        self.hang_bundle(document, bundle);
+    }
+
+    pub fn hang_bundle(&mut self, on: Digest, bundle: String) {
+        let layer = self.put(BUNDLE, bundle);
         let artifact = self.artifact(BUNDLE, &[layer]);
-        self.hang(document, artifact);
+        self.hang(on, artifact);
     }
 
     pub fn answer(&self, request: &Request) -> Answer {
@@ -119,4 +123,27 @@ impl Shelf {
 /// `cosign sign-blob`
 pub fn signature(document: &[u8], key: &SecretKey) -> String {
     json!({"mediaType": BUNDLE, "messageSignature": {"signature": STANDARD.encode(key.sign(document))}}).to_string()
+}
+
+/// `cosign sign`: a bundle with a statement that the image was signed, by this name if it has one.
+pub fn statement(digest: Digest, name: Option<&str>, key: &SecretKey) -> String {
+    const KIND: &str = "application/vnd.in-toto+json";
+    let mut subject = json!({"digest": {"sha256": digest.hex()}});
+    if let Some(name) = name {
+        subject["name"] = name.into();
+    }
+    let statement = json!({
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [subject],
+        "predicateType": "https://sigstore.dev/cosign/sign/v1",
+    });
+    let payload = statement.to_string();
+    // DSSE's PAE.
+    let signed = format!("DSSEv1 {} {KIND} {} {payload}", KIND.len(), payload.len());
+    let envelope = json!({
+        "payload": STANDARD.encode(&payload),
+        "payloadType": KIND,
+        "signatures": [{"sig": STANDARD.encode(key.sign(signed.as_bytes()))}],
+    });
+    json!({"mediaType": BUNDLE, "dsseEnvelope": envelope}).to_string()
 }
