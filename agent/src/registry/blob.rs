@@ -9,7 +9,7 @@ use ureq::http::{Response, StatusCode, header};
 
 use super::source::BlobStream;
 use super::traffic::Metered;
-use super::{Client, DOCUMENT_TIMEOUT, RegistryError, SLOWEST_BYTES_PER_SEC, TRIES, broken, pause};
+use super::{Client, RegistryError, SLOWEST_BYTES_PER_SEC, TRIES, broken, pause};
 
 /// A try that brought less than this does not count as progress: a registry that gives a byte at a time is given up.
 const PROGRESS_MIN_BYTES: u64 = 16 << 10;
@@ -34,7 +34,8 @@ impl<'c> BlobReader<'c> {
     fn open(&mut self) -> Result<(), RegistryError> {
         let what = self.name();
         let from = (self.at > 0).then_some((self.at, None));
-        let patience = DOCUMENT_TIMEOUT + Duration::from_secs((self.size - self.at) / SLOWEST_BYTES_PER_SEC);
+        let patience =
+            self.client.document_timeout + Duration::from_secs((self.size - self.at) / SLOWEST_BYTES_PER_SEC);
         let response = self.client.get(&self.path, "*/*", from, patience, &what)?;
         let skip = if response.status() == StatusCode::PARTIAL_CONTENT {
             if range_start(&response) != Some(self.at) {

@@ -89,6 +89,8 @@ pub struct Client {
     basic: Option<String>,
     /// [`STALL_TIMEOUT`].
     stall_timeout: Duration,
+    /// [`DOCUMENT_TIMEOUT`].
+    document_timeout: Duration,
     authorization: Arc<Mutex<Option<String>>>,
     traffic: Arc<Traffic>,
 }
@@ -142,6 +144,7 @@ impl Client {
             name: registry.to_owned(),
             basic,
             stall_timeout: STALL_TIMEOUT,
+            document_timeout: DOCUMENT_TIMEOUT,
             authorization: Arc::default(),
             traffic: Arc::clone(traffic),
         })
@@ -224,7 +227,7 @@ impl Client {
     }
 
     fn document_once(&self, path: &str, accept: &str, what: &str, bytes_max: u64) -> Result<Page, RegistryError> {
-        let response = self.get(path, accept, None, DOCUMENT_TIMEOUT, what)?;
+        let response = self.get(path, accept, None, self.document_timeout, what)?;
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let (media_type, link) = (text(header::CONTENT_TYPE).unwrap_or_default(), text(header::LINK));
         let announced = length(&response);
@@ -260,7 +263,7 @@ impl Client {
         let path = format!("/{repository}/blobs/{digest}");
         let last = from.checked_add(bytes as u64)?.checked_sub(1)?;
         let what = format!("{}{path}", self.name);
-        let response = self.get(&path, "*/*", Some((from, Some(last))), DOCUMENT_TIMEOUT, &what).ok()?;
+        let response = self.get(&path, "*/*", Some((from, Some(last))), self.document_timeout, &what).ok()?;
         if response.status() != StatusCode::PARTIAL_CONTENT || blob::range_start(&response) != Some(from) {
             return None;
         }
@@ -442,16 +445,21 @@ fn refused(what: &str, response: &Response<Body>, now_unix_secs: i64) -> Registr
     error
 }
 
-/// Waits before the next try: what the registry asks for, or a back-off with jitter.
+/// Waits before the next try.
 fn pause(tries: u32, asked: Option<Duration>) {
+    #[expect(clippy::disallowed_methods, reason = "this thread was made for one pull and has nothing else to do")]
+    std::thread::sleep(next_pause(tries, asked));
+}
+
+/// What the registry asks for, or a back-off; with jitter up to a quarter of a second.
+fn next_pause(tries: u32, asked: Option<Duration>) -> Duration {
     let mut random = [0; 1];
     // Without randomness the pause is only not spread.
     let _ = getrandom::fill(&mut random);
     // Also behind what was asked for: a thousand devices were asked the same.
     let spread = Duration::from_millis(u64::from(random[0]));
     let backoff = Duration::from_millis(200 << tries.min(5));
-    #[expect(clippy::disallowed_methods, reason = "this thread was made for one pull and has nothing else to do")]
-    std::thread::sleep(asked.unwrap_or(backoff).min(RETRY_AFTER_MAX) + spread);
+    asked.unwrap_or(backoff).min(RETRY_AFTER_MAX) + spread
 }
 
 #[cfg(test)]
@@ -495,6 +503,73 @@ mod tests {
         assert!(read == body);
         let (_, head) = server.join().unwrap();
         assert!(head.contains("range: bytes=50000-"), "{head}");
+    }
+
+    /// Answers every request with what is left of the body, so many bytes at a time.
+    fn drips(listener: &TcpListener, body: &[u8], piece_bytes: usize, pause: Duration) {
+        for stream in listener.incoming().map_while(Result::ok) {
+            let mut stream = stream;
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let head: Vec<String> = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).collect();
+            let range =
+                head.iter().find_map(|line| line.to_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
+            let from: usize = range.map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
+            let (last, rest) = (body.len() - 1, &body[from..]);
+            let status = if from > 0 { 206 } else { 200 };
+            let range = format!("Content-Range: bytes {from}-{last}/{}", body.len());
+            let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\n{range}\r\n\r\n", rest.len());
+            let mut pieces = std::iter::once(head.as_bytes()).chain(rest.chunks(piece_bytes));
+            // Whoever has had enough hangs up.
+            while pieces.next().is_some_and(|piece| stream.write_all(piece).is_ok()) {
+                #[expect(clippy::disallowed_methods, reason = "this server is slow on purpose")]
+                std::thread::sleep(pause);
+            }
+        }
+    }
+
+    #[test]
+    fn a_blob_that_only_drips_is_given_up_and_a_slow_one_is_not() {
+        let body: Vec<u8> = (0..SLOWEST_BYTES_PER_SEC).map(|n| n.to_be_bytes()[7]).collect();
+        let read = |bytes_per_sec: u64| {
+            let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+            let host = listener.local_addr().unwrap().to_string();
+            let config = Registry { insecure_http: true, ..Registry::default() };
+            let mut client = Client::new(&host, &config, &Arc::new(Traffic::free())).unwrap();
+            client.document_timeout = Duration::from_millis(200);
+            let (sent, piece_bytes) = (body.clone(), usize::try_from(bytes_per_sec / 20).unwrap());
+            std::thread::spawn(move || drips(&listener, &sent, piece_bytes, Duration::from_millis(50)));
+            let mut read = Vec::new();
+            let mut blob = client.blob("app", Digest::of(&body), body.len() as u64, 0);
+            let whole = blob.read_to_end(&mut read).map(|_| read == body);
+            whole.map_err(|_| blob.take_error().unwrap().reason)
+        };
+        assert_eq!(read(4 * SLOWEST_BYTES_PER_SEC), Ok(true));
+        // It never falls silent: what ends it is that the whole takes too long.
+        let reason = read(SLOWEST_BYTES_PER_SEC / 4).unwrap_err();
+        assert!(reason.code == Code::RegistryUnavailable && reason.text.contains("timeout"), "{reason}");
+    }
+
+    #[test]
+    fn pauses_grow_are_spread_and_are_never_shorter_than_was_asked() {
+        const SPREAD: Duration = Duration::from_millis(255);
+        let drawn = |tries, asked| -> Vec<Duration> { (0..64).map(|_| next_pause(tries, asked)).collect() };
+        let ms = |ms| Duration::from_millis(ms);
+        let asked = Some(Duration::from_secs(3));
+        let cases = [
+            (1, None, ms(400)),
+            (2, None, ms(800)),
+            (5, None, ms(6_400)),
+            (60, None, ms(6_400)),
+            (1, Some(Duration::ZERO), Duration::ZERO),
+            (1, asked, ms(3_000)),
+            (5, asked, ms(3_000)),
+            (1, Some(Duration::from_secs(3_600)), RETRY_AFTER_MAX),
+        ];
+        for (tries, asked, least) in cases {
+            let drawn = drawn(tries, asked);
+            assert!(drawn.iter().all(|pause| (least..=least + SPREAD).contains(pause)), "{tries} {asked:?}: {drawn:?}");
+            assert!(drawn.iter().any(|pause| *pause != drawn[0]), "a thousand devices would come back at once");
+        }
     }
 
     #[test]

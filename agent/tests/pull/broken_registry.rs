@@ -1,7 +1,7 @@
 //! Everything a registry can do wrong, each a clear reason with the object named, and nothing half done.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use edged::config;
@@ -81,13 +81,18 @@ fn pull_from(
 
 #[test]
 fn every_refusal_has_its_own_reason() {
-    let cases: [(u16, Code, bool); 6] = [
+    let cases = [
+        (400, Code::RegistryRefused, false),
         (401, Code::ImageUnauthorized, false),
         (403, Code::ImageUnauthorized, false),
         (404, Code::ImageNotFound, false),
+        (408, Code::RegistryUnavailable, true),
+        (416, Code::RegistryRefused, false),
         (418, Code::RegistryRefused, false),
         (500, Code::RegistryUnavailable, true),
+        (502, Code::RegistryUnavailable, true),
         (503, Code::RegistryUnavailable, true),
+        (504, Code::RegistryUnavailable, true),
     ];
     for (status, code, is_tried_again) in cases {
         let (_, server, result) = pull_from(move |_, _| Answer::new(status, "sorry"));
@@ -100,6 +105,20 @@ fn every_refusal_has_its_own_reason() {
         );
         assert!(failure.reason.text.contains(&status.to_string()), "{}", failure.reason);
         assert_eq!(server.requests().len() > 1, is_tried_again, "{status}");
+    }
+}
+
+#[test]
+fn a_registry_that_wants_a_log_in_and_does_not_say_which_is_refused_as_that() {
+    for challenge in [None, Some("Negotiate"), Some("Bearer service=\"no realm\"")] {
+        let (_, server, result) = pull_from(move |_, _| match challenge {
+            None => Answer::new(401, ""),
+            Some(challenge) => Answer::new(401, "").header("WWW-Authenticate", challenge),
+        });
+        let reason = result.unwrap_err().reason;
+        assert_eq!(reason.code, Code::ImageUnauthorized, "{reason}");
+        assert!(reason.text.contains("401: it does not say how to log in"), "{reason}");
+        assert_eq!(server.requests().len(), 1, "{challenge:?}");
     }
 }
 
@@ -221,6 +240,114 @@ fn a_layer_that_never_gets_further_is_given_up() {
     assert_eq!(failure.reason.code, Code::RegistryUnavailable);
     assert!(failure.reason.text.contains("/app/blobs/sha256:"), "{}", failure.reason);
     assert!(!failure.permanent && server.requests().len() < 20);
+}
+
+#[test]
+fn a_length_that_is_not_the_bodys_is_noticed() {
+    let said = |bytes: fn(u64) -> u64, is_meant: fn(&Good, &Request) -> bool| {
+        pull_from(move |good, request| {
+            let answer = good.answer(request);
+            let claimed_length = is_meant(good, request).then(|| bytes(answer.body.len() as u64));
+            Answer { claimed_length, ..answer }
+        })
+    };
+    let is_manifest = |_: &Good, request: &Request| request.path.contains("/manifests/");
+    let is_layer = |good: &Good, request: &Request| good.is_large_layer(request);
+    // Of a document that is said to be shorter, the beginning comes.
+    let (_, server, result) = said(|bytes| bytes - 10, is_manifest);
+    assert_eq!(result.unwrap_err().reason.code, Code::DigestMismatch);
+    assert_eq!(server.requests().len(), 1);
+    // One that is said to be longer never comes whole.
+    let (_, server, result) = said(|bytes| bytes + 10, is_manifest);
+    let failure = result.unwrap_err();
+    assert!(!failure.permanent && failure.reason.code == Code::RegistryUnavailable, "{}", failure.reason);
+    assert_eq!(server.requests().len(), 4, "it may come whole the next time");
+    // A layer goes on behind what was said to be all of it, and what is said to follow it is nobody's concern.
+    let (_, server, result) = said(|bytes| bytes.min(400_000), is_layer);
+    result.unwrap();
+    let from: Vec<_> = server.requests().iter().filter_map(Request::from).collect();
+    assert_eq!(from, [400_000, 800_000]);
+    said(|bytes| bytes + 10, is_layer).2.unwrap();
+    // A layer that is said to be empty never gets further.
+    let (_, _, result) = said(|_| 0, is_layer);
+    let reason = result.unwrap_err().reason;
+    assert!(reason.code == Code::RegistryUnavailable && reason.text.contains("ended after 0 of"), "{reason}");
+}
+
+#[test]
+fn a_part_that_nobody_asked_for_is_not_taken_for_the_whole() {
+    let part = |is_said: bool, of: fn(&Good, &Request) -> bool| {
+        pull_from(move |good, request| {
+            let answer = good.answer(request);
+            if request.from().is_some() || !of(good, request) {
+                return answer;
+            }
+            let half = Answer::new(206, &answer.body[..answer.body.len() / 2]);
+            let range = format!("bytes 0-{}/{}", half.body.len() - 1, answer.body.len());
+            if is_said { half.header("Content-Range", range) } else { half }
+        })
+    };
+    let (_, _, result) = part(true, |_, request| request.path.contains("/manifests/"));
+    assert_eq!(result.unwrap_err().reason.code, Code::DigestMismatch);
+    // Half a layer from its beginning is half a layer.
+    let (_, server, result) = part(true, Good::is_large_layer);
+    result.unwrap();
+    assert_eq!(server.requests().iter().filter_map(Request::from).count(), 1, "the other half");
+    // A part that does not say which one it is could be any.
+    let (_, _, result) = part(false, Good::is_large_layer);
+    let reason = result.unwrap_err().reason;
+    assert!(reason.code == Code::RegistryUnavailable && reason.text.contains("another range came"), "{reason}");
+}
+
+#[test]
+fn a_layer_whose_rest_is_refused_is_not_whole() {
+    for (status, code) in [(416, Code::RegistryRefused), (502, Code::RegistryUnavailable)] {
+        let (_, _, result) = pull_from(move |good, request| {
+            let is_large = good.is_large_layer(request);
+            match request.from() {
+                Some(_) if is_large => Answer::new(status, ""),
+                _ => Answer { cut: is_large.then_some(300_000), ..good.answer(request) },
+            }
+        });
+        let reason = result.unwrap_err().reason;
+        assert!(reason.code == code && reason.text.contains(&format!("answers {status}")), "{reason}");
+    }
+}
+
+#[test]
+fn a_registry_that_speaks_in_small_pieces_is_understood() {
+    let (_, _, result) = pull_from(|good, request| {
+        let bytes = if good.is_large_layer(request) { 5_000 } else { 7 };
+        Answer { drip: Some((bytes, Duration::from_millis(1))), ..good.answer(request) }
+    });
+    result.unwrap();
+}
+
+#[test]
+fn of_two_mirrors_the_first_is_asked_first() {
+    let good = Good::new();
+    let pull = |first_has_it: bool| {
+        let log: Arc<Mutex<Vec<&str>>> = Arc::default();
+        let server = |name: &'static str, has_it: bool| {
+            let (good, log) = (good.clone(), Arc::clone(&log));
+            FaultServer::start(move |request| {
+                log.lock().unwrap().push(name);
+                if has_it { good.answer(request) } else { Answer::new(404, "") }
+            })
+        };
+        let (first, second) = (server("first", first_has_it), server("second", true));
+        let registry = server("registry", true);
+        let mirrors = vec![first.host.clone(), second.host.clone()];
+        let config = config::Registry { mirrors, ..plain_http() };
+        let mirror = |server: &FaultServer| (server.host.clone(), plain_http());
+        let device = Device::new([(registry.host.clone(), config), mirror(&first), mirror(&second)]).trusting_digests();
+        device.pull(&format!("{}/app@{}", registry.host, good.digest)).unwrap();
+        let mut asked = log.lock().unwrap().clone();
+        asked.dedup();
+        asked
+    };
+    assert_eq!(pull(true), ["first"]);
+    assert_eq!(pull(false), ["first", "second"]);
 }
 
 #[test]

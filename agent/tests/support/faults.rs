@@ -48,6 +48,8 @@ pub struct Answer {
     pub claimed_length: Option<u64>,
     /// Not a length but chunks of so many bytes (RFC 9112, section 7.1).
     pub chunk_bytes: Option<usize>,
+    /// All of it goes out in pieces of so many bytes, with a pause behind each.
+    pub drip: Option<(usize, Duration)>,
     /// The connection is closed without a word.
     pub silent: bool,
     pub ending: Ending,
@@ -61,6 +63,22 @@ impl Answer {
     pub fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
         self
+    }
+
+    fn write_to(&self, stream: &mut impl Write) -> Option<()> {
+        if self.silent {
+            return Some(());
+        }
+        let (piece_bytes, pause) = self.drip.unwrap_or((usize::MAX, Duration::ZERO));
+        for piece in self.bytes().chunks(piece_bytes) {
+            stream.write_all(piece).ok()?;
+            stream.flush().ok()?;
+            if self.drip.is_some() {
+                #[expect(clippy::disallowed_methods, reason = "this server is slow on purpose")]
+                std::thread::sleep(pause);
+            }
+        }
+        Some(())
     }
 
     /// What goes over the wire, cut off where it is to be.
@@ -134,9 +152,7 @@ impl FaultServer {
 /// One request, one connection.
 fn serve_plainly(mut stream: TcpStream, behaviour: &Behaviour, log: &Mutex<Vec<Request>>) -> Option<()> {
     let answer = behaviour(&request(&mut stream, false, log)?);
-    if !answer.silent {
-        stream.write_all(&answer.bytes()).ok()?;
-    }
+    answer.write_to(&mut stream)?;
     end(&stream, answer.ending);
     Some(())
 }
@@ -151,10 +167,7 @@ fn serve_encrypted(
     stream.conn.complete_io(&mut stream.sock).ok()?;
     let has_certificate = stream.conn.peer_certificates().is_some();
     let answer = behaviour(&request(&mut stream, has_certificate, log)?);
-    if !answer.silent {
-        stream.write_all(&answer.bytes()).ok()?;
-        stream.flush().ok()?;
-    }
+    answer.write_to(&mut stream)?;
     if answer.ending == Ending::Orderly {
         stream.conn.send_close_notify();
         stream.flush().ok()?;
