@@ -363,9 +363,19 @@ mod tests {
     }
 
     fn stated(digest: Digest, by: u8, predicate: &str) -> Claim {
+        stated_of(&[(digest, None)], by, predicate)
+    }
+
+    /// With subjects of these names.
+    fn stated_of(subjects: &[(Digest, Option<&str>)], by: u8, predicate: &str) -> Claim {
+        let subject = |(digest, name): &(Digest, Option<&str>)| {
+            let name = name.map(|name| format!(r#""name":"{name}","#)).unwrap_or_default();
+            format!(r#"{{{name}"digest":{{"sha256":"{}"}}}}"#, digest.hex())
+        };
+        let subjects: Vec<String> = subjects.iter().map(subject).collect();
         let statement = format!(
-            r#"{{"_type":"https://in-toto.io/Statement/v1","subject":[{{"digest":{{"sha256":"{}"}}}}],"predicateType":"{predicate}"}}"#,
-            digest.hex()
+            r#"{{"_type":"https://in-toto.io/Statement/v1","subject":[{}],"predicateType":"{predicate}"}}"#,
+            subjects.join(",")
         );
         let kind = "application/vnd.in-toto+json";
         let sig = STANDARD.encode(key(by).sign(&pre_authentication(kind, statement.as_bytes())));
@@ -444,6 +454,35 @@ mod tests {
         let other = Wanted { identity: Some("r.example/other".to_owned()), ..named };
         let why = check("r/i", b"image", &claims, &other).unwrap_err();
         assert!(why.text.contains("for `r.example/i`, and must be for `r.example/other`"), "{why}");
+    }
+
+    #[test]
+    fn a_statement_names_the_image_by_the_name_of_its_own_subject() {
+        let (digest, other) = (Digest::of(b"image"), Digest::of(b"other"));
+        let named = Wanted { identity: Some("r.example/i".to_owned()), ..wanted(&[1], 1) };
+        let judged = |subjects: &[(Digest, Option<&str>)]| {
+            let claim = stated_of(subjects, 1, SIGN_PREDICATE);
+            check("r/i", b"image", &[claim], &named)
+        };
+        assert_eq!(judged(&[(digest, Some("r.example/i"))]), Ok(()));
+        assert_eq!(judged(&[(other, Some("r.example/x")), (digest, Some("r.example/i"))]), Ok(()));
+        let refused = |subjects: &[(Digest, Option<&str>)], named: &str| {
+            let why = judged(subjects).unwrap_err();
+            let text = format!("the signature is for {named}, and must be for `r.example/i`");
+            assert!(why.code == Code::ImageWrongIdentity && why.text.ends_with(&text), "{why}");
+        };
+        refused(&[(digest, None)], "no name");
+        refused(&[(digest, Some(""))], "no name");
+        refused(&[(digest, Some("r.example/other"))], "`r.example/other`");
+        refused(&[(digest, Some("r.example/i/more"))], "`r.example/i/more`");
+        // The name that is wanted, of another image in the same statement.
+        refused(&[(other, Some("r.example/i")), (digest, Some("r.example/x"))], "`r.example/x`");
+        refused(&[(digest, None), (other, Some("r.example/i"))], "no name");
+        let elsewhere = judged(&[(other, Some("r.example/i"))]).unwrap_err();
+        assert_eq!(elsewhere.code, Code::DigestMismatch, "{elsewhere}");
+        // Named by somebody else.
+        let claim = stated_of(&[(digest, Some("r.example/i"))], 2, SIGN_PREDICATE);
+        assert_eq!(code(&[claim], &named), Code::ImageWrongKey);
     }
 
     #[test]

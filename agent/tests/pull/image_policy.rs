@@ -4,10 +4,13 @@ use std::path::Path;
 
 use edged::verify::image_policy;
 use edged_model::id::Digest;
+use edged_model::keys::SecretKey;
 use edged_model::quantity::Timestamp;
 use edged_model::reason::Code;
 use edged_model::trust::{ImageRule, KeyId, Require, Role, RoleName, TrustRoot};
 
+use super::broken_registry::plain_http;
+use super::shelf::{Shelf, statement};
 use super::support::faults::{Answer, FaultServer};
 use super::support::registry::{Registry, sign_blob, signing_key};
 use super::{Device, sample};
@@ -109,6 +112,28 @@ fn what_cosign_signs_along_with_the_digest_is_checked_where_a_rule_names_it() {
         // Bundles of this cosign name no image, only its digest: what is asked for and not signed is not there.
         let same = pull(named("registry.example/pumps")).map_err(|why| why.code);
         assert_eq!(same, if bundle { Err(Code::ImageWrongIdentity) } else { Ok(()) }, "{repository}");
+    }
+}
+
+/// cosign's own bundles name no image; other signers' do.
+#[test]
+fn a_statement_that_names_the_image_meets_a_rule_that_wants_that_name() {
+    let key = SecretKey::from_seed(&[3; 32]);
+    let public = key.public().to_spki().unwrap();
+    let pull = |signed: Option<&str>, wanted: &str| {
+        let (mut shelf, digest) = Shelf::with_sample();
+        shelf.hang_bundle(digest, statement(digest, signed, &key));
+        let server = FaultServer::start(move |request| shelf.answer(request));
+        let mut device = Device::new([(server.host.clone(), plain_http())]);
+        let named = ImageRule { identity: Some(wanted.to_owned()), ..rule(String::new(), Require::Signature) };
+        device.ctx.rules = image_policy::rules(&root(&[&public], vec![named]));
+        device.pull(&format!("{}/app@{digest}", server.host)).map(drop).map_err(|failure| failure.reason)
+    };
+    pull(Some("registry.example/pumps"), "registry.example/pumps").unwrap();
+    for (signed, said) in [(Some("registry.example/other"), "`registry.example/other`"), (None, "no name")] {
+        let reason = pull(signed, "registry.example/pumps").unwrap_err();
+        assert_eq!(reason.code, Code::ImageWrongIdentity, "{reason}");
+        assert!(reason.text.contains(&format!("the signature is for {said}, and must be for")), "{reason}");
     }
 }
 
