@@ -102,7 +102,7 @@ impl<'s> Artifacts<'s> {
     }
 
     /// The next manifest that may hold a signature.
-    pub fn next(&mut self) -> Result<Option<Document>, RegistryError> {
+    pub fn next_manifest(&mut self) -> Result<Option<Document>, RegistryError> {
         loop {
             let Some(name) = self.names.pop_front() else {
                 match self.page.take() {

@@ -52,7 +52,7 @@ fn each(
 ) -> Result<Option<String>, RegistryError> {
     let mut artifacts = Artifacts::new(source, digest, fit);
     let mut claims = 0;
-    while let Some(document) = artifacts.next()? {
+    while let Some(document) = artifacts.next_manifest()? {
         // What is no manifest is no signature either; other artifacts may hang on the image too.
         let Ok(manifest) = serde_json::from_slice::<ImageManifest>(&document.bytes) else { continue };
         for layer in manifest.layers() {
