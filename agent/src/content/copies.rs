@@ -11,15 +11,14 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use edged_model::id::Digest;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, linkat, mknodat, openat, readlinkat};
-use rustix::io::Errno;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, linkat, mknodat, openat, readlinkat};
 
 use super::archive::{Item as Entry, Kind};
 use super::reading::Reader;
@@ -319,36 +318,28 @@ impl<'l> Copier<'l> {
 
     fn file(&mut self, path: &Path, parent: &OwnedFd, name: &OsStr, item: &Entry) -> io::Result<()> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut from = File::from(openat(&self.from, path, flags, Mode::empty())?);
+        let from = File::from(openat(&self.from, path, flags, Mode::empty())?);
         let to = nodes::new_file(parent, name, item.mode)?;
         // Where the file system shares blocks, nothing is written twice.
         if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
-            self.content(&mut from, &to, item)?;
+            self.content(&from, &to, item)?;
         }
         Ok(nodes::file_metadata(&to, &rustix::fs::fstat(&to)?, item)?)
     }
 
     /// Holes stay holes.
-    fn content(&mut self, from: &mut File, to: &File, item: &Entry) -> io::Result<()> {
+    fn content(&mut self, from: &File, to: &File, item: &Entry) -> io::Result<()> {
         to.set_len(item.size)?;
-        let (mut sum, mut summed, mut end) = (Sum::default(), 0, 0);
-        loop {
-            let data = match rustix::fs::seek(&*from, SeekFrom::Data(end)) {
-                Err(Errno::NXIO) => break,
-                data => data?,
-            };
-            end = rustix::fs::seek(&*from, SeekFrom::Hole(data))?;
-            rustix::fs::seek(&*from, SeekFrom::Start(data))?;
-            let mut place = data;
-            while place < end {
-                let take = self.buffer.len().min(usize::try_from(end - place).unwrap_or(usize::MAX));
-                let count = from.read(&mut self.buffer[..take])?;
-                if count == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                to.write_all_at(&self.buffer[..count], place)?;
-                sum.add(&self.buffer[..count]);
-                (place, summed) = (place + count as u64, summed + count as u64);
+        let (mut sum, mut summed) = (Sum::default(), 0);
+        for part in nodes::DataParts::of(from) {
+            let mut part = part?;
+            while !part.is_empty() {
+                let take = self.buffer.len().min(usize::try_from(part.end - part.start).unwrap_or(usize::MAX));
+                let bytes = &mut self.buffer[..take];
+                from.read_exact_at(bytes, part.start)?;
+                to.write_all_at(bytes, part.start)?;
+                sum.add(bytes);
+                (part.start, summed) = (part.start + take as u64, summed + take as u64);
             }
         }
         // A sum over the parts is none over the whole.

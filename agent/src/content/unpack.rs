@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use edged_sys::resolve;
 use rustix::fs::{FileType, Mode, OFlags, mknodat};
@@ -22,10 +22,11 @@ use rustix::io::Errno;
 
 use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, Segment, printable};
 use super::table::{Sum, Sums};
-use super::verity;
 use crate::config::DeviceNodes;
+use account::Account;
 use nodes::{Below, MadeWay};
 
+mod account;
 pub(super) mod nodes;
 mod over;
 
@@ -82,9 +83,6 @@ const RESERVED: &[u8] = b".wh..wh.";
 /// Names of directories and whiteouts kept until the end, for their times. Twenty thousand directories have about one MiB.
 const DIRECTORY_NAMES_MAX_BYTES: usize = 8 << 20;
 
-/// What a file takes on a disk besides its bytes, at least: a block of metadata.
-const DISK_BLOCK: u64 = 4096;
-
 /// Unpacks the archive that `reader` gives. The reader is not read past the archive's end.
 pub fn unpack(
     reader: impl BufRead,
@@ -101,6 +99,7 @@ pub fn unpack(
         directories: Vec::new(),
         whiteouts: BTreeSet::new(),
         opaques: BTreeSet::new(),
+        account: Account::new(bounds),
         device_nodes: bounds.device_nodes,
         left_out: BTreeSet::new(),
         kept_name_bytes: 0,
@@ -108,36 +107,18 @@ pub fn unpack(
         hides_root: false,
         sums: Sums::default(),
     };
-    let (mut count, mut bytes) = (0, 0_u64);
     while let Some(item) = unpacker.archive.next_item()? {
-        count += 1;
-        bytes = bytes.saturating_add(item.size);
-        if count > bounds.entries_max {
-            return Err(UnpackError::TooMany { name: item.shown_name(), max: bounds.entries_max });
-        }
-        if bytes > bounds.bytes_max {
-            return Err(UnpackError::TooLarge { name: item.shown_name(), max: bounds.bytes_max });
-        }
-        let tree = if bounds.is_protected { verity::extra_bytes(item.size) } else { 0 };
-        let size = stored_bytes(&item).saturating_add(DISK_BLOCK).saturating_add(tree);
-        let take = |left: u64| left.checked_sub(size);
-        if bounds.disk_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
-            return Err(UnpackError::DiskFull { name: item.shown_name(), size });
-        }
+        unpacker.account.entry(&item)?;
         unpacker.entry(&item)?;
     }
     unpacker.finish()
-}
-
-/// Holes cost nothing.
-fn stored_bytes(item: &Item) -> u64 {
-    item.segments.as_ref().map_or(item.size, |segments| segments.iter().map(|segment| segment.length).sum())
 }
 
 struct Unpacker<'b, R> {
     archive: ArchiveReader<R>,
     root: OwnedFd,
     below: &'b LayersBelow<'b>,
+    account: Account<'b>,
     /// Their times are set last: every entry in them changes them.
     directories: Vec<(PathBuf, (i64, u32))>,
     /// Made at the end, where they hide something: others would show, and so would the directories made for them.
@@ -155,10 +136,27 @@ struct Unpacker<'b, R> {
     sums: Sums,
 }
 
-/// What stopped one entry: the archive, or the file system.
+/// What stopped one entry: the archive, a bound, or the file system.
 enum Stop {
     Archive(ArchiveError),
+    Refused(UnpackError),
     Io(io::Error),
+}
+
+impl Stop {
+    fn at(self, name: impl FnOnce() -> String) -> UnpackError {
+        match self {
+            Self::Archive(error) => error.into(),
+            Self::Refused(error) => error,
+            Self::Io(source) => UnpackError::Write { name: name(), source },
+        }
+    }
+}
+
+impl From<UnpackError> for Stop {
+    fn from(error: UnpackError) -> Self {
+        Self::Refused(error)
+    }
 }
 
 impl From<ArchiveError> for Stop {
@@ -208,10 +206,7 @@ impl<R: BufRead> Unpacker<'_, R> {
         if item.kind == Kind::Directory || is_whiteout {
             self.count_kept_name(&path, item)?;
         }
-        self.place(item, &path).map_err(|stop| match stop {
-            Stop::Archive(error) => error.into(),
-            Stop::Io(source) => UnpackError::Write { name: item.shown_name(), source },
-        })
+        self.place(item, &path).map_err(|stop| stop.at(|| item.shown_name()))
     }
 
     fn count_kept_name(&mut self, path: &Path, item: &Item) -> Result<(), UnpackError> {
@@ -349,38 +344,44 @@ impl<R: BufRead> Unpacker<'_, R> {
             Err(Errno::NOENT | Errno::NOTDIR) => None,
             Err(errno) => return Err(UnpackError::Write { name: item.shown_name(), source: errno.into() }),
         };
-        let copied: File;
-        let source = match &found {
-            Some(found) => nodes::LinkSource::Here(found),
+        let copied = match &found {
+            Some(_) => None,
             None => match Below((self.below)()).file(&target) {
-                Some(file) => {
-                    copied = file;
-                    nodes::LinkSource::Below(&copied)
-                }
+                Some(file) => Some(file),
                 None if self.left_out.contains(&target) => return self.leave_out(path.to_owned(), item),
                 None => {
                     return Err(UnpackError::DanglingLink { name: item.shown_name(), target: printable(&item.link) });
                 }
             },
         };
-        let parent = self.parent(path);
-        let made = parent.and_then(|parent| {
-            self.make_way(&parent, file_name, false)?;
-            nodes::link(&source, &parent, file_name)
+        let made = self.parent(path).and_then(|parent| match (&found, &copied) {
+            (Some(found), _) => {
+                self.make_way(&parent, file_name, false)?;
+                Ok(nodes::link(found, &parent, file_name)?)
+            }
+            (None, Some(file)) => self.copy(item, file, &parent, file_name),
+            (None, None) => Ok(()),
         });
-        made.map_err(|source| UnpackError::Write { name: item.shown_name(), source })
+        made.map_err(|stop| stop.at(|| item.shown_name()))
+    }
+
+    /// A file of a layer below, as it is there: what it takes here is more than the archive has for it.
+    fn copy(&mut self, item: &Item, file: &File, parent: &OwnedFd, name: &OsStr) -> Result<(), Stop> {
+        let shown = || item.shown_name();
+        let size = file.metadata()?.len();
+        self.account.content(&shown, size, nodes::data_bytes(file)?)?;
+        self.account.attributes(&shown, nodes::attribute_bytes(file)?)?;
+        self.make_way(parent, name, false)?;
+        Ok(nodes::copy(file, parent, name)?)
     }
 
     fn finish(mut self) -> Result<Sums, UnpackError> {
         self.hide()?;
+        if self.hides_root {
+            self.hide_root()?;
+        }
         let wrote =
             |name: &Path, errno: Errno| UnpackError::Write { name: name.display().to_string(), source: errno.into() };
-        if self.hides_root {
-            for name in Below((self.below)()).root_names() {
-                let root = nodes::reopen(&self.root).map_err(|errno| wrote(Path::new("/"), errno))?;
-                nodes::whiteout(&root, &name).map_err(|errno| wrote(Path::new(&name), errno))?;
-            }
-        }
         // Of a directory that comes twice the later word counts.
         let mut times: BTreeMap<&Path, (i64, u32)> = BTreeMap::new();
         times.extend(self.directories.iter().map(|(path, mtime)| (path.as_path(), *mtime)));
@@ -416,5 +417,7 @@ fn inside(raw: &[u8]) -> Option<PathBuf> {
     Some(path)
 }
 
+#[cfg(test)]
+mod expansion;
 #[cfg(test)]
 mod tests;

@@ -1,24 +1,26 @@
 //! The nodes of a layer, each made relative to the descriptor of its directory and never looked up by path again.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use edged_sys::resolve;
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat,
-    fchmod, fchown, fgetxattr, flistxattr, fremovexattr, fsetxattr, futimens, linkat, makedev, mkdirat, mknodat,
-    openat, openat2, statat, symlinkat, unlinkat, utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, SeekFrom, Stat, Timespec, Timestamps, Uid, XattrFlags, chmodat,
+    chownat, fchmod, fchown, fgetxattr, flistxattr, fremovexattr, fsetxattr, futimens, linkat, makedev, mkdirat,
+    mknodat, openat, openat2, seek, statat, symlinkat, unlinkat, utimensat,
 };
 use rustix::io::Errno;
 
 use crate::content::archive::{Item, Kind};
 use crate::content::remove;
 
+const COPY_BYTES: usize = 128 << 10;
 const OPAQUE_MARK: &str = "trusted.overlay.opaque";
 
 fn owner(item: &Item) -> (Option<Uid>, Option<Gid>) {
@@ -207,25 +209,74 @@ pub fn mark_opaque(directory: &OwnedFd) -> Result<(), Errno> {
     fsetxattr(reopen(directory)?, OPAQUE_MARK, b"y", XattrFlags::empty())
 }
 
-pub enum LinkSource<'f> {
-    /// A file of this layer (`O_PATH`).
-    Here(&'f OwnedFd),
-    /// A file of a layer below: it is copied.
-    Below(&'f File),
+/// A second name for a file (`O_PATH`).
+pub fn link(found: &OwnedFd, parent: &OwnedFd, name: &OsStr) -> Result<(), Errno> {
+    linkat(found, "", parent, name, AtFlags::EMPTY_PATH)
 }
 
-pub fn link(source: &LinkSource<'_>, parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
-    match source {
-        LinkSource::Here(found) => Ok(linkat(found, "", parent, name, AtFlags::EMPTY_PATH)?),
-        LinkSource::Below(file) => {
-            let mut copy = new_file(parent, name, 0o600)?;
-            io::copy(&mut &**file, &mut copy)?;
-            copy_metadata(file, &copy)?;
-            let meta = file.metadata()?;
-            // A nanosecond fits.
-            Ok(set_times(&copy, (meta.mtime(), u32::try_from(meta.mtime_nsec()).unwrap_or(0)))?)
+/// Another file that is the same: content, owner, mode, attributes, time. Holes stay holes.
+pub fn copy(file: &File, parent: &OwnedFd, name: &OsStr) -> io::Result<()> {
+    let (meta, copy) = (file.metadata()?, new_file(parent, name, 0o600)?);
+    copy.set_len(meta.len())?;
+    let mut buffer = vec![0; COPY_BYTES];
+    for part in DataParts::of(file) {
+        let mut part = part?;
+        while !part.is_empty() {
+            let take = buffer.len().min(usize::try_from(part.end - part.start).unwrap_or(usize::MAX));
+            file.read_exact_at(&mut buffer[..take], part.start)?;
+            copy.write_all_at(&buffer[..take], part.start)?;
+            part.start += take as u64;
         }
     }
+    copy_metadata(file, &copy)?;
+    // A nanosecond fits.
+    Ok(set_times(&copy, (meta.mtime(), u32::try_from(meta.mtime_nsec()).unwrap_or(0)))?)
+}
+
+/// What of a file is no hole.
+pub fn data_bytes(file: &File) -> io::Result<u64> {
+    DataParts::of(file).map(|part| part.map(|part| part.end - part.start)).sum()
+}
+
+/// The parts of a file between its holes. A file system that knows no holes has one part (lseek(2)).
+pub struct DataParts<'f> {
+    file: &'f File,
+    end: u64,
+}
+
+impl<'f> DataParts<'f> {
+    pub fn of(file: &'f File) -> Self {
+        Self { file, end: 0 }
+    }
+}
+
+impl Iterator for DataParts<'_> {
+    type Item = io::Result<Range<u64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let start = match seek(self.file, SeekFrom::Data(self.end)) {
+            Err(Errno::NXIO) => return None,
+            Err(errno) => return Some(Err(errno.into())),
+            Ok(start) => start,
+        };
+        match seek(self.file, SeekFrom::Hole(start)) {
+            Ok(end) => {
+                self.end = end;
+                Some(Ok(start..end))
+            }
+            Err(errno) => Some(Err(errno.into())),
+        }
+    }
+}
+
+/// What the attributes of the image take, names and values.
+pub fn attribute_bytes(from: impl AsFd) -> Result<u64, Errno> {
+    let mut bytes = 0;
+    for name in attributes(&from, is_of_the_image)? {
+        // Nothing to write to: it only says how long it is.
+        bytes += (name.as_bytes().len() + fgetxattr(&from, name.as_c_str(), &mut [0_u8; 0][..])?) as u64;
+    }
+    Ok(bytes)
 }
 
 /// Owner, mode and attributes.
@@ -319,19 +370,5 @@ impl Below {
         let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         self.find(|root| openat2(root, path, flags, Mode::empty(), inside))
-    }
-
-    /// What is in the roots of the layers below.
-    pub fn root_names(&self) -> Vec<OsString> {
-        let mut names: Vec<OsString> = self
-            .0
-            .iter()
-            .filter_map(|layer| std::fs::read_dir(layer).ok())
-            .flatten()
-            .filter_map(|entry| entry.ok().map(|entry| entry.file_name()))
-            .collect();
-        names.sort();
-        names.dedup();
-        names
     }
 }

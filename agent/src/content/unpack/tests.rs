@@ -20,7 +20,7 @@ fn unpack_with_nodes(
     unpack(archive, dir, &|| below.to_vec(), bounds).map(drop)
 }
 
-fn header(kind: EntryType, size: u64) -> Header {
+pub fn header(kind: EntryType, size: u64) -> Header {
     let mut header = Header::new_gnu();
     header.set_entry_type(kind);
     header.set_size(size);
@@ -32,7 +32,7 @@ fn header(kind: EntryType, size: u64) -> Header {
 }
 
 /// Adds an entry whose name is taken as it is: what the `tar` crate's own builder refuses to write.
-fn raw(archive: &mut Builder<Vec<u8>>, kind: EntryType, name: &str, link: &str, content: &[u8]) {
+pub fn raw(archive: &mut Builder<Vec<u8>>, kind: EntryType, name: &str, link: &str, content: &[u8]) {
     let mut header = header(kind, content.len() as u64);
     header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
     header.as_gnu_mut().unwrap().linkname[..link.len()].copy_from_slice(link.as_bytes());
@@ -40,7 +40,7 @@ fn raw(archive: &mut Builder<Vec<u8>>, kind: EntryType, name: &str, link: &str, 
     archive.append(&header, content).unwrap();
 }
 
-fn entries(list: &[(EntryType, &str, &str, &[u8])]) -> Vec<u8> {
+pub fn entries(list: &[(EntryType, &str, &str, &[u8])]) -> Vec<u8> {
     let mut archive = Builder::new(Vec::new());
     for (kind, name, link, content) in list {
         raw(&mut archive, *kind, name, link, content);
@@ -49,14 +49,14 @@ fn entries(list: &[(EntryType, &str, &str, &[u8])]) -> Vec<u8> {
 }
 
 /// A layer directory beside a file that must never change.
-struct Ground {
+pub struct Ground {
     _dir: tempfile::TempDir,
-    layer: PathBuf,
-    outside: PathBuf,
+    pub layer: PathBuf,
+    pub outside: PathBuf,
 }
 
 impl Ground {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (layer, outside) = (dir.path().join("layer"), dir.path().join("outside"));
         std::fs::create_dir(&layer).unwrap();
@@ -65,11 +65,11 @@ impl Ground {
         Self { _dir: dir, layer, outside }
     }
 
-    fn unpack(&self, archive: &[u8]) -> Result<(), UnpackError> {
+    pub fn unpack(&self, archive: &[u8]) -> Result<(), UnpackError> {
         self.unpack_over(archive, &[])
     }
 
-    fn unpack_over(&self, archive: &[u8], below: &[PathBuf]) -> Result<(), UnpackError> {
+    pub fn unpack_over(&self, archive: &[u8], below: &[PathBuf]) -> Result<(), UnpackError> {
         let result = unpack_in_bounds(archive, &self.layer, below);
         let names: Vec<_> = std::fs::read_dir(&self.outside).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["secret"], "something was written outside");
