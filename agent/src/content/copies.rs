@@ -239,7 +239,7 @@ impl<'l> Copier<'l> {
             let set = openat(&self.to, path, DIRECTORY, Mode::empty()).and_then(|dir| nodes::set_times(dir, *mtime));
             set.map_err(|errno| at(path)(errno.into()))?;
         }
-        Ok(self.sums)
+        Ok(self.sums.sorted())
     }
 
     fn entry(&mut self, found: &table::Entry) -> io::Result<()> {

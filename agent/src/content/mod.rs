@@ -37,6 +37,8 @@ pub mod build;
 pub mod copies;
 /// A layer from its stream to its directory.
 pub mod layer;
+/// The names in a directory, in order.
+mod names;
 /// Layers that are on their way.
 pub mod partial;
 /// Contents for their sums.

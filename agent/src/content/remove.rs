@@ -33,25 +33,34 @@ pub fn tree(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
     }
     let top = open(parent, name)?;
     let mut moved = 0_u64;
-    // Each round takes one level away; directories found are emptied into the top first.
+    // Each round takes some names away; directories among them are emptied into the top first.
     loop {
-        let mut directories = 0;
-        for child in names(&top)? {
+        let children = some_names(&top)?;
+        if children.is_empty() {
+            return Ok(unlinkat(parent, name, AtFlags::REMOVEDIR)?);
+        }
+        for child in children {
             let child = OsStr::from_bytes(&child);
             if !unlink_file(top.as_fd(), child)? {
-                directories += 1;
-                let directory = open(top.as_fd(), child)?;
-                for grandchild in names(&directory)? {
-                    let grandchild = OsStr::from_bytes(&grandchild);
-                    if !unlink_file(directory.as_fd(), grandchild)? {
-                        move_up(&directory, grandchild, &top, &mut moved)?;
-                    }
-                }
+                empty(&open(top.as_fd(), child)?, &top, &mut moved)?;
                 unlinkat(&top, child, AtFlags::REMOVEDIR)?;
             }
         }
-        if directories == 0 {
-            return Ok(unlinkat(parent, name, AtFlags::REMOVEDIR)?);
+    }
+}
+
+/// Its files are taken away, its directories moved up.
+fn empty(directory: &OwnedFd, top: &OwnedFd, moved: &mut u64) -> io::Result<()> {
+    loop {
+        let children = some_names(directory)?;
+        if children.is_empty() {
+            return Ok(());
+        }
+        for child in children {
+            let child = OsStr::from_bytes(&child);
+            if !unlink_file(directory.as_fd(), child)? {
+                move_up(directory, child, top, moved)?;
+            }
         }
     }
 }
@@ -60,14 +69,22 @@ fn open(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
     openat(parent, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Read at once, since the directory changes while its names are used. Bounded by what a layer may have.
-fn names(directory: &OwnedFd) -> io::Result<Vec<Vec<u8>>> {
-    let mut names = Vec::new();
+/// So many that they take no more than this, with what each costs besides: a directory may have half a million.
+const NAMES_MAX_BYTES: usize = 1 << 20;
+const NAME_EXTRA_BYTES: usize = 48;
+
+/// Read beforehand, since the directory changes while they are used. None: it is empty.
+fn some_names(directory: &OwnedFd) -> io::Result<Vec<Vec<u8>>> {
+    let (mut names, mut bytes) = (Vec::new(), 0);
     for entry in Dir::read_from(directory)? {
         let entry = entry?;
         let name = entry.file_name().to_bytes();
         if name != b"." && name != b".." {
+            bytes += name.len() + NAME_EXTRA_BYTES;
             names.push(name.to_vec());
+        }
+        if bytes > NAMES_MAX_BYTES {
+            break;
         }
     }
     Ok(names)

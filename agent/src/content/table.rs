@@ -14,7 +14,6 @@
 //! The sum is xxHash (XXH64): it finds what a disk does to bytes, at the speed of memory. It keeps nobody out: who can
 //! write to the disk could write the table too. What an image is was settled by its digests before the table was made.
 
-use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::hash::Hasher;
@@ -24,10 +23,11 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, openat, readlinkat, statat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, openat, readlinkat, statat};
 use rustix::io::Errno;
 use twox_hash::XxHash64;
 
+use super::names::{self, Names};
 use super::reading::{self, Buffer, Content, Reader};
 use super::verity;
 use crate::config::FsVerity;
@@ -43,24 +43,39 @@ const UNKNOWN: &str = "?";
 const ATTRIBUTES: [&[u8]; 3] = [b"security.capability", b"trusted.overlay.", b"user."];
 const ATTRIBUTE_MAX_BYTES: usize = 64 << 10;
 
-/// Sums of contents that were taken while they were written, by inode: nothing is read twice.
+/// Sums that are remembered, in 1 MiB. Files beyond them are read again: 20,000 of an ordinary layer are not.
+const SUMS_MAX: usize = 1 << 16;
+
+/// Sums of contents that were taken while they were written, by inode: nothing is read twice, as long as there are not too
+/// many.
 #[derive(Debug, Default)]
 pub struct Sums {
-    by_inode: HashMap<u64, Written>,
+    written: Vec<Written>,
     /// Something was taken away again: its inode may have come back as another file, so none of them is believed.
     forgotten: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Written {
+    /// Its highest bit says that the file has attributes.
+    inode: u64,
     sum: u64,
-    has_attributes: bool,
+}
+
+const HAS_ATTRIBUTES: u64 = 1 << 63;
+
+impl Written {
+    fn inode(&self) -> u64 {
+        self.inode & !HAS_ATTRIBUTES
+    }
 }
 
 impl Sums {
     pub fn note(&mut self, inode: u64, sum: u64, has_attributes: bool) {
-        if !self.forgotten {
-            self.by_inode.insert(inode, Written { sum, has_attributes });
+        // No file system on a disk has inodes of 63 bits; one that does has its files read again.
+        if !self.forgotten && self.written.len() < SUMS_MAX && inode & HAS_ATTRIBUTES == 0 {
+            let mark = if has_attributes { HAS_ATTRIBUTES } else { 0 };
+            self.written.push(Written { inode: inode | mark, sum });
         }
     }
 
@@ -68,8 +83,20 @@ impl Sums {
         *self = Self { forgotten: true, ..Self::default() };
     }
 
+    /// To be found in. Inodes mostly come in order already.
+    #[must_use]
+    pub fn sorted(mut self) -> Self {
+        self.written.sort_by_key(Written::inode);
+        self
+    }
+
+    fn of(&self, inode: u64) -> Option<Written> {
+        let at = self.written.binary_search_by_key(&inode, Written::inode).ok()?;
+        self.written.get(at).copied()
+    }
+
     fn is_without_attributes(&self, inode: u64) -> bool {
-        self.by_inode.get(&inode).is_some_and(|written| !written.has_attributes)
+        self.of(inode).is_some_and(|written| written.inode & HAS_ATTRIBUTES == 0)
     }
 }
 
@@ -138,7 +165,7 @@ fn walk_through(layer: &Path, sums: &Sums, fs_verity: FsVerity, lines: SyncSende
     let (mut batch, mut buffer) = (Vec::with_capacity(BATCH), Buffer::new(READ_BYTES));
     let (mut walk, mut name_bytes) = (Walk::new(layer)?, 0);
     while let Some(entry) = walk.next(Some(sums))? {
-        let sum = match (entry.is_file(), sums.by_inode.get(&entry.stat.st_ino)) {
+        let sum = match (entry.is_file(), sums.of(entry.stat.st_ino)) {
             (false, _) => None,
             (true, Some(written)) => Some(written.sum),
             (true, None) => Some(walk.content_sum(&entry, false, &mut buffer, &mut |_: Asked| true)?.0),
@@ -341,8 +368,10 @@ impl Table {
 pub(super) struct Walk {
     root: PathBuf,
     top: OwnedFd,
-    /// Directories on the way, and what is left of each.
-    open: Vec<(PathBuf, std::vec::IntoIter<Vec<u8>>)>,
+    /// The directory that is walked through now.
+    path: Vec<u8>,
+    /// Those on the way, it at last: how long the path of the one before is, and what is left of each.
+    open: Vec<(usize, Names)>,
     begun: bool,
     /// The directory that was looked into last: names are looked up in it.
     at: Option<(PathBuf, OwnedFd)>,
@@ -363,18 +392,15 @@ const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::
 impl Walk {
     pub(super) fn new(root: &Path) -> io::Result<Self> {
         let top = rustix::fs::open(root, DIRECTORY, Mode::empty())?;
-        Ok(Self { root: root.to_owned(), top, open: Vec::new(), begun: false, at: None })
+        Ok(Self { root: root.to_owned(), top, path: Vec::new(), open: Vec::new(), begun: false, at: None })
     }
 
     /// `known`: what is known of files without asking.
     pub(super) fn next(&mut self, known: Option<&Sums>) -> io::Result<Option<Entry>> {
         let path = if self.begun {
-            loop {
-                let Some((directory, names)) = self.open.last_mut() else { return Ok(None) };
-                match names.next() {
-                    Some(name) => break directory.join(std::ffi::OsString::from_vec(name)),
-                    None => drop(self.open.pop()),
-                }
+            match self.next_path()? {
+                None => return Ok(None),
+                Some(path) => path,
             }
         } else {
             self.begun = true;
@@ -383,8 +409,7 @@ impl Walk {
         let stat = self.stat(&path)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         if kind == FileType::Directory {
-            let names = self.names(&path)?;
-            self.open.push((path.clone(), names.into_iter()));
+            self.enter(&path)?;
         }
         let is_link = kind == FileType::Symlink;
         let target = is_link.then(|| readlinkat(&self.top, &path, Vec::new())).transpose()?.map(CString::into_bytes);
@@ -397,6 +422,40 @@ impl Walk {
         Ok(Some(Entry { path, stat, target, attributes }))
     }
 
+    fn next_path(&mut self) -> io::Result<Option<PathBuf>> {
+        loop {
+            let Some((above, names)) = self.open.last_mut() else { return Ok(None) };
+            if let Some(name) = names.next() {
+                let path = [self.path.as_slice(), b"/", name].concat();
+                return Ok(Some(PathBuf::from(std::ffi::OsString::from_vec(path))));
+            }
+            if let Some(last) = names.goes_on_after() {
+                let directory = openat(&self.top, self.path.as_slice(), DIRECTORY, Mode::empty())?;
+                *names = Names::read(directory, Some(last), names::KEPT_MAX_BYTES)?;
+                continue;
+            }
+            self.path.truncate(*above);
+            self.open.pop();
+        }
+    }
+
+    /// Those on the way are read again, after all that is in this one, if all their names together would be too many.
+    fn enter(&mut self, path: &Path) -> io::Result<()> {
+        let directory = openat(&self.top, path, DIRECTORY, Mode::empty())?;
+        let names = Names::read(directory, None, names::KEPT_MAX_BYTES)?;
+        let mut kept = names.bytes() + self.open.iter().map(|(_, names)| names.bytes()).sum::<usize>();
+        for (_, outer) in &mut self.open {
+            if kept <= names::KEPT_MAX_BYTES {
+                break;
+            }
+            kept -= outer.bytes();
+            outer.drop_kept();
+        }
+        self.open.push((self.path.len(), names));
+        self.path = path.as_os_str().as_bytes().to_vec();
+        Ok(())
+    }
+
     fn stat(&mut self, path: &Path) -> io::Result<Stat> {
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
             return Ok(statat(&self.top, path, AtFlags::SYMLINK_NOFOLLOW)?);
@@ -406,20 +465,6 @@ impl Walk {
             _ => &self.at.insert((parent.to_owned(), openat(&self.top, parent, DIRECTORY, Mode::empty())?)).1,
         };
         Ok(statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?)
-    }
-
-    fn names(&self, directory: &Path) -> io::Result<Vec<Vec<u8>>> {
-        let fd = openat(&self.top, directory, DIRECTORY, Mode::empty())?;
-        let mut names = Vec::new();
-        for entry in Dir::new(fd)? {
-            let name = entry?.file_name().to_bytes().to_vec();
-            if name != b"." && name != b".." {
-                names.push(name);
-            }
-        }
-        // As the lines of the table are compared: by what is written there.
-        names.sort_by_cached_key(|name| escaped(name));
-        Ok(names)
     }
 
     /// A sum over the attributes that belong to the image, names in order; empty without any.
@@ -527,15 +572,20 @@ impl Entry {
 }
 
 /// Names may have any byte: tabs and line ends too.
-fn escaped(raw: &[u8]) -> String {
+pub(super) fn escaped(raw: &[u8]) -> String {
     let mut text = String::with_capacity(raw.len());
     for byte in raw {
-        match byte {
-            b'\\' | 0..=b' ' | 0x7f.. => text.push_str(&format!("\\x{byte:02x}")),
-            _ => text.push(char::from(*byte)),
+        if is_escaped(*byte) {
+            text.push_str(&format!("\\x{byte:02x}"));
+        } else {
+            text.push(char::from(*byte));
         }
     }
     text
+}
+
+pub(super) fn is_escaped(byte: u8) -> bool {
+    matches!(byte, b'\\' | 0..=b' ' | 0x7f..)
 }
 
 #[cfg(test)]
@@ -663,6 +713,42 @@ mod tests {
                 assert!(!checked(&root, &table).damage.is_empty(), "{number} is not missed");
             }
         }
+    }
+
+    #[test]
+    fn the_sums_of_half_a_million_files_take_a_mebibyte_and_those_of_an_ordinary_layer_are_all_there() {
+        let mut sums = Sums::default();
+        // Not in order, as some file systems give them.
+        (0..500_000_u64).for_each(|file| sums.note(1 + (file ^ 1), file, file % 2 == 0));
+        assert!(sums.written.capacity() * size_of::<Written>() <= 1 << 20);
+        let sums = sums.sorted();
+        for file in 0..20_000 {
+            let inode = 1 + (file ^ 1);
+            assert_eq!(sums.of(inode).map(|written| written.sum), Some(file));
+            assert_eq!(sums.is_without_attributes(inode), file % 2 == 1);
+        }
+        assert!(sums.of(500_000).is_none() && !sums.is_without_attributes(500_000), "it is read again");
+    }
+
+    /// Also when the names do not fit what is kept of them, of one directory or of those on the way to it.
+    #[test]
+    fn a_walk_meets_every_entry_once_and_in_order_whatever_it_may_keep() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, table) = (dir.path().join("layer"), dir.path().join("table"));
+        let long = "n".repeat(240);
+        let mut wanted = 1;
+        for outer in ["a", "a/b", "a/c", "d"] {
+            fs::create_dir_all(root.join(outer)).unwrap();
+            // Together more than four times what is kept, and two of them on the way to the deepest.
+            (0..4500).for_each(|number| fs::write(root.join(outer).join(format!("{number:04}{long}")), "").unwrap());
+            wanted += 4501;
+        }
+        write(&root, &Sums::default(), &table, FsVerity::Off).unwrap();
+        let found = checked(&root, &table);
+        assert_eq!((found.entries, found.damage), (wanted, Vec::new()));
+        let text = fs::read_to_string(&table).unwrap();
+        let names: Vec<_> = text.lines().map(|line| order(line.split('\t').next().unwrap())).collect();
+        assert!(names[..names.len() - 1].windows(2).all(|pair| pair[0] < pair[1]), "not in order, or twice");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! Whiteouts (image-spec layer.md) become those of overlayfs: a character device 0:0, and `trusted.overlay.opaque`. They
 //! hide what is in the layers below, never what this layer brings itself, in whatever order the two come.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead, Write};
@@ -24,9 +24,11 @@ use super::archive::{ArchiveError, ArchiveReader, Item, Kind, NAME_MAX_BYTES, Se
 use super::table::{Sum, Sums};
 use crate::config::DeviceNodes;
 use account::Account;
+use kept::{Directories, SET_ENTRY_BYTES};
 use nodes::{Below, MadeWay};
 
 mod account;
+mod kept;
 pub(super) mod nodes;
 mod over;
 
@@ -68,9 +70,7 @@ pub enum UnpackError {
     TooLarge { name: String, max: u64 },
     #[error("entry `{name}` of {size} bytes would take the disk's reserve")]
     DiskFull { name: String, size: u64 },
-    #[error(
-        "with entry `{name}` the names of the directories, whiteouts and devices left out take more than {max} bytes"
-    )]
+    #[error("with entry `{name}` the directories, whiteouts and devices left out take more than {max} bytes")]
     TooManyDirectories { name: String, max: usize },
 }
 
@@ -80,8 +80,9 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// Book-keeping of an old layered file system, in images made on it: nothing of the image.
 const RESERVED: &[u8] = b".wh..wh.";
 
-/// Names of directories and whiteouts kept until the end, for their times. Twenty thousand directories have about one MiB.
-const DIRECTORY_NAMES_MAX_BYTES: usize = 8 << 20;
+/// What is kept until the end: directories for their times, whiteouts, devices left out. Twenty thousand directories take half
+/// a MiB, and a pull has 24 MiB.
+const KEPT_MAX_BYTES: usize = 6 << 20;
 
 /// Unpacks the archive that `reader` gives. The reader is not read past the archive's end.
 pub fn unpack(
@@ -96,13 +97,13 @@ pub fn unpack(
         archive: ArchiveReader::new(reader),
         root,
         below,
-        directories: Vec::new(),
-        whiteouts: BTreeSet::new(),
-        opaques: BTreeSet::new(),
+        directories: Directories::default(),
+        whiteouts: Rc::default(),
+        opaques: Rc::default(),
         account: Account::new(bounds),
         device_nodes: bounds.device_nodes,
         left_out: BTreeSet::new(),
-        kept_name_bytes: 0,
+        set_bytes: 0,
         parent: None,
         hides_root: false,
         sums: Sums::default(),
@@ -120,15 +121,15 @@ struct Unpacker<'b, R> {
     below: &'b LayersBelow<'b>,
     account: Account<'b>,
     /// Their times are set last: every entry in them changes them.
-    directories: Vec<(PathBuf, (i64, u32))>,
+    directories: Directories,
     /// Made at the end, where they hide something: others would show, and so would the directories made for them.
-    whiteouts: BTreeSet<PathBuf>,
-    opaques: BTreeSet<PathBuf>,
+    whiteouts: Rc<BTreeSet<PathBuf>>,
+    opaques: Rc<BTreeSet<PathBuf>>,
     device_nodes: DeviceNodes,
     /// Device nodes that were not made, for the links to them.
     left_out: BTreeSet<PathBuf>,
-    /// Of all of these.
-    kept_name_bytes: usize,
+    /// What these three sets take.
+    set_bytes: usize,
     /// The directory of the entry before: most entries are in the same one.
     parent: Option<(PathBuf, Rc<OwnedFd>)>,
     /// An opaque whiteout in the root, which overlayfs knows no mark for.
@@ -202,45 +203,52 @@ impl<R: BufRead> Unpacker<'_, R> {
             Kind::HardLink => return self.hard_link(item, &path),
             Kind::File | Kind::Symlink | Kind::Directory | Kind::Fifo => {}
         }
-        let is_whiteout = path.file_name().is_some_and(|name| name.as_bytes().starts_with(WHITEOUT));
-        if item.kind == Kind::Directory || is_whiteout {
-            self.count_kept_name(&path, item)?;
-        }
         self.place(item, &path).map_err(|stop| stop.at(|| item.shown_name()))
     }
 
-    fn count_kept_name(&mut self, path: &Path, item: &Item) -> Result<(), UnpackError> {
-        self.kept_name_bytes += path.as_os_str().len() + size_of::<(PathBuf, (i64, u32))>();
-        if self.kept_name_bytes > DIRECTORY_NAMES_MAX_BYTES {
-            let name = item.shown_name();
-            return Err(UnpackError::TooManyDirectories { name, max: DIRECTORY_NAMES_MAX_BYTES });
+    /// For one of the sets.
+    fn keep(&mut self, path: &Path, item: &Item) -> Result<(), UnpackError> {
+        self.set_bytes += path.as_os_str().len() + SET_ENTRY_BYTES;
+        self.check_kept(item)
+    }
+
+    fn check_kept(&self, item: &Item) -> Result<(), UnpackError> {
+        if self.set_bytes + self.directories.bytes() > KEPT_MAX_BYTES {
+            return Err(UnpackError::TooManyDirectories { name: item.shown_name(), max: KEPT_MAX_BYTES });
         }
         Ok(())
     }
 
+    fn keep_directory(&mut self, path: &Path, item: &Item) -> Result<(), UnpackError> {
+        self.directories.push(path, (item.mtime_secs, item.mtime_nanos));
+        self.check_kept(item)
+    }
+
     fn leave_out(&mut self, path: PathBuf, item: &Item) -> Result<(), UnpackError> {
-        self.count_kept_name(&path, item)?;
+        self.keep(&path, item)?;
         self.left_out.insert(path);
         Ok(())
     }
 
     fn place(&mut self, item: &Item, path: &Path) -> Result<(), Stop> {
         let Some(file_name) = path.file_name() else {
-            self.directories.push((PathBuf::new(), (item.mtime_secs, item.mtime_nanos)));
+            self.keep_directory(Path::new(""), item)?;
             return Ok(nodes::directory_metadata(&nodes::reopen(&self.root)?, item)?);
         };
         if let Some(hidden) = file_name.as_bytes().strip_prefix(WHITEOUT).filter(|_| !is_reserved(file_name)) {
             if matches!(hidden, b"" | b"." | b"..") {
                 return Err(Errno::INVAL.into());
             }
-            self.whiteouts.insert(path.with_file_name(OsStr::from_bytes(hidden)));
+            self.keep(path, item)?;
+            Rc::make_mut(&mut self.whiteouts).insert(path.with_file_name(OsStr::from_bytes(hidden)));
             return Ok(());
         }
         if file_name.as_bytes() == OPAQUE {
             // Files beside it in this layer stay: the mark hides what is below only.
             match path.parent() {
                 Some(directory) if directory != Path::new("") => {
-                    self.opaques.insert(directory.to_owned());
+                    self.keep(path, item)?;
+                    Rc::make_mut(&mut self.opaques).insert(directory.to_owned());
                 }
                 _ => self.hides_root = true,
             }
@@ -257,7 +265,7 @@ impl<R: BufRead> Unpacker<'_, R> {
         match item.kind {
             Kind::Directory => {
                 nodes::directory(&parent, file_name, item)?;
-                self.directories.push((path.to_owned(), (item.mtime_secs, item.mtime_nanos)));
+                self.keep_directory(path, item)?;
             }
             Kind::Symlink => nodes::symlink(&parent, file_name, item)?,
             Kind::Fifo => {
@@ -383,17 +391,15 @@ impl<R: BufRead> Unpacker<'_, R> {
         let wrote =
             |name: &Path, errno: Errno| UnpackError::Write { name: name.display().to_string(), source: errno.into() };
         // Of a directory that comes twice the later word counts.
-        let mut times: BTreeMap<&Path, (i64, u32)> = BTreeMap::new();
-        times.extend(self.directories.iter().map(|(path, mtime)| (path.as_path(), *mtime)));
-        for (path, mtime) in &times {
+        for (path, mtime) in self.directories.iter() {
             // A later entry may have taken the directory's place: then there is nothing to set.
-            if let Ok(directory) = resolve::open_path_no_follow(self.root.as_fd(), &Path::new("/").join(path))
+            if let Ok(directory) = resolve::open_path_no_follow(self.root.as_fd(), &Path::new("/").join(&path))
                 && let Ok(directory) = nodes::reopen(&directory)
             {
-                nodes::set_times(&directory, *mtime).map_err(|errno| wrote(path, errno))?;
+                nodes::set_times(&directory, mtime).map_err(|errno| wrote(&path, errno))?;
             }
         }
-        Ok(self.sums)
+        Ok(self.sums.sorted())
     }
 }
 

@@ -137,11 +137,11 @@ impl<R: BufRead> Unpacker<'_, R> {
             return Ok(());
         }
         let below = Below((self.below)());
-        for path in self.opaques.clone() {
-            self.hide_directory(&below, &path).map_err(|stop| stop.at(|| shown(&path)))?;
+        for path in Rc::clone(&self.opaques).iter() {
+            self.hide_directory(&below, path).map_err(|stop| stop.at(|| shown(path)))?;
         }
-        for path in self.whiteouts.clone() {
-            self.hide_name(&below, &path).map_err(|stop| stop.at(|| shown(&path)))?;
+        for path in Rc::clone(&self.whiteouts).iter() {
+            self.hide_name(&below, path).map_err(|stop| stop.at(|| shown(path)))?;
         }
         Ok(())
     }
