@@ -23,6 +23,9 @@ pub const NAME_MAX_BYTES: u64 = 4096;
 /// Pax records of one entry: more than the largest extended attributes Linux keeps.
 pub const EXTENSION_MAX_BYTES: u64 = 1 << 20;
 
+/// All headers before an entry that speak of it, or of the whole archive: whatever they are, they come to an end.
+const DESCRIPTION_MAX_BYTES: u64 = 2 * EXTENSION_MAX_BYTES;
+
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     #[error("the archive cannot be read after entry `{after}`")]
@@ -53,6 +56,8 @@ pub struct Item {
     pub xattrs: Vec<(String, Vec<u8>)>,
     /// Where the stored bytes belong; `None`: it has no holes.
     pub segments: Option<Vec<Segment>>,
+    /// What the archive has besides its header and content: extended headers, maps of sparse files.
+    pub described_bytes: u64,
 }
 
 impl Item {
@@ -96,6 +101,10 @@ struct Extensions {
     name: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     pax: pax::Records,
+    /// How long all of them are.
+    bytes: u64,
+    /// There is one that wants an entry behind it.
+    is_announced: bool,
 }
 
 pub struct ArchiveReader<R> {
@@ -120,12 +129,24 @@ impl<R: Read> ArchiveReader<R> {
                 return Err(self.damaged("it ends in the middle of a file"));
             }
             // Some writers end with the last file's last byte.
-            if self.pass(self.padding)? > 0 {
-                return Ok(None);
-            }
+            let is_over = self.pass(self.padding)? > 0;
             (self.left, self.padding) = (0, 0);
-            let Some(header) = self.header()? else { return Ok(None) };
-            match header.entry_type() {
+            let header = if is_over { None } else { self.header()? };
+            let Some(header) = header else {
+                let cut = extensions.is_announced.then(|| self.damaged("it ends before the entry it speaks of"));
+                return cut.map_or(Ok(None), Err);
+            };
+            let kind = header.entry_type();
+            if is_extension(kind) {
+                extensions.bytes = extensions.bytes.saturating_add(BLOCK as u64).saturating_add(self.size(&header)?);
+                extensions.is_announced |= kind != EntryType::XGlobalHeader;
+                // A name has its own bound, and says so.
+                let is_name = matches!(kind, EntryType::GNULongName | EntryType::GNULongLink);
+                if !is_name && extensions.bytes > DESCRIPTION_MAX_BYTES {
+                    return Err(self.damaged("its extended headers are too large"));
+                }
+            }
+            match kind {
                 EntryType::GNULongName => extensions.name = Some(self.long_name(&header)?),
                 EntryType::GNULongLink => extensions.link = Some(self.long_name(&header)?),
                 EntryType::XHeader => {
@@ -192,6 +213,7 @@ impl<R: Read> ArchiveReader<R> {
             device: device.map_err(|_| self.damaged("a device number that is none"))?,
             xattrs: pax.xattrs,
             segments: None,
+            described_bytes: extensions.bytes,
         };
         let gnu_map = match header.entry_type() {
             EntryType::GNUSparse => Some(self.old_gnu_map(header)?),
@@ -205,6 +227,7 @@ impl<R: Read> ArchiveReader<R> {
             } else if in_body {
                 item.size = pax.sparse.real_size.ok_or_else(|| self.damaged("a sparse file without its size"))?;
                 item.segments = Some(self.map_in_body()?);
+                item.described_bytes += stored - self.left;
             }
             let fits = item.segments.as_ref().is_none_or(|segments| sparse::fits(segments, item.size, self.left));
             if !fits {
@@ -379,6 +402,12 @@ impl<R: Read + Seek> ArchiveReader<R> {
         self.left = 0;
         Ok(())
     }
+}
+
+/// Headers that only speak of what follows.
+fn is_extension(kind: EntryType) -> bool {
+    use EntryType::{GNULongLink, GNULongName, XGlobalHeader, XHeader};
+    matches!(kind, GNULongName | GNULongLink | XHeader | XGlobalHeader)
 }
 
 /// Headers older than ustar have none.

@@ -173,3 +173,6 @@ fn unpack_archive(
     }
     Ok(sums)
 }
+
+#[cfg(test)]
+mod tests;

@@ -426,4 +426,6 @@ fn inside(raw: &[u8]) -> Option<PathBuf> {
 #[cfg(test)]
 mod expansion;
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;

@@ -26,7 +26,9 @@ impl<'b> Account<'b> {
         self.count(&name)?;
         let attributes = item.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() as u64;
         let stored = stored_bytes(item).saturating_add(self.tree_bytes(item.size));
-        self.take(&name, item.size.saturating_add(attributes), stored.saturating_add(attributes + DISK_BLOCK))
+        // What is only said of it does not get to the disk, but it is decoded and read.
+        let bytes = item.size.saturating_add(attributes.max(item.described_bytes));
+        self.take(&name, bytes, stored.saturating_add(attributes + DISK_BLOCK))
     }
 
     /// One more that is made for an entry: a directory on the way to it, or a whiteout.
