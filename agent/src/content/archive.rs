@@ -125,6 +125,9 @@ impl<R: Read> ArchiveReader<R> {
     pub fn next_item(&mut self) -> Result<Option<Item>, ArchiveError> {
         let mut extensions = Extensions::default();
         loop {
+            if extensions.bytes > DESCRIPTION_MAX_BYTES {
+                return Err(self.damaged("its extended headers are too large"));
+            }
             if self.pass(self.left)? > 0 {
                 return Err(self.damaged("it ends in the middle of a file"));
             }
@@ -140,11 +143,6 @@ impl<R: Read> ArchiveReader<R> {
             if is_extension(kind) {
                 extensions.bytes = extensions.bytes.saturating_add(BLOCK as u64).saturating_add(self.size(&header)?);
                 extensions.is_announced |= kind != EntryType::XGlobalHeader;
-                // A name has its own bound, and says so.
-                let is_name = matches!(kind, EntryType::GNULongName | EntryType::GNULongLink);
-                if !is_name && extensions.bytes > DESCRIPTION_MAX_BYTES {
-                    return Err(self.damaged("its extended headers are too large"));
-                }
             }
             match kind {
                 EntryType::GNULongName => extensions.name = Some(self.long_name(&header)?),

@@ -18,12 +18,6 @@ pub struct Blob {
     pub packing: &'static str,
 }
 
-impl Blob {
-    pub fn plain(archive: Vec<u8>) -> Self {
-        Self { diff_id: Digest::of(&archive), bytes: archive, packing: "" }
-    }
-}
-
 /// All documents of an image, by digest, and the one of its manifest.
 pub struct Made {
     pub documents: BTreeMap<Digest, Vec<u8>>,

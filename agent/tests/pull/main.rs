@@ -19,6 +19,7 @@ mod same_tree;
 mod shelf;
 mod small_disk;
 mod ways;
+mod wrong_diff_id;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -217,6 +217,7 @@ fn headers_that_speak_of_no_file_do_not_go_on_for_ever() {
     for (bytes, compression) in [
         (zstd_of_zeros_behind(&[first, global.as_bytes()].concat(), 10 * GIB / (128 << 10)), Compression::Zstd),
         (endless(&comment), Compression::None),
+        (endless(&long_name), Compression::None),
     ] {
         let (result, unread) = Ground::new().unpack(&bytes, &expected(&bytes, Digest::of(b""), compression));
         let error = result.unwrap_err();
@@ -225,8 +226,4 @@ fn headers_that_speak_of_no_file_do_not_go_on_for_ever() {
         // What is wrong with it may be that it is not the layer: the rest is read for its digest, and not decoded.
         assert_eq!(unread, 0);
     }
-    // Names replace each other; they are bounded in number all the same.
-    let bytes = [endless(&long_name), endless(&comment)].concat();
-    let (result, _) = Ground::new().unpack(&bytes, &expected(&bytes, Digest::of(b""), Compression::None));
-    assert!(matches!(result, Err(LayerError::Unpack(UnpackError::Archive(_)))));
 }
