@@ -150,9 +150,8 @@ fn of_a_name_that_comes_twice_the_later_entry_counts_whatever_both_are() {
     }
 }
 
-/// A small archive with every kind of entry and of header, and where it may end: at an entry's last byte, and in what fills
-/// up its last block.
-fn every_kind() -> (Vec<u8>, Vec<std::ops::RangeInclusive<usize>>) {
+/// Small archives, each of one kind of entry and its headers, and how much of their last block is only filled up.
+fn every_kind() -> Vec<(Vec<u8>, usize)> {
     let mut sparse = header(GNUSparse, 4);
     let gnu = sparse.as_gnu_mut().unwrap();
     gnu.set_real_size(9000);
@@ -175,12 +174,11 @@ fn every_kind() -> (Vec<u8>, Vec<std::ops::RangeInclusive<usize>>) {
         let bytes = archive.into_inner().unwrap();
         bytes[..bytes.len() - 2 * BLOCK].to_vec()
     };
-    // Each with how much of its last block is filled.
-    let parts = [
+    vec![
         (named(Directory, "dir/", "", b""), 0),
         (named(Regular, "dir/file", "", b"content"), BLOCK - 7),
         (named(Symlink, "link", "dir/file", b""), 0),
-        (named(Link, "again", "dir/file", b""), 0),
+        (named(Link, "again", "there", b""), 0),
         (named(Fifo, "pipe", "", b""), 0),
         ([block_of(GNULongName, b"long-name\0"), named(Regular, "short", "", b"x")].concat(), BLOCK - 1),
         ([block_of(GNULongLink, b"dir\0"), named(Symlink, "to", "short", b"")].concat(), 0),
@@ -188,36 +186,42 @@ fn every_kind() -> (Vec<u8>, Vec<std::ops::RangeInclusive<usize>>) {
         (named(Regular, "dir/.wh.gone", "", b""), 0),
         (sparse, BLOCK - 4),
         ([block_of(XHeader, &map), named(Regular, "sparse-2", "", &map_body)].concat(), BLOCK - 4),
-    ];
-    let (mut archive, mut ends) = (Vec::new(), Vec::new());
-    for (bytes, padding) in parts {
-        archive.extend(bytes);
-        ends.push(archive.len() - padding..=archive.len());
-    }
-    // One block of zeros will do, or both.
-    for _ in 0..2 {
-        archive.extend([0; BLOCK]);
-        ends.push(archive.len()..=archive.len());
-    }
-    (archive, ends)
+    ]
 }
 
 #[test]
-fn cut_at_any_byte_it_is_refused_unless_that_is_the_end_of_an_entry() {
-    let (archive, ends) = every_kind();
-    let ground = Ground::new();
-    for end in 0..=archive.len() {
+fn cut_at_any_byte_of_any_kind_of_entry_an_archive_is_refused() {
+    let (ground, mut all) = (Ground::new(), Vec::new());
+    let empty = || {
         crate::content::remove::path(&ground.layer).unwrap();
         std::fs::create_dir(&ground.layer).unwrap();
-        let result = ground.unpack(&archive[..end]);
-        let may_end = end == 0 || ends.iter().any(|range| range.contains(&end));
-        match result {
-            Ok(()) => assert!(may_end, "cut at {end} of {} it is taken for whole", archive.len()),
-            Err(error) => assert!(!may_end && matches!(error, UnpackError::Archive(_)), "cut at {end}: {error}"),
+        // What a link may lead to.
+        std::fs::write(ground.layer.join("there"), "there").unwrap();
+    };
+    empty();
+    for (number, (archive, padding)) in every_kind().into_iter().enumerate() {
+        for end in 1..=archive.len() {
+            let result = ground.unpack(&archive[..end]);
+            let is_whole = end >= archive.len() - padding;
+            match &result {
+                Ok(()) => assert!(is_whole, "the {number}th, cut at {end} of {}, is taken for whole", archive.len()),
+                Err(UnpackError::Archive(_)) => assert!(!is_whole, "the {number}th, cut at {end}: {result:?}"),
+                Err(error) => panic!("the {number}th, cut at {end}: {error}"),
+            }
+            if std::fs::read_dir(&ground.layer).unwrap().count() > 1 {
+                empty();
+            }
         }
+        all.extend(archive);
     }
-    let names = std::fs::read_dir(&ground.layer).unwrap().count();
-    assert_eq!(names, 9, "the whole of it is there at last");
+    // All of them, and in the blocks that end them.
+    for end in [0, 1, 511, 512, 513, 1023, 1024] {
+        empty();
+        let result = ground.unpack(&[all.as_slice(), &vec![0; end]].concat());
+        assert_eq!(result.is_ok(), end % BLOCK == 0, "{end}: {result:?}");
+        let names = std::fs::read_dir(&ground.layer).unwrap().count();
+        assert_eq!(names, 10, "all was there before the end");
+    }
 }
 
 #[test]
