@@ -7,6 +7,7 @@ mod broken_registry;
 mod claims;
 mod cuts;
 mod device_nodes;
+mod full_disk;
 mod image_policy;
 mod kinds;
 mod load;

@@ -25,7 +25,7 @@ fn slow_ms() -> u64 {
     NOW.fetch_add(10_000, Ordering::Relaxed)
 }
 
-const SLOW: Clock = Clock { boot_ms: slow_ms, unix_secs: || 0 };
+pub(super) const SLOW: Clock = Clock { boot_ms: slow_ms, unix_secs: || 0 };
 
 impl Device {
     /// As another process, after a restart or a boot, finds it.
@@ -34,13 +34,13 @@ impl Device {
         self
     }
 
-    fn with_traffic(mut self, limits: Limits, clock: Clock) -> Self {
+    pub(super) fn with_traffic(mut self, limits: Limits, clock: Clock) -> Self {
         let file = Places::new(Some(&self.ctx.data), None).content().join("traffic");
         self.ctx.traffic = Arc::new(Traffic::new(limits, clock, file));
         self
     }
 
-    fn partial_bytes(&self) -> u64 {
+    pub(super) fn partial_bytes(&self) -> u64 {
         self.ctx.content.partials().unwrap().iter().map(|partial| partial.bytes).sum()
     }
 }
@@ -50,7 +50,7 @@ fn whole(request: &Request) -> Request {
 }
 
 /// A registry whose link breaks after so much of the large layer, and then is gone; until it is told to be well.
-fn breaking(good: &Good, after: usize) -> (FaultServer, Arc<AtomicU64>) {
+pub(super) fn breaking(good: &Good, after: usize) -> (FaultServer, Arc<AtomicU64>) {
     let (good, is_well) = (good.clone(), Arc::new(AtomicU64::new(0)));
     let well = Arc::clone(&is_well);
     let server = FaultServer::start(move |request| {

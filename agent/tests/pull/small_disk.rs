@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use edged::config::FsVerity;
 use edged::content::build::{BuildSpec, build_layout};
 use edged::content::reading::FromTheDisk;
-use edged::execute::pull::{self, ReadyImage};
+use edged::execute::pull::{self, PullFailure, ReadyImage};
 use edged::registry::platform::architecture;
 use edged_model::quantity::Bytes;
 use edged_model::reason::Code;
@@ -16,10 +16,10 @@ use edged_model::reason::Code;
 use super::support::tmpfs;
 use super::{Device, sample};
 
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
 /// A device whose data lie on a disk of their own.
-fn on_disk(options: &str) -> Device {
+pub(super) fn on_disk(options: &str) -> Device {
     tmpfs::own_mounts();
     let mut device = Device::new([]).trusting_digests();
     tmpfs::mount_at(&device.ctx.data, options);
@@ -29,7 +29,7 @@ fn on_disk(options: &str) -> Device {
 }
 
 /// Two layers with a bit of everything that takes room on a disk.
-fn build(dir: &Path, text: &str) -> String {
+pub(super) fn build(dir: &Path, text: &str) -> String {
     let (lower, upper) = (dir.join(text).join("lower"), dir.join(text).join("upper"));
     for (layer, root) in [&lower, &upper].into_iter().enumerate() {
         fs::create_dir_all(root.join("etc/deep")).unwrap();
@@ -52,7 +52,7 @@ fn build(dir: &Path, text: &str) -> String {
 }
 
 /// Every file and its bytes.
-fn files(root: &Path) -> BTreeSet<(PathBuf, Vec<u8>)> {
+pub(super) fn files(root: &Path) -> BTreeSet<(PathBuf, Vec<u8>)> {
     let mut all = BTreeSet::new();
     for entry in fs::read_dir(root).unwrap() {
         let path = entry.unwrap().path();
@@ -66,7 +66,7 @@ fn files(root: &Path) -> BTreeSet<(PathBuf, Vec<u8>)> {
 }
 
 /// Takes away what a pull that failed may leave: whole layers and documents, which the next one need not fetch again.
-fn forget_whole_parts(device: &Device, before: &BTreeSet<(PathBuf, Vec<u8>)>) {
+pub(super) fn forget_whole_parts(device: &Device, before: &BTreeSet<(PathBuf, Vec<u8>)>) {
     let content = &device.ctx.content;
     for layer in content.layers().unwrap() {
         let found = content.check_layer(layer.digest, &mut FromTheDisk).unwrap().expect("a table");
@@ -83,18 +83,18 @@ fn forget_whole_parts(device: &Device, before: &BTreeSet<(PathBuf, Vec<u8>)>) {
     }
 }
 
-/// Pulls `next` onto disks from hardly larger than full to large enough, and looks at what every failure leaves.
-fn survives_every_full_write(
+/// Fetches onto disks from hardly larger than full to large enough, and looks at what every failure leaves.
+pub(super) fn survives_every_full_write(
     device: &Device,
     disk: &Path,
     first: &ReadyImage,
-    next: &str,
+    fetch: &dyn Fn() -> Result<ReadyImage, PullFailure>,
     options: &dyn Fn(u64) -> String,
 ) {
     let before = files(disk);
     for failures in 0..500 {
         tmpfs::resize(disk, &options(failures));
-        let failure = match device.pull(next) {
+        let failure = match fetch() {
             Ok(ready) => {
                 assert!(failures > 20, "{failures}");
                 return assert!(device.layer(&ready, 1).join("etc/text").exists());
@@ -112,7 +112,7 @@ fn survives_every_full_write(
 }
 
 /// Blocks or inodes that are in use.
-fn used(disk: &Path) -> (u64, u64) {
+pub(super) fn used(disk: &Path) -> (u64, u64) {
     let stat = rustix::fs::statvfs(disk).unwrap();
     ((stat.f_blocks - stat.f_bfree) * stat.f_frsize, stat.f_files - stat.f_ffree)
 }
@@ -126,7 +126,9 @@ fn a_write_that_fails_on_a_full_disk_leaves_everything_as_it_was_whichever_it_is
     // What is free is asked of another disk: this one is full by surprise.
     let disk = std::mem::replace(&mut device.ctx.data, dir.path().to_owned());
     let bytes = used(&disk).0;
-    survives_every_full_write(&device, &disk, &first, &next, &|more| format!("size={}", bytes + more * PAGE));
+    survives_every_full_write(&device, &disk, &first, &|| device.pull(&next), &|more| {
+        format!("size={}", bytes + more * PAGE)
+    });
 }
 
 #[test]
@@ -137,7 +139,9 @@ fn a_disk_without_inodes_leaves_everything_as_it_was_too() {
     let next = build(dir.path(), "next");
     let disk = device.ctx.data.clone();
     let inodes = used(&disk).1;
-    survives_every_full_write(&device, &disk, &first, &next, &|more| format!("nr_inodes={}", inodes + more));
+    survives_every_full_write(&device, &disk, &first, &|| device.pull(&next), &|more| {
+        format!("nr_inodes={}", inodes + more)
+    });
 }
 
 #[test]
