@@ -102,6 +102,44 @@ fn names_of_64_kilobytes_are_refused_whichever_way_they_are_written_and_what_cam
 }
 
 #[test]
+fn what_commands_overlayfs_is_never_kept_of_an_archive_nor_copied_from_a_layer_below() {
+    let commands = ["trusted.overlay.opaque", "trusted.overlay.redirect", "trusted.overlay.metacopy", "trusted.other"];
+    let records: Vec<u8> = commands
+        .iter()
+        .chain(&["security.selinux", "system.posix_acl_access"])
+        .flat_map(|name| pax_record(&format!("SCHILY.xattr.{name}"), b"y"))
+        .chain(pax_record("SCHILY.xattr.user.kept", b"y"))
+        .collect();
+    let mut archive = Vec::new();
+    for entry in [(Directory, "dir/"), (Regular, "dir/file")] {
+        archive.extend(block_of(XHeader, &records));
+        archive.extend_from_slice(&entries(&[(entry.0, entry.1, "", b"")])[..BLOCK]);
+    }
+    let (ground, below) = (Ground::new(), Ground::new());
+    ground.unpack(&archive).unwrap();
+    let names = |path: &Path| -> Vec<_> {
+        let file = File::open(path).unwrap();
+        nodes::attributes(&file, |_| true).unwrap().into_iter().map(|name| name.into_string().unwrap()).collect()
+    };
+    for path in ["dir", "dir/file"] {
+        assert_eq!(names(&ground.layer.join(path)), ["user.kept"], "{path}");
+    }
+    // A layer below may have them: overlayfs' own marks, made by whiteouts.
+    std::fs::create_dir(below.layer.join("dir")).unwrap();
+    std::fs::write(below.layer.join("dir/file"), "x").unwrap();
+    for (path, name) in ["dir", "dir/file"].into_iter().flat_map(|path| commands.map(|name| (path, name))) {
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(below.layer.join(path), name, b"y", flags).unwrap();
+    }
+    let above = Ground::new();
+    let copied = entries(&[(Link, "dir/copy", "dir/file", b"")]);
+    above.unpack_over(&copied, std::slice::from_ref(&below.layer)).unwrap();
+    for path in ["dir", "dir/copy"] {
+        assert_eq!(names(&above.layer.join(path)), [""; 0], "{path}");
+    }
+}
+
+#[test]
 fn of_a_name_that_comes_twice_the_later_entry_counts_whatever_both_are() {
     let kinds = [
         (Regular, "", &b"first"[..]),
