@@ -3,7 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use edged::execute::pull::load::{self, Wish as LoadWish};
 use edged::execute::pull::{self, PullFailure, ReadyImage};
@@ -19,8 +21,17 @@ use super::small_disk::{PAGE, build, files, forget_whole_parts, on_disk, survive
 use super::support::tmpfs;
 
 /// What free room is asked of another disk: this one is full by surprise.
-fn by_surprise(device: &mut Device, dir: &std::path::Path) -> std::path::PathBuf {
+fn by_surprise(device: &mut Device, dir: &Path) -> PathBuf {
     std::mem::replace(&mut device.ctx.data, dir.to_owned())
+}
+
+/// A file that is gone takes its blocks as long as somebody has it open: a program that another test is just starting, too.
+fn until_used(disk: &Path, bytes: u64) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while used(disk).0 != bytes {
+        assert!(Instant::now() < deadline, "{} bytes are in use, not {bytes}", used(disk).0);
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -60,10 +71,10 @@ fn a_pull_that_goes_on_with_what_it_kept_and_finds_the_disk_full_leaves_everythi
     let kept = fs::read(&kept_at).unwrap();
     let but_kept = || files(&disk).into_iter().filter(|(path, _)| *path != kept_at).collect::<BTreeSet<_>>();
     let (before, bytes) = (but_kept(), used(&disk).0);
-    let mut failures = 0;
-    for more in (0..1000).step_by(3) {
+    for (failures, more) in (0..1000).step_by(3).enumerate() {
         tmpfs::resize(&disk, "size=16m");
         fs::write(&kept_at, &kept).unwrap();
+        until_used(&disk, bytes);
         tmpfs::resize(&disk, &format!("size={}", bytes + more * PAGE));
         let failure = match device.pull(&name) {
             Ok(ready) => {
@@ -73,7 +84,6 @@ fn a_pull_that_goes_on_with_what_it_kept_and_finds_the_disk_full_leaves_everythi
             }
             Err(failure) => failure,
         };
-        failures += 1;
         assert_eq!((failure.reason.code, failure.permanent), (Code::DiskFull, false), "{failure:?}");
         assert!(pull::is_whole(&device.ctx.content, &first));
         if let Ok(now) = fs::read(&kept_at) {
