@@ -240,6 +240,8 @@ pub struct Images {
     pub parallel: u32,
     /// How long an image that no generation needs stays, while there is room.
     pub keep_unused: Span,
+    /// What all images together may take while there is one that no generation needs. Default: what the disk has.
+    pub budget: Option<Bytes>,
     /// After an unclean stop the layers about to be used are checked; contents are read for so long at most.
     pub check_time: Span,
     pub fs_verity: FsVerity,
@@ -264,6 +266,7 @@ impl Default for Images {
             layer_entries_max: 500_000,
             parallel: 3,
             keep_unused: Span::from_secs(86_400),
+            budget: None,
             check_time: Span::from_secs(30),
             fs_verity: FsVerity::Auto,
             scrub: Scrub::Every(Span::from_secs(30 * 86_400)),

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::difference::Difference;
+use crate::disk::{DiskUse, Pruned};
 use crate::generation::GenerationState;
 use crate::id::{DeviceId, Digest, Sequence, WorkloadName};
 use crate::images::{CheckedLayer, ImageInfo, LoadedImage, VolumeInfo};
@@ -211,54 +212,6 @@ pub struct VersionInfo {
     pub agent: String,
     pub keeper: String,
     pub arch: String,
-}
-
-/// What takes the disk, by what it is for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct DiskUse {
-    pub total: Bytes,
-    pub free: Bytes,
-    /// What no pull may take.
-    pub reserve: Bytes,
-    /// Of the layers, what the kernel checks whenever it is read (fs-verity); nothing where it checks none.
-    #[serde(default)]
-    pub protected: Option<Bytes>,
-    #[serde(default)]
-    pub scrub: ScrubStatus,
-    pub parts: Vec<DiskPart>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct DiskPart {
-    /// `layers`, `documents`, `workloads`, `volumes`, `logs`, `state`.
-    pub what: String,
-    pub count: u64,
-    pub size: Bytes,
-    /// Of that, what `prune` would give back.
-    pub reclaimable: Bytes,
-}
-
-/// What a collection took away, or would.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Pruned {
-    pub dry_run: bool,
-    pub items: Vec<PrunedItem>,
-    pub size: Bytes,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PrunedItem {
-    /// `layer` or `document`.
-    pub kind: String,
-    pub digest: Digest,
-    pub size: Bytes,
-    /// The image that brought it, if it is still known.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub image: Option<String>,
 }
 
 /// All that `edgectl status` and `edgectl ps` print.

@@ -66,6 +66,8 @@ pub mod fleet;
 /// `edgectl` to agent.
 pub mod api;
 
+/// What takes the disk and what keeps it there, for `edgectl`.
+pub mod disk;
 /// Images and volumes on the disk, for `edgectl`.
 pub mod images;
 /// Layers read slowly, again and again.

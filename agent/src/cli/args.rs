@@ -106,8 +106,11 @@ pub enum Verb {
         #[arg(short, long, default_value = "table")]
         output: Output,
     },
-    /// What takes the disk
+    /// What takes the disk, and what keeps it there
     Df {
+        /// Each layer, copy and document of an image, and why it stays or goes
+        #[arg(short, long)]
+        verbose: bool,
         #[arg(short, long, default_value = "table")]
         output: Output,
     },
@@ -178,7 +181,11 @@ pub enum Verb {
 impl Verb {
     /// How its answers are shown.
     pub fn show(&self) -> Show {
-        Show { output: self.output(), only_workloads: matches!(self, Self::Ps { .. }) }
+        Show {
+            output: self.output(),
+            only_workloads: matches!(self, Self::Ps { .. }),
+            verbose: matches!(self, Self::Df { verbose: true, .. }),
+        }
     }
 
     fn output(&self) -> Output {
@@ -189,7 +196,7 @@ impl Verb {
             | Self::Logs { output, .. }
             | Self::Events { output, .. }
             | Self::Generations { output }
-            | Self::Df { output }
+            | Self::Df { output, .. }
             | Self::Images { output }
             | Self::Volumes { output }
             | Self::Image(ImageCommand::Load(Load { output, .. }) | ImageCommand::Check { output, .. })

@@ -135,6 +135,8 @@ pub struct Show {
     pub output: Output,
     /// `ps` shows of a status the workloads alone.
     pub only_workloads: bool,
+    /// `df -v`: what does not fit on a screen too.
+    pub verbose: bool,
 }
 
 /// One answer as text. Pure.
@@ -142,6 +144,7 @@ pub fn render(answer: &Answer, show: Show, style: table::Style) -> String {
     match (show.output, answer) {
         (_, Answer::End | Answer::Progress { .. }) => String::new(),
         (Output::Table, Answer::Status(status)) if show.only_workloads => table::workloads(status, style),
+        (Output::Table, Answer::Df(used)) => table::disk::used(used, show.verbose),
         (Output::Table, _) | (_, Answer::Error(_)) => table::answer(answer, style),
         // What comes bit by bit is a line each, so that a program need not wait for the end of a list.
         (Output::Json, Answer::Log(_) | Answer::Event(_)) => {

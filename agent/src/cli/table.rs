@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 /// What takes the disk.
-mod disk;
+pub(super) mod disk;
 /// Images and volumes.
 mod images;
 
@@ -58,7 +58,7 @@ pub fn answer(answer: &Answer, style: Style) -> String {
         Answer::Inspect(inspect) => self::inspect(inspect, style),
         Answer::Log(line) => log(line, style),
         Answer::Event(event) => self::event(event),
-        Answer::Df(used) => disk::used(used),
+        Answer::Df(used) => disk::used(used, false),
         Answer::Pruned(pruned) => disk::pruned(pruned),
         Answer::Images(list) => images::images(list),
         Answer::Volumes(list) => images::volumes(list),

@@ -152,7 +152,8 @@ impl Content {
     pub fn copies(&self) -> Result<Vec<LayerCopy>, ContentError> {
         let mut list = Vec::new();
         for first in self.copy_ranges() {
-            let items = usage::items(&self.copies_of(first), usage::tree_bytes)?;
+            let bytes = |copy: &Path| usage::tree_bytes(copy) + usage::file_bytes(&copy.with_extension("table"));
+            let items = usage::items(&self.copies_of(first), bytes)?;
             list.extend(items.into_iter().map(|item| LayerCopy { first, item }));
         }
         Ok(list)

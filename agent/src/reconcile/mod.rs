@@ -59,7 +59,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use edged_model::action::Plan;
-use edged_model::api::{Answer, Event as StoryEvent, Pruned};
+use edged_model::api::{Answer, Event as StoryEvent};
+use edged_model::disk::Pruned;
 use edged_model::generation::Generation;
 use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
 use edged_model::keeper::ChildExit;

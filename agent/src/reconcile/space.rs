@@ -4,30 +4,36 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use edged_model::api::{Answer, DiskPart, DiskUse, Pruned};
-use edged_model::generation::GenerationState;
+use edged_model::api::{Answer, GenerationRole};
+use edged_model::disk::{DiskUse, ItemFate, NeededBy, Pruned};
+use edged_model::generation::{Generation, GenerationState};
 use edged_model::id::{Sequence, WorkloadName};
 use edged_model::observed::InstanceState;
 use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 use edged_model::scrub::ScrubStatus;
 use edged_model::spec::Spec;
-use edged_plan::garbage::needed_images;
+use edged_plan::garbage::{Room, Rules};
 use tokio::sync::mpsc;
 
 use super::{Agent, Message, answer};
 use crate::config::Places;
 use crate::content::Content;
-use crate::content::usage::tree_bytes;
 use crate::execute::pull::room::Ticket;
-use crate::execute::reclaim::{self, LAYER_COPY, Wish};
+use crate::execute::reclaim::{self, Former, Needed, Wish};
 use crate::execute::start::StartContext;
 use crate::execute::{copies, place};
 use crate::observe::disk;
 use crate::runtime::mapped::Layers;
 use crate::store::inline_chain;
+use parts::Holdings;
+
+/// Whose each file is.
+mod parts;
 
 const EVERY_MS: u64 = 3_600_000;
+/// What is made room for beyond what a pull lacks: file systems take some for themselves.
+const ROOM_BESIDE: u64 = 1 << 20;
 
 /// When it was collected, and for which generation.
 #[derive(Debug, Default)]
@@ -35,11 +41,11 @@ pub struct Collected {
     pub under_way: bool,
     at_boot_ms: Option<u64>,
     generation: Option<Sequence>,
-    /// A pull found no room: age saves nothing next time.
+    /// A pull found no room: next time age saves nothing that has to go for it.
     pub room_is_short: bool,
     /// The one under way lets age save nothing.
     makes_room: bool,
-    /// Images that found no room, and whether some was made since.
+    /// Images that found no room, and whether all there was to be had was made since.
     pub no_room: BTreeMap<String, bool>,
 }
 
@@ -67,7 +73,7 @@ impl Agent {
         if !is_due || !self.is_settled() {
             return;
         }
-        let wish = self.wish(self.collected.room_is_short, false);
+        let wish = self.wish(self.room(), false);
         self.collected = super::space::Collected {
             under_way: true,
             at_boot_ms: Some(now),
@@ -83,17 +89,73 @@ impl Agent {
         });
     }
 
-    fn wish(&self, room_is_short: bool, dry_run: bool) -> Wish {
+    fn room(&self) -> Room {
+        match (self.collected.room_is_short, self.pull_context.promises.take_lacking()) {
+            (false, _) => Room::Enough,
+            // A write found no room, or an archive was larger than it said.
+            (true, 0) => Room::Short,
+            (true, bytes) => Room::ShortBy(bytes.saturating_add(bytes / 16).saturating_add(ROOM_BESIDE)),
+        }
+    }
+
+    fn wish(&self, room: Room, dry_run: bool) -> Wish {
         Wish {
             images: self.images.clone(),
-            needed: needed_images(&self.world.desired).into_iter().map(str::to_owned).collect(),
+            needed: self.needed_images(),
+            former: self.former_images(),
             copies: self.needed_copies(),
             workloads: self.workloads_known(),
-            now: self.now().wall,
-            keep_unused_secs: self.config.images.keep_unused.ms / 1000,
-            room_is_short,
+            rules: Rules {
+                now: self.now().wall,
+                keep_unused_secs: self.config.images.keep_unused.ms / 1000,
+                budget: self.config.images.budget.map(|budget| budget.0),
+                room,
+            },
             dry_run,
         }
+    }
+
+    /// Those that are still to come back to, with what they are.
+    fn needed_generations(&self) -> impl Iterator<Item = (GenerationRole, &Generation)> {
+        let pointers = self.world.desired.pointers;
+        let mut roles: BTreeMap<Sequence, GenerationRole> = BTreeMap::new();
+        let all = [
+            (pointers.active, GenerationRole::Active),
+            (pointers.last_good, GenerationRole::LastGood),
+            (pointers.candidate, GenerationRole::Candidate),
+        ];
+        for (sequence, role) in all {
+            if let Some(sequence) = sequence {
+                roles.entry(sequence).or_insert(role);
+            }
+        }
+        let generations = &self.world.desired.generations;
+        roles.into_iter().filter_map(|(sequence, role)| Some((role, generations.get(&sequence)?)))
+    }
+
+    fn needed_images(&self) -> Needed {
+        let mut needed = Needed::new();
+        for (role, generation) in self.needed_generations() {
+            for (name, workload) in &generation.manifest.workloads {
+                note(&mut needed, &workload.image, generation.sequence, role, name);
+            }
+        }
+        needed
+    }
+
+    /// When those ended that are remembered and are not come back to any more, by the images that they named.
+    fn former_images(&self) -> BTreeMap<String, Former> {
+        let desired = &self.world.desired;
+        let needed: BTreeSet<Sequence> = desired.pointers.needed().collect();
+        let mut former: BTreeMap<String, Former> = BTreeMap::new();
+        for generation in desired.generations.values().filter(|generation| !needed.contains(&generation.sequence)) {
+            let this = Former { generation: generation.sequence, until: generation.since };
+            for workload in generation.manifest.workloads.values() {
+                let last = former.entry(workload.image.clone()).or_insert(this);
+                *last = if last.until <= this.until { this } else { *last };
+            }
+        }
+        former
     }
 
     /// All that generations need, or that are here.
@@ -116,16 +178,19 @@ impl Agent {
     }
 
     /// Where layers are not copied any more, what is left was started when they were.
-    fn needed_copies(&self) -> BTreeMap<u32, BTreeSet<String>> {
+    fn needed_copies(&self) -> BTreeMap<u32, Needed> {
         let context = &self.start_context;
         let is_mapped = context.layer_way.known() == Some(Layers::Mapped);
-        let mut needed: BTreeMap<u32, BTreeSet<String>> = BTreeMap::new();
-        for (name, workload) in self.needed_workloads() {
-            let Some(ids) = context.user_ids.known(name) else { continue };
-            let root = copies::root_name(workload, Some(ids));
-            let runs_on_one = || place::root_paths(&context.places, name, root).upper.exists();
-            if copies::has_own_ids(context, workload) && !is_mapped || runs_on_one() {
-                needed.entry(ids.outside).or_default().insert(workload.image.clone());
+        let mut needed: BTreeMap<u32, Needed> = BTreeMap::new();
+        for (role, generation) in self.needed_generations() {
+            for (name, workload) in &generation.manifest.workloads {
+                let Some(ids) = context.user_ids.known(name) else { continue };
+                let root = copies::root_name(workload, Some(ids));
+                let runs_on_one = || place::root_paths(&context.places, name, root).upper.exists();
+                if copies::has_own_ids(context, workload) && !is_mapped || runs_on_one() {
+                    let images = needed.entry(ids.outside).or_default();
+                    note(images, &workload.image, generation.sequence, role, name);
+                }
             }
         }
         needed
@@ -162,7 +227,7 @@ impl Agent {
         }
         self.collected.under_way |= !dry_run;
         self.collected.makes_room |= !dry_run;
-        let wish = self.wish(true, dry_run);
+        let wish = self.wish(Room::Asked, dry_run);
         let (start_context, inbox) = (self.start_context.clone(), self.inbox.clone());
         tokio::task::spawn_blocking(move || {
             let result = collect(&start_context, &wish);
@@ -191,7 +256,7 @@ impl Agent {
         }
         if !result.as_ref().is_ok_and(|(pruned, _)| pruned.dry_run) {
             self.collected.under_way = false;
-            if self.collected.makes_room && result.is_ok() {
+            if self.collected.makes_room && result.as_ref().is_ok_and(|(pruned, _)| is_all(pruned)) {
                 self.collected.no_room.values_mut().for_each(|made| *made = true);
             }
         }
@@ -211,7 +276,10 @@ impl Agent {
             self.warn_if_busy(written);
         }
         match (reply, result, why) {
-            (Some(reply), Ok((pruned, _)), _) => answer::one(&reply, Answer::Pruned(pruned)),
+            (Some(reply), Ok((pruned, _)), _) => {
+                let stays = if pruned.dry_run { pruned.stays } else { Vec::new() };
+                answer::one(&reply, Answer::Pruned(Pruned { stays, ..pruned }));
+            }
             (Some(reply), Err(_), Some(why)) => answer::error(&reply, why),
             _ => {}
         }
@@ -219,14 +287,28 @@ impl Agent {
 
     /// An operator's `df`: looks at every file, on a thread of its own.
     pub(super) fn df(&self, answers: mpsc::Sender<Answer>) {
-        let wish = self.wish(true, true);
+        let wish = self.wish(Room::Enough, true);
         let (places, content) = (self.start_context.places.clone(), self.start_context.content.clone());
         let (reserve, scrub) = (self.config.limits.disk_reserve, self.scrub_status());
-        tokio::task::spawn_blocking(move || match use_of(&places, &content, &wish, reserve) {
-            Ok(used) => answer::one(&answers, Answer::Df(DiskUse { scrub, ..used })),
+        let trust_root = self.config.device.trust_root.clone();
+        tokio::task::spawn_blocking(move || match use_of(&places, &content, &wish, trust_root) {
+            Ok(used) => answer::one(&answers, Answer::Df(DiskUse { reserve, scrub, ..used })),
             Err(error) => answer::error(&answers, Reason::new(Code::DiskFull, inline_chain(&error))),
         });
     }
+}
+
+fn note(needed: &mut Needed, image: &str, generation: Sequence, role: GenerationRole, workload: &WorkloadName) {
+    let by = needed.entry(image.to_owned()).or_default();
+    match by.iter_mut().find(|by| by.generation == generation) {
+        Some(by) => by.workloads.push(workload.clone()),
+        None => by.push(NeededBy { generation, role, workloads: vec![workload.clone()] }),
+    }
+}
+
+/// Whether a collection left nothing that could go for room.
+fn is_all(pruned: &Pruned) -> bool {
+    pruned.stays.iter().all(|item| matches!(item.fate, Some(ItemFate::Needed { .. })))
 }
 
 fn collect(context: &StartContext, wish: &Wish) -> Result<(Pruned, Vec<String>), String> {
@@ -250,42 +332,29 @@ fn use_of(
     places: &Places,
     content: &Content,
     wish: &Wish,
-    reserve: Bytes,
+    trust_root: Option<PathBuf>,
 ) -> Result<DiskUse, crate::content::ContentError> {
-    let (pruned, _) = reclaim::collect(content, wish)?;
+    let items = reclaim::survey(content, wish)?;
+    let is_kept = |fate: &ItemFate| matches!(fate, ItemFate::Needed { .. } | ItemFate::Awaited { .. });
     let reclaimable = |kind: &str| {
-        let items = pruned.items.iter().filter(|item| item.kind == kind);
+        let items = items.iter().filter(|item| item.kind == kind && !item.fate.as_ref().is_some_and(is_kept));
         Bytes(items.map(|item| item.size.0).sum())
     };
-    let part = |what: &str, count: usize, bytes: u64, reclaimable: Bytes| DiskPart {
-        what: what.to_owned(),
-        count: count as u64,
-        size: Bytes(bytes),
-        reclaimable,
-    };
-    let (layers, documents, partials) = (content.layers()?, content.documents()?, content.partials()?);
-    let copies = content.copies()?;
-    let protected: u64 = layers.iter().map(|layer| content.protected_bytes(layer.digest)).sum();
-    let protected = (content.protects() || protected > 0).then_some(Bytes(protected));
-    let sum = |items: &[crate::content::usage::Item]| items.iter().map(|item| item.bytes).sum();
-    let mut parts = vec![
-        part("layers", layers.len(), sum(&layers), reclaimable("layer")),
-        part("layer copies", copies.len(), copies.iter().map(|copy| copy.item.bytes).sum(), reclaimable(LAYER_COPY)),
-        part("documents", documents.len(), sum(&documents), reclaimable("document")),
-        part("partial layers", partials.len(), sum(&partials), reclaimable("partial layer")),
-    ];
-    let directories: [(&str, PathBuf); 5] = [
-        ("workloads", places.workloads()),
-        ("volumes", places.volumes()),
-        ("logs", places.log()),
-        ("state", places.state()),
-        ("keep", places.keep()),
-    ];
-    for (what, path) in directories {
-        let count = std::fs::read_dir(&path).map_or(0, Iterator::count);
-        parts.push(part(what, count, tree_bytes(&path), Bytes(0)));
-    }
+    let holdings = Holdings::look(places, trust_root.as_deref());
+    let parts = holdings.parts(reclaimable);
+    let layers = items.iter().filter(|item| item.kind == reclaim::LAYER);
+    let protected: u64 = layers.map(|layer| content.protected_bytes(layer.digest)).sum();
     let space = disk::space(places.data());
     let (total, free) = space.map_or((Bytes(0), Bytes(0)), |space| (space.total, space.free));
-    Ok(DiskUse { total, free, reserve, protected, scrub: ScrubStatus::default(), parts })
+    Ok(DiskUse {
+        total,
+        free,
+        reserve: Bytes(0),
+        budget: wish.rules.budget.map(Bytes),
+        protected: (content.protects() || protected > 0).then_some(Bytes(protected)),
+        scrub: ScrubStatus::default(),
+        parts,
+        unknown: holdings.unknown(),
+        items,
+    })
 }

@@ -3,9 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 
+use edged_model::quantity::Bytes;
+use edged_qemu::wait;
 use serde_json::Value;
 
-use crate::rig::{Device, Factory, head, sleeper, until};
+use crate::rig::{Device, Factory, PATIENCE, head, sleeper, until};
 use crate::tmpfs;
 
 /// Three images with one layer each of its own, over a common one.
@@ -42,8 +44,11 @@ fn prune_takes_what_no_generation_needs_and_says_what_it_is() {
     let pid = device.pid("app");
 
     let would = device.ask(&["prune", "--dry-run"]);
-    assert!(would.contains("would be given back") && would.contains("app-0"), "{would}");
-    assert!(!would.contains("app-2"), "what runs stays: {would}");
+    let (goes, stays) = would.split_once("What stays:").expect(&would);
+    assert!(goes.contains("would be given back") && goes.contains("app-0"), "{would}");
+    assert!(goes.contains("no generation needs it since 20") && goes.contains("when generation 1 was"), "{would}");
+    assert!(!goes.contains("app-2") && stays.contains("app-2"), "what runs stays: {would}");
+    assert!(stays.contains("needed by app of generation 3 (active)"), "{would}");
     assert_eq!(layers(&device).0, before, "a dry run takes nothing");
 
     let did = device.ask(&["prune"]);
@@ -73,6 +78,95 @@ fn what_is_old_goes_by_itself_once_a_generation_is_good() {
     until("the collection", || device.events().iter().any(|text| text.contains("no generation needs")).then_some(()));
     assert!(layers(&device).0 < 4, "{}", device.ask(&["df"]));
     device.running("app");
+}
+
+#[test]
+fn df_counts_every_file_of_the_data_directory_and_says_what_keeps_each_thing_there() {
+    let factory = Factory::start();
+    let images = images(&factory);
+    let device = factory.device("");
+    for (sequence, image) in (1..).zip(&images[..2]) {
+        device.take(&factory.sign("next", &sleeper(sequence, image)));
+        device.wait_for_generation(u64::from(sequence), "good");
+    }
+    fs::create_dir(device.data().join("stranger")).unwrap();
+    fs::write(device.data().join("stranger/file"), vec![1; 300_000]).unwrap();
+    let counted_by_du = || -> u64 {
+        let mut du = std::process::Command::new("du");
+        let said = edged_qemu::process::read(du.args(["-sx", "--block-size=1"]).arg(device.data())).unwrap();
+        said.split_whitespace().next().unwrap().parse().unwrap()
+    };
+    // A device writes now and then: what is counted in a moment of rest has to agree.
+    let mut last = String::new();
+    let found = wait::until("the same sum", PATIENCE, || {
+        let before = counted_by_du();
+        let used: Value = serde_json::from_str(&device.ask(&["df", "-o", "json"])).unwrap();
+        let sizes = used["parts"].as_array().unwrap().iter().map(|part| part["size"].as_str().unwrap());
+        let sum: u64 = sizes.map(|size| size.parse::<Bytes>().unwrap().0).sum();
+        last = format!("{before} by du, {sum} by df: {used:#}");
+        Ok((sum == before && counted_by_du() == before).then_some(used))
+    });
+    let used = found.unwrap_or_else(|error| panic!("{error:#}: {last}"));
+    assert_eq!(used["unknown"][0]["path"], "stranger", "{used:#}");
+
+    let said = device.ask(&["df", "--verbose"]);
+    assert!(said.contains("not edged's: stranger ("), "{said}");
+    assert!(said.contains("needed by app of generation 2 (active)"), "{said}");
+    assert!(said.contains("(images.keep-unused): no generation needs it since 20"), "{said}");
+    assert!(!device.ask(&["df"]).contains("needed by"), "that is for who asks for more");
+}
+
+/// The images of which there are layers, by what becomes of them.
+fn fates(device: &Device) -> std::collections::BTreeMap<String, String> {
+    let used: Value = serde_json::from_str(&device.ask(&["df", "-o", "json"])).unwrap();
+    let layers = used["items"].as_array().unwrap().iter().filter(|item| item["kind"] == "layer");
+    let named = layers.filter_map(|layer| {
+        let name = layer["image"].as_str()?.split(['/', '@']).nth(1)?.to_owned();
+        Some((name, layer["fate"].as_object()?.keys().next()?.clone()))
+    });
+    named.collect()
+}
+
+#[test]
+fn over_its_budget_a_device_lets_the_oldest_image_go_and_no_other() {
+    let factory = Factory::start();
+    let images = images(&factory);
+    // Two and a half of the three layers beside what they have in common.
+    let budget = fs::metadata("/bin/busybox").unwrap().len() + (5 << 19);
+    let device = factory.device(&format!("[images]\nbudget = \"{budget}\"\n"));
+    for (sequence, image) in (1..).zip(&images) {
+        device.take(&factory.sign("next", &sleeper(sequence, image)));
+        device.wait_for_generation(u64::from(sequence), "good");
+        let all = fates(&device);
+        assert!(sequence == 3 || all.len() == sequence as usize, "within the budget nothing goes: {all:?}");
+    }
+    until("the collection", || device.events().iter().any(|text| text.contains("no generation needs")).then_some(()));
+    let left = fates(&device);
+    let expected = [("app-1", "young"), ("app-2", "needed")].map(|(name, fate)| (name.to_owned(), fate.to_owned()));
+    assert_eq!(left, expected.into(), "{}", device.ask(&["df", "-v"]));
+    assert!(device.ask(&["df"]).contains(" of images, of a budget of "), "{}", device.ask(&["df"]));
+    device.running("app");
+}
+
+#[test]
+fn a_pull_that_finds_no_room_costs_the_oldest_image_and_no_other() {
+    let factory = Factory::start();
+    let disk = small_disk(&factory, "size=200m");
+    let device = factory.device("");
+    for (sequence, name) in (1..).zip(["first", "second", "third"]) {
+        let image = noise(&factory, name, 8);
+        device.take(&factory.sign(name, &sleeper(sequence, &image)));
+        device.wait_for_generation(u64::from(sequence), "good");
+    }
+    // Two of the six mebibytes that the next one needs beside the reserve.
+    let next = noise(&factory, "fourth", 6);
+    let in_use = nix::sys::statvfs::statvfs(&disk).unwrap();
+    let used = (in_use.blocks() - in_use.blocks_free()) * in_use.fragment_size();
+    tmpfs::resize(&disk, &format!("size={}", used + (66 << 20)));
+    device.take(&factory.sign("fourth", &sleeper(4, &next)));
+    device.wait_for_generation(4, "good");
+    let left = fates(&device);
+    assert!(!left.contains_key("first") && left.contains_key("second"), "{left:?}: {:?}", device.events());
 }
 
 /// A data disk for this test's device alone.

@@ -41,7 +41,8 @@ impl Device {
     }
 
     pub(super) fn partial_bytes(&self) -> u64 {
-        self.ctx.content.partials().unwrap().iter().map(|partial| partial.bytes).sum()
+        let partials = std::fs::read_dir(self.ctx.content.directory().join("partial")).into_iter().flatten();
+        partials.map(|partial| partial.unwrap().metadata().unwrap().len()).sum()
     }
 }
 

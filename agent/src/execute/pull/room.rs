@@ -20,11 +20,20 @@ const NAMED_MAX: usize = 4;
 
 /// The promises that were made and not kept yet, of all pulls of this device.
 #[derive(Debug, Default)]
-pub struct Promises(Mutex<Vec<Weak<Promise>>>);
+pub struct Promises {
+    made: Mutex<Vec<Weak<Promise>>>,
+    /// What was missing for the largest that could not be made.
+    lacking: AtomicU64,
+}
 
 impl Promises {
+    /// How much room has to be made for what was refused since this was last asked; 0: nothing was, or nobody knows.
+    pub fn take_lacking(&self) -> u64 {
+        self.lacking.swap(0, Ordering::Relaxed)
+    }
+
     fn outstanding(&self) -> u64 {
-        let mut all = lock(&self.0);
+        let mut all = lock(&self.made);
         all.retain(|promise| promise.strong_count() > 0);
         all.iter().filter_map(Weak::upgrade).map(|promise| promise.outstanding()).fold(0, u64::saturating_add)
     }
@@ -230,11 +239,12 @@ fn judge(weighing: &Weighing, promises: &Promises, disk: Disk) -> Result<Arc<Pro
     let others = promises.outstanding();
     let usable = disk.free.saturating_sub(disk.reserve).saturating_sub(others);
     if needed > usable {
+        promises.lacking.fetch_max(needed - usable, Ordering::Relaxed);
         return Err(does_not_fit(weighing, needed, disk, others));
     }
     let (left, spared) = (AtomicU64::new(usable), AtomicU64::new(0));
     let promise = Arc::new(Promise { disk, needed, may_need, usable, left, spared });
-    lock(&promises.0).push(Arc::downgrade(&promise));
+    lock(&promises.made).push(Arc::downgrade(&promise));
     Ok(promise)
 }
 
@@ -319,6 +329,7 @@ mod tests {
         let first = alone([mib(60)], &promises, 100).unwrap();
         let text = alone([mib(41)], &promises, 100).unwrap_err();
         assert!(text.ends_with("60Mi are promised to other images"), "{text}");
+        assert_eq!((promises.take_lacking(), promises.take_lacking()), (MIB, 0), "41 and 60 are one too many");
         drop(alone([mib(40)], &promises, 100).unwrap());
         // Half of it is on the disk, which has that much less.
         first.left().fetch_sub(30 * MIB, Ordering::Relaxed);
