@@ -90,6 +90,12 @@ fn problems(report: &Report) -> Vec<String> {
         };
         lines.push(format!("{name}: {}", why.map_or_else(|| state.clone(), |why| format!("{state}: {why}"))));
     }
+    for pull in &report.pulls {
+        lines.push(format!("pulling {pull}"));
+    }
+    if report.pulls_left_out > 0 {
+        lines.push(format!("pulling {} further images", report.pulls_left_out));
+    }
     if let Some(reason) = report.generation.as_ref().and_then(|generation| generation.reason.as_ref()) {
         lines.push(format!("generation: {reason}"));
     }
@@ -127,6 +133,9 @@ mod tests {
                     "web": {"phase": "running"},
                     "db": {"phase": "waiting", "why": {"code": "backOff", "text": "exit 1; again in 4s"}},
                 },
+                "pulls": [{"image": "r.example/web:2", "generation": 8, "since": "1970-01-01T00:00:09Z",
+                    "done": "1Mi", "total": "2Mi"}],
+                "pullsLeftOut": 3,
             },
         }));
         let new = device(serde_json::json!({"device": "pump-2", "groups": []}));
@@ -134,6 +143,8 @@ mod tests {
         let expected = "DEVICE   RUNS   WANTS   STATE   WORKLOADS   SEEN\n\
                         pump-1   7      8       good    1/2 well    5s ago\n\
                         \x20 db: waiting: exit 1; again in 4s\n\
+                        \x20 pulling r.example/web:2 1Mi of 2Mi, for generation 8, since 1970-01-01T00:00:09Z\n\
+                        \x20 pulling 3 further images\n\
                         pump-2   -      -       -       -           not enrolled\n";
         assert_eq!(text, expected);
     }

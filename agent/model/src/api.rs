@@ -13,7 +13,7 @@ use crate::images::{CheckedLayer, ImageInfo, LoadedImage, VolumeInfo};
 use crate::observed::RestartHistory;
 use crate::quantity::{Bytes, Timestamp};
 use crate::reason::Reason;
-use crate::report::{BootCause, DiskReport, Pressure, Refusal, TrustReport};
+use crate::report::{BootCause, DiskReport, Pressure, PullReport, Refusal, TrustReport};
 use crate::scrub::ScrubStatus;
 use crate::survived::Survived;
 use crate::workload::{ExitCause, Health, Phase};
@@ -230,6 +230,9 @@ pub struct Status {
     /// A newer one that is on its way.
     pub candidate: Option<GenerationStatus>,
     pub workloads: Vec<WorkloadStatus>,
+    /// Images on their way.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pulls: Vec<PullReport>,
     pub fleet: FleetStatus,
     pub disk: DiskReport,
     pub memory_total: Bytes,

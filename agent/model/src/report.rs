@@ -35,6 +35,12 @@ pub struct Report {
     pub coming: Option<GenerationReport>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub workloads: BTreeMap<WorkloadName, WorkloadReport>,
+    /// Images on their way, at most [`PULLS_MAX`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pulls: Vec<PullReport>,
+    /// Further images on their way.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pulls_left_out: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskReport>,
     /// `some avg10` of memory, cpu and io pressure in hundredths of a percent.
@@ -128,6 +134,55 @@ pub struct WorkloadReport {
     pub cpu_milli: Option<Usage<u64>>,
 }
 
+/// Images on their way that a report names.
+pub const PULLS_MAX: usize = 8;
+
+/// An image that is on its way to a generation, or could not be had yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PullReport {
+    pub image: String,
+    /// The newest that needs it.
+    pub generation: Sequence,
+    /// When this agent first tried.
+    pub since: Timestamp,
+    /// Of the layers as they travel. While it waits for its next try, and before it is known what there is to fetch, absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub done: Option<Bytes>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total: Option<Bytes>,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub failures: u32,
+    /// Why the last try that ended came to nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<Reason>,
+    /// The next try, where it waits for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_at: Option<Timestamp>,
+}
+
+/// In a sentence, with its image as short as people quote it.
+impl std::fmt::Display for PullReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let named = self.image.rsplit_once('@').and_then(|(name, digest)| Some((name, Digest::parse(digest).ok()?)));
+        match named {
+            Some((name, digest)) => write!(f, "{name}@{}", digest.short())?,
+            None => f.write_str(&self.image)?,
+        }
+        match (self.done, self.total, self.retry_at) {
+            (Some(done), Some(total), _) => write!(f, " {} of {}", done.human(), total.human())?,
+            (_, _, Some(at)) => write!(f, " is tried again at {at}")?,
+            _ => f.write_str(" is looked for")?,
+        }
+        write!(f, ", for generation {}, since {}", self.generation, self.since)?;
+        match (&self.why, self.failures) {
+            (Some(why), 1) => write!(f, "; failed once: {why}"),
+            (Some(why), failures) => write!(f, "; failed {failures} times: {why}"),
+            (None, _) => Ok(()),
+        }
+    }
+}
+
 /// What is used and where the wall is: on the wire `[used, max]`, because twenty workloads have to fit into 2 KiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "(Option<T>, Option<T>)", into = "(Option<T>, Option<T>)")]
@@ -186,4 +241,38 @@ pub struct Refusal {
     /// The digest of the document that was refused, or the image's name.
     pub what: String,
     pub why: Reason,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reason::Code;
+
+    #[test]
+    fn a_pull_in_a_sentence() {
+        let digest = Digest::of(b"x");
+        let begun = PullReport {
+            image: format!("r.example/app@{digest}"),
+            generation: Sequence(4),
+            since: Timestamp(1_700_000_000),
+            done: None,
+            total: None,
+            failures: 0,
+            why: None,
+            retry_at: None,
+        };
+        let end = ", for generation 4, since 2023-11-14T22:13:20Z";
+        assert_eq!(begun.to_string(), format!("r.example/app@2d711642b726 is looked for{end}"));
+        let half = PullReport { done: Some(Bytes::mebi(1)), total: Some(Bytes::mebi(2)), ..begun.clone() };
+        assert_eq!(half.to_string(), format!("r.example/app@2d711642b726 1Mi of 2Mi{end}"));
+        let why = Some(Reason::new(Code::RegistryUnavailable, "r.example answers 503"));
+        let image = "r.example/app:1".to_owned();
+        let failed = PullReport { image, failures: 2, why, retry_at: Some(Timestamp(1_700_000_060)), ..begun };
+        assert_eq!(
+            failed.to_string(),
+            format!(
+                "r.example/app:1 is tried again at 2023-11-14T22:14:20Z{end}; failed 2 times: r.example answers 503"
+            )
+        );
+    }
 }

@@ -151,6 +151,9 @@ fn status(status: &Status, style: Style) -> String {
             wrapped(&mut out, "           -> ", &why.next);
         }
     }
+    for pull in &status.pulls {
+        wrapped(&mut out, "  pulling     ", &pull.to_string());
+    }
     let memory = status.memory_total.0.saturating_sub(status.memory_available.0);
     let memory = edged_model::quantity::Bytes(memory).human();
     let disk = edged_model::quantity::Bytes(status.disk.total.0.saturating_sub(status.disk.free.0)).human();

@@ -271,8 +271,8 @@ struct Agent {
     counters: survived::Counters,
     suspects: suspect::Suspects,
     scrub: scrub::Scrub,
-    /// Failed tries of images that are being fetched again.
-    pull_attempts: BTreeMap<String, u32>,
+    /// Of images that are being fetched, or could not be had.
+    pull_tries: BTreeMap<String, status::Tries>,
     lanes: Arc<pulling::Lanes>,
     pull_context: Arc<PullContext>,
     start_context: StartContext,

@@ -11,6 +11,7 @@ use edged_model::reason::{Code, Reason};
 use edged_plan::garbage::needed_images;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
+use super::status::Tries;
 use super::{Agent, Message};
 use crate::crash_point;
 use crate::execute::copies;
@@ -122,11 +123,10 @@ impl Agent {
             return;
         }
         let nothing = ImageStatus::Pulling { done: Bytes(0), total: Bytes(0) };
-        let attempts = match self.world.observed.images.get(&image) {
-            Some(ImageStatus::Failed { attempts, .. }) => *attempts,
-            _ => 0,
-        };
-        self.pull_attempts.insert(image.clone(), attempts);
+        let has_failed = matches!(self.world.observed.images.get(&image), Some(ImageStatus::Failed { .. }));
+        let begun = Tries { since: self.now().wall, failed: 0, last_failure: None };
+        let tries = self.pull_tries.remove(&image).filter(|_| has_failed).unwrap_or(begun);
+        self.pull_tries.insert(image.clone(), tries);
         self.world.observed.images.insert(image.clone(), nothing);
         crash_point::pass("pull-ordered");
         let order = Arc::new(Order::new(self.is_active(&image)));
@@ -165,10 +165,12 @@ impl Agent {
                 let text = format!("image {image} ({}) is on disk and verified", ready.digest.short());
                 self.tell(None, None, &Reason::new(Code::ImageReady, text), "agent");
                 self.collected.no_room.remove(&image);
+                self.pull_tries.remove(&image);
             }
             // If somebody wants it again by now, it is ordered again.
             Err(_) if order.is_some_and(|order| order.is_withdrawn()) => {
                 self.world.observed.images.remove(&image);
+                self.pull_tries.remove(&image);
             }
             Err(failure) => self.pull_failed(image, failure),
         }
@@ -176,7 +178,11 @@ impl Agent {
 
     fn pull_failed(&mut self, image: String, failure: PullFailure) {
         let now = self.now();
-        let attempts = self.pull_attempts.get(&image).copied().unwrap_or(0) + 1;
+        let begun = || Tries { since: now.wall, failed: 0, last_failure: None };
+        let tries = self.pull_tries.entry(image.clone()).or_insert_with(begun);
+        tries.failed = tries.failed.saturating_add(1);
+        tries.last_failure = Some(failure.reason.clone());
+        let attempts = tries.failed;
         let backoff = (RETRY_MS << attempts.min(10)).min(RETRY_MAX_MS);
         let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
         let next = Next::after(&failure, attempts, self.is_active(&image));

@@ -116,7 +116,7 @@ impl Agent {
     }
 
     /// Those that are still to come back to, with what they are.
-    fn needed_generations(&self) -> impl Iterator<Item = (GenerationRole, &Generation)> {
+    pub(super) fn needed_generations(&self) -> impl Iterator<Item = (GenerationRole, &Generation)> {
         let pointers = self.world.desired.pointers;
         let mut roles: BTreeMap<Sequence, GenerationRole> = BTreeMap::new();
         let all = [

@@ -117,7 +117,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         staging: super::stage::Staging::default(),
         collected: super::space::Collected::default(),
         leases: super::moment::Leases::default(),
-        pull_attempts: BTreeMap::new(),
+        pull_tries: BTreeMap::new(),
         lanes: Arc::new(Lanes::new(config.images.parallel)),
         suspects: super::suspect::Suspects::default(),
         scrub: super::scrub::Scrub::recall(&content),

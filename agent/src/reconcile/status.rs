@@ -6,9 +6,10 @@ use edged_model::api::{GenerationStatus, Inspect, Status, WorkloadStatus};
 use edged_model::generation::Generation;
 use edged_model::id::WorkloadName;
 use edged_model::manifest::Workload;
-use edged_model::observed::InstanceState;
-use edged_model::quantity::Bytes;
-use edged_model::report::DiskReport;
+use edged_model::observed::{ImageStatus, InstanceState};
+use edged_model::quantity::{Bytes, Timestamp};
+use edged_model::reason::Reason;
+use edged_model::report::{DiskReport, PullReport};
 use edged_plan::phase::phase_of;
 
 use super::{Agent, Look, Run, clock};
@@ -25,6 +26,14 @@ pub(super) fn generation_status(generation: &Generation) -> GenerationStatus {
         since: generation.since,
         reason: generation.reason.clone(),
     }
+}
+
+/// What is remembered of an image's pulls until it is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Tries {
+    pub(super) since: Timestamp,
+    pub(super) failed: u32,
+    pub(super) last_failure: Option<Reason>,
 }
 
 /// Of its limit of time in the cgroup.
@@ -73,6 +82,7 @@ impl Agent {
             generation: of(desired.pointers.active),
             candidate,
             workloads: workloads.unwrap_or_default(),
+            pulls: self.pulls(),
             boot_cause: self.boot_cause,
             fleet: self.fleet.status(self.config.fleet.url.clone(), &self.store),
             disk: disk::space(self.start_context.places.data()).unwrap_or(none),
@@ -86,6 +96,34 @@ impl Agent {
             survived: self.survived(),
             scrub: self.scrub_status(),
         }
+    }
+
+    /// What is fetched for a generation that counts, or waits to be.
+    fn pulls(&self) -> Vec<PullReport> {
+        let now = self.now();
+        let mut pulls = Vec::new();
+        for (image, status) in &self.world.observed.images {
+            let names_it = |generation: &Generation| {
+                generation.manifest.workloads.values().any(|workload| workload.image == *image)
+            };
+            let generations = self.needed_generations().map(|(_, generation)| generation);
+            let newest =
+                generations.filter(|generation| names_it(generation)).map(|generation| generation.sequence).max();
+            let (Some(generation), Some(tries)) = (newest, self.pull_tries.get(image)) else { continue };
+            let (done, total, retry_at) = match status {
+                ImageStatus::Pulling { total: Bytes(0), .. } => (None, None, None),
+                ImageStatus::Pulling { done, total } => (Some(*done), Some(*total), None),
+                ImageStatus::Failed { permanent: true, .. } => (None, None, None),
+                ImageStatus::Failed { retry_at_boot_ms, .. } => {
+                    let in_secs = retry_at_boot_ms.saturating_sub(now.boot_ms) / 1000;
+                    (None, None, Some(Timestamp(now.wall.0.saturating_add_unsigned(in_secs))))
+                }
+                ImageStatus::Ready { .. } => continue,
+            };
+            let Tries { since, failed: failures, last_failure: why } = tries.clone();
+            pulls.push(PullReport { image: image.clone(), generation, since, done, total, failures, why, retry_at });
+        }
+        pulls
     }
 
     pub(super) fn workload_status(&self, name: &WorkloadName, workload: &Workload) -> WorkloadStatus {

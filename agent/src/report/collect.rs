@@ -2,7 +2,7 @@
 
 use edged_model::api::{GenerationStatus, Status};
 use edged_model::quantity::Bytes;
-use edged_model::report::{GenerationReport, Report, Usage, WorkloadReport};
+use edged_model::report::{GenerationReport, PULLS_MAX, PullReport, Report, Usage, WorkloadReport};
 
 pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report {
     let workload = |workload: &edged_model::api::WorkloadStatus| {
@@ -31,6 +31,8 @@ pub fn report(status: &Status, arch: &str, number: u64, dropped: u64) -> Report 
         generation: status.generation.as_ref().map(generation),
         coming: status.candidate.as_ref().map(generation),
         workloads: status.workloads.iter().map(workload).collect(),
+        pulls: status.pulls.iter().take(PULLS_MAX).map(pull).collect(),
+        pulls_left_out: u32::try_from(status.pulls.len().saturating_sub(PULLS_MAX)).unwrap_or(u32::MAX),
         disk: Some(status.disk),
         pressure: status.pressure,
         refused: status.refused.clone(),
@@ -47,6 +49,11 @@ fn generation(status: &GenerationStatus) -> GenerationReport {
         state: status.state,
         reason: status.reason.clone(),
     }
+}
+
+fn pull(status: &PullReport) -> PullReport {
+    let [done, total] = [status.done, status.total].map(|bytes| bytes.map(whole_kibibytes));
+    PullReport { done, total, ..status.clone() }
 }
 
 /// The kernel counts in pages anyway, and `19Mi` is shorter on the wire than the same in bytes.

@@ -154,6 +154,30 @@ fn status(workloads: usize) -> Status {
     .unwrap()
 }
 
+#[test]
+fn a_report_names_eight_images_on_their_way_and_counts_the_rest_and_one_without_any_says_nothing() {
+    use edged_model::quantity::Bytes;
+    use edged_model::report::Report;
+    let report = |pulls: Vec<serde_json::Value>| {
+        let status = Status { pulls: serde_json::from_value(serde_json::json!(pulls)).unwrap(), ..status(1) };
+        cbor::encode(&collect::report(&status, "x86_64", 1, 0)).unwrap()
+    };
+    let pull = |n: u32| {
+        serde_json::json!({
+            "image": format!("r.example/app:{n}"), "generation": 4, "since": "2026-11-20T08:00:00Z",
+            "done": (3 << 20) + n, "total": "8Mi",
+        })
+    };
+    let told: Report = cbor::decode(&report((0..20).map(pull).collect())).unwrap();
+    assert_eq!((told.pulls.len(), told.pulls_left_out), (8, 12));
+    assert_eq!(told.pulls[1].done, Some(Bytes::mebi(3)), "in whole kibibytes: shorter on the wire");
+    let names = |bytes: &[u8]| cbor::decode::<serde_json::Value>(bytes).unwrap().to_string();
+    assert!(
+        names(&report(vec![pull(0)])).contains("\"pulls\"") && !names(&report(vec![pull(0)])).contains("pullsLeftOut")
+    );
+    assert!(!names(&report(Vec::new())).contains("pulls"));
+}
+
 fn manifest(sequence: u64) -> Vec<u8> {
     let document = serde_json::json!({"apiVersion": "edge/v1", "device": "pump-1", "sequence": sequence});
     envelope::sign(Kind::Manifest, cbor::encode(&document).unwrap(), &[SecretKey::from_seed(&[1; 32])]).unwrap()

@@ -172,6 +172,7 @@ fn status() -> Status {
         refused: None,
         upgrade: None,
         trust: Default::default(),
+        pulls: Vec::new(),
         survived: Default::default(),
         scrub: Default::default(),
     }

@@ -3,7 +3,7 @@ use edged_model::api::FleetStatus;
 use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
 use edged_model::quantity::Bytes;
 use edged_model::reason::Code;
-use edged_model::report::{DiskReport, TrustReport};
+use edged_model::report::{DiskReport, PullReport, TrustReport};
 
 fn workload(name: &str, phase: Phase) -> WorkloadStatus {
     let running = phase == Phase::Running;
@@ -45,6 +45,7 @@ fn device(workloads: Vec<WorkloadStatus>) -> Status {
         }),
         candidate: None,
         workloads,
+        pulls: Vec::new(),
         fleet: FleetStatus { url: None, last_contact: None, waiting_reports: 0, dropped_untold: 0, problem: None },
         disk: DiskReport { total: Bytes(2 << 30), free: Bytes(1 << 30) },
         memory_total: Bytes(192 << 20),
@@ -98,6 +99,29 @@ hog   waiting  -     3 (3 oom)  -/64Mi     -/250m
   -> raise resources.memory or find the leak
 ";
     assert_eq!(shown, expected);
+}
+
+#[test]
+fn an_image_on_its_way_is_shown_before_anything_runs() {
+    let pull = |image: &str, total: Option<u64>| PullReport {
+        image: image.to_owned(),
+        generation: Sequence(1),
+        since: Timestamp(1_700_000_000),
+        done: total.map(|bytes| Bytes::mebi(bytes / 2)),
+        total: total.map(Bytes::mebi),
+        failures: u32::from(total.is_none()),
+        why: total.is_none().then(|| Reason::new(Code::RegistryUnavailable, "db.example answers 503")),
+        retry_at: total.is_none().then_some(Timestamp(1_700_000_060)),
+    };
+    let pulls = vec![pull("db.example/db:1", None), pull("web.example/web:1", Some(300))];
+    let shown = status(&Status { generation: None, pulls, ..device(Vec::new()) }, PLAIN);
+    let expected = "\n\x20 pulling     db.example/db:1 is tried again at 2023-11-14T22:14:20Z, for
+              generation 1, since 2023-11-14T22:13:20Z; failed once: db.example
+              answers 503
+  pulling     web.example/web:1 150Mi of 300Mi, for generation 1, since
+              2023-11-14T22:13:20Z
+";
+    assert!(shown.contains(expected), "{shown}");
 }
 
 #[test]
