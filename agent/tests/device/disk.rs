@@ -30,6 +30,11 @@ fn layers(device: &Device) -> (u64, u64) {
     (layers["count"].as_u64().unwrap(), u64::from(reclaimable != "0"))
 }
 
+/// However it was wrapped.
+fn in_one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 #[test]
 fn prune_takes_what_no_generation_needs_and_says_what_it_is() {
     let factory = Factory::start();
@@ -43,7 +48,7 @@ fn prune_takes_what_no_generation_needs_and_says_what_it_is() {
     assert_eq!((before, reclaimable), (4, 1), "{}", device.ask(&["df"]));
     let pid = device.pid("app");
 
-    let would = device.ask(&["prune", "--dry-run"]);
+    let would = in_one_line(&device.ask(&["prune", "--dry-run"]));
     let (goes, stays) = would.split_once("What stays:").expect(&would);
     assert!(goes.contains("would be given back") && goes.contains("app-0"), "{would}");
     assert!(goes.contains("no generation needs it since 20") && goes.contains("when generation 1 was"), "{would}");
@@ -109,7 +114,7 @@ fn df_counts_every_file_of_the_data_directory_and_says_what_keeps_each_thing_the
     let used = found.unwrap_or_else(|error| panic!("{error:#}: {last}"));
     assert_eq!(used["unknown"][0]["path"], "stranger", "{used:#}");
 
-    let said = device.ask(&["df", "--verbose"]);
+    let said = in_one_line(&device.ask(&["df", "--verbose"]));
     assert!(said.contains("not edged's: stranger ("), "{said}");
     assert!(said.contains("needed by app of generation 2 (active)"), "{said}");
     assert!(said.contains("(images.keep-unused): no generation needs it since 20"), "{said}");

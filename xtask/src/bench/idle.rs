@@ -1,4 +1,5 @@
-//! What an idle device writes, in `agent/tests/device/idle.rs`: a real device with twenty workloads and a real fleet.
+//! What an idle device writes in a day, in `agent/tests/device/idle.rs`: a real device with twenty workloads and a real fleet.
+//! More than the day may cost is a failure.
 
 use std::process::Command;
 

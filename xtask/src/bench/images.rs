@@ -23,6 +23,9 @@ const ROUNDS: usize = 5;
 const FILES: usize = 20_000;
 const FILE_BYTES: usize = 15_000;
 const FILES_IN_DIRECTORY: usize = 100;
+/// The most that a pull may write, of what the layer unpacks to.
+const WRITTEN_MAX: f64 = 1.1;
+const MEMORY_MAX_KIB: u64 = 24 << 10;
 const ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
 
 #[derive(Clone, Copy, PartialEq)]
@@ -53,11 +56,14 @@ pub fn run() -> Result<()> {
         registry.push(&image)?;
         measure(dir.path(), &program, &registry, &image)?;
         let (written, peak_kib) = written(&program, &registry, &image)?;
+        let (name, ratio) = (compression.name(), written as f64 / layer_bytes as f64);
         println!(
-            "{:<46} {:>8.2} of what it unpacks to; {peak_kib} KiB of memory at most",
-            format!("written to a disk, {}", compression.name()),
-            written as f64 / layer_bytes as f64
+            "{:<46} {ratio:>8.2} of what it unpacks to; {peak_kib} KiB of memory at most",
+            format!("written to a disk, {name}")
         );
+        ensure!(written > 0, "nothing is counted: the target directory lies in memory");
+        ensure!(ratio <= WRITTEN_MAX, "{name}: a pull writes {ratio:.2} of what it unpacks, {WRITTEN_MAX} are allowed");
+        ensure!(peak_kib <= MEMORY_MAX_KIB, "{name}: a pull takes {peak_kib} KiB, {MEMORY_MAX_KIB} are allowed");
     }
     Ok(())
 }
