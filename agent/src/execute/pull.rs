@@ -138,7 +138,7 @@ impl PullContext {
 }
 
 /// What the lowest layer of an image stands on: the same layer with device nodes and without them is two.
-fn ground(nodes: DeviceNodes) -> Option<Digest> {
+pub(super) fn ground(nodes: DeviceNodes) -> Option<Digest> {
     match nodes {
         DeviceNodes::Refuse => None,
         DeviceNodes::Ignore => Some(Digest::of(b"device nodes: ignore")),
