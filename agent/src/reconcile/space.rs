@@ -216,6 +216,10 @@ impl Agent {
         let room_was_made = self.collected.no_room.insert(image.to_owned(), false) == Some(true);
         let is_last_word = room_was_made && !self.is_active(image);
         self.collected.room_is_short |= !is_last_word;
+        if is_last_word {
+            // Nobody waits for that much any more.
+            self.pull_context.promises.take_lacking();
+        }
         is_last_word
     }
 
