@@ -13,6 +13,7 @@ use edged::execute::reclaim::{self, Wish};
 use edged::registry::traffic::Limits;
 use edged_model::quantity::Timestamp;
 use edged_model::reason::Code;
+use edged_plan::garbage::{Room, Rules};
 
 use super::Device;
 use super::broken_registry::{Good, plain_http};
@@ -116,12 +117,11 @@ fn a_collection_on_a_disk_without_a_block_or_an_inode_left_makes_room_and_keeps_
 
     let wish = Wish {
         images: BTreeMap::from([(first.clone(), needed.clone()), (next.clone(), unneeded.clone())]),
-        needed: BTreeSet::from([first.clone()]),
+        needed: BTreeMap::from([(first.clone(), Vec::new())]),
+        former: BTreeMap::new(),
         copies: BTreeMap::new(),
         workloads: BTreeSet::new(),
-        now: Timestamp(0),
-        keep_unused_secs: 86_400,
-        room_is_short: true,
+        rules: Rules { now: Timestamp(0), keep_unused_secs: 86_400, budget: None, room: Room::Short },
         dry_run: false,
     };
     let (pruned, broken) = reclaim::collect(&device.ctx.content, &wish).unwrap();
