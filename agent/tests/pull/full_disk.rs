@@ -11,6 +11,9 @@ use edged::execute::pull::load::{self, Wish as LoadWish};
 use edged::execute::pull::{self, PullFailure, ReadyImage};
 use edged::execute::reclaim::{self, Wish};
 use edged::registry::traffic::Limits;
+use edged_model::api::GenerationRole;
+use edged_model::disk::NeededBy;
+use edged_model::id::Sequence;
 use edged_model::quantity::Timestamp;
 use edged_model::reason::Code;
 use edged_plan::garbage::{Room, Rules};
@@ -115,9 +118,10 @@ fn a_collection_on_a_disk_without_a_block_or_an_inode_left_makes_room_and_keeps_
     };
     let before = of_the_needed();
 
+    let by = NeededBy { generation: Sequence(1), role: GenerationRole::Active, workloads: Vec::new() };
     let wish = Wish {
         images: BTreeMap::from([(first.clone(), needed.clone()), (next.clone(), unneeded.clone())]),
-        needed: BTreeMap::from([(first.clone(), Vec::new())]),
+        needed: BTreeMap::from([(first.clone(), vec![by])]),
         former: BTreeMap::new(),
         copies: BTreeMap::new(),
         workloads: BTreeSet::new(),
