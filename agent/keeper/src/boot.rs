@@ -205,10 +205,7 @@ fn floor_file(data: &Path) -> PathBuf {
 
 /// A device without a battery wakes up in 1970: the clock starts no earlier than the build or the last time we knew.
 fn clock(config: &KeeperConfig) -> io::Result<()> {
-    let kept = fs::metadata(floor_file(&config.data)).and_then(|meta| meta.modified()).ok();
-    let kept = kept.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-    let kept = kept.and_then(|since| i64::try_from(since.as_secs()).ok()).unwrap_or(0);
-    let floor = kept.max(config.built_at);
+    let floor = kept_time(&config.data).unwrap_or(0).max(config.built_at);
     if raise_clock(floor)? {
         log::line("the clock was behind what is known: it was set to the time floor");
     }
@@ -217,6 +214,27 @@ fn clock(config: &KeeperConfig) -> io::Result<()> {
 
 pub fn now_unix_seconds() -> i64 {
     edged_sys::device::wall_seconds()
+}
+
+/// The agent tells the time floor each hour, and never beyond the end of the trust root.
+const UNTOLD_MAX_SECS: i64 = 2 * 3_600;
+
+/// The time at the end, for the next boot. The clock may follow a time server that lies, and nobody has signed what it says:
+/// it is believed no further than the agent can have left out.
+fn last_time(now: i64, told: i64) -> i64 {
+    now.min(told.saturating_add(UNTOLD_MAX_SECS))
+}
+
+/// Remembers the time when the device goes down, if the agent has told one before.
+pub fn keep_last_time(data: &Path) {
+    if let Some(told) = kept_time(data) {
+        keep_time_floor(data, last_time(now_unix_seconds(), told));
+    }
+}
+
+fn kept_time(data: &Path) -> Option<i64> {
+    let kept = fs::metadata(floor_file(data)).and_then(|meta| meta.modified()).ok()?;
+    i64::try_from(kept.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs()).ok()
 }
 
 /// Remembers the time for the next boot and lifts the clock to it.
@@ -300,6 +318,17 @@ mod tests {
         before("data disk", "clock");
         // mkfs and e2fsck run in the keeper's group, not in the root's.
         before("cgroups", "data disk");
+    }
+
+    #[test]
+    fn at_the_end_the_clock_is_believed_no_further_than_the_agent_can_have_left_out() {
+        let data = tempfile::tempdir().unwrap();
+        keep_last_time(data.path());
+        assert_eq!(kept_time(data.path()), None, "nobody has told one");
+        keep_time_floor(data.path(), 1_000_000);
+        keep_last_time(data.path());
+        assert_eq!(kept_time(data.path()), Some(1_000_000 + UNTOLD_MAX_SECS), "the clock of this machine is decades ahead");
+        assert_eq!(last_time(1_003_600, 1_000_000), 1_003_600);
     }
 
     #[test]

@@ -60,7 +60,7 @@ const STEPS: [Step; 6] = [
         std::fs::write(path, "").map_err(|error| nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(0)))
     }),
     ("time floor", |data| {
-        boot::keep_time_floor(data, boot::now_unix_seconds());
+        boot::keep_last_time(data);
         Ok(())
     }),
     ("sync", |_| {

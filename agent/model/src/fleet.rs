@@ -72,7 +72,7 @@ fn refusal_status(code: Code) -> (u16, &'static str) {
             (400, "Bad Request")
         }
         Code::UnknownSigner | Code::BadSignature | Code::ThresholdNotMet | Code::WrongDevice => (403, "Forbidden"),
-        Code::SequenceSeen | Code::TrustRollback => (409, "Conflict"),
+        Code::SequenceSeen | Code::SequenceLeaps | Code::TrustRollback => (409, "Conflict"),
         Code::TooLarge => (413, "Content Too Large"),
         Code::DiskFull | Code::DiskDoesNotFit => (507, "Insufficient Storage"),
         _ => (422, "Unprocessable Content"),

@@ -102,6 +102,10 @@ pub enum Code {
     ImageWrongIdentity,
     /// A document in force will expire soon.
     Expiring,
+    /// A manifest's `issued` is in the future, or after the end of the trust root.
+    NotYetIssued,
+    /// A manifest's sequence leaves out so many that few could follow it.
+    SequenceLeaps,
 }
 
 /// Why something is as it is.

@@ -32,7 +32,7 @@ impl fmt::Display for Problem {
 
 /// The device never goes back below the highest it has seen, so a slip of the hand must not use up all numbers. Also the
 /// largest whole number that every JSON program keeps exactly.
-const MOST_SEQUENCE: u64 = (1 << 53) - 1;
+pub const MOST_SEQUENCE: u64 = (1 << 53) - 1;
 
 /// More than a manifest of 1 MiB can fill with sense; each one costs a cgroup, an overlay and log space.
 const MOST_WORKLOADS: usize = 256;

@@ -480,6 +480,7 @@ fn device_port(desk: &Desk) -> String {
                 highest_sequence: Sequence(0),
                 newest_digest: None,
                 now: now(),
+                knows_time: true,
             };
             let (pushes, mut pushed) = tokio::sync::mpsc::channel::<Offer>(1);
             let address = push::listen(&config, &facts.id, &keep, pushes).await.unwrap().unwrap();

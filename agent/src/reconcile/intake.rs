@@ -106,6 +106,7 @@ impl Agent {
             highest_sequence: pointers.highest_sequence,
             newest_digest: self.newest_digest(),
             now: self.now().wall,
+            knows_time: self.knows_time(),
         };
         let verdict = verify::manifest(&envelope, &self.root, &facts).and_then(|verdict| match verdict {
             Verdict::Accepted(verified) => match start::refusal(&verified.manifest, &self.config.allow) {

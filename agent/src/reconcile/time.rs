@@ -61,9 +61,10 @@ fn difference(behind_ms: i64) -> Difference {
 }
 
 /// The new floor, if it is time to write one. Nobody has signed what the clock says, so it is not followed beyond the end of
-/// the trust root: a lie about the time can at most make a device wait for newer documents, and those can be signed.
+/// the trust root: a lie about the time can at most make a device wait for newer documents, and those can be signed. Without
+/// a root there is no such end, and nothing to be judged by a date either.
 fn next_floor(floor: Timestamp, wall: Timestamp, root_expires: Option<Timestamp>) -> Option<Timestamp> {
-    let to = root_expires.map_or(wall, |expires| wall.min(expires));
+    let to = wall.min(root_expires?);
     (to.0.saturating_sub(floor.0) >= FLOOR_EVERY_SECS).then_some(to)
 }
 
@@ -121,6 +122,11 @@ impl Agent {
         } else {
             "system"
         }
+    }
+
+    /// Somebody outside has said what time it is, and what we reckon with is no earlier.
+    pub(super) fn knows_time(&self) -> bool {
+        self.reckoning.heard
     }
 
     /// The floor follows the clock. On a device the hours cost one time stamp of the keeper's, and only the days a write of
@@ -213,12 +219,13 @@ mod tests {
     #[test]
     fn the_floor_is_written_hourly_and_follows_no_clock_beyond_the_root() {
         let next = |floor, wall, root: Option<i64>| next_floor(Timestamp(floor), Timestamp(wall), root.map(Timestamp));
-        assert_eq!(next(1_000, 1_000 + FLOOR_EVERY_SECS - 1, None), None);
-        assert_eq!(next(1_000, 1_000 + FLOOR_EVERY_SECS, None), Some(Timestamp(1_000 + FLOOR_EVERY_SECS)));
+        assert_eq!(next(1_000, 1_000 + FLOOR_EVERY_SECS - 1, Some(50_000)), None);
+        assert_eq!(next(1_000, 1_000 + FLOOR_EVERY_SECS, Some(50_000)), Some(Timestamp(1_000 + FLOOR_EVERY_SECS)));
         assert_eq!(next(1_000, i64::MAX, Some(50_000)), Some(Timestamp(50_000)), "a lie has an end");
         assert_eq!(next(50_000, i64::MAX, Some(50_000)), None);
-        assert_eq!(next(1_000, 0, None), None, "never back");
-        assert_eq!(next(i64::MIN, i64::MAX, None), Some(Timestamp(i64::MAX)));
+        assert_eq!(next(1_000, 0, Some(50_000)), None, "never back");
+        assert_eq!(next(i64::MIN, i64::MAX, Some(i64::MAX)), Some(Timestamp(i64::MAX)));
+        assert_eq!(next(1_000, i64::MAX, None), None, "without a root a lie would have no end");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Stage: bytes become a believed manifest, or a reason. Nothing of a document is acted on before it is verified.
 //!
 //! The order of the checks: size and strict CBOR, COSE, kind, signatures against the trust root's threshold, the root's
-//! own expiry, content, device or group, sequence, expiry, and last what must hold beyond the shape.
+//! own expiry, content, device or group, sequence, expiry, the date of issue, and last what must hold beyond the shape.
 
 /// Image signatures as cosign writes them.
 pub mod cosign;
@@ -19,7 +19,7 @@ use edged_model::manifest::Manifest;
 use edged_model::quantity::Timestamp;
 use edged_model::reason::{Code, Reason};
 use edged_model::trust::{KeyId, RoleName, TrustRoot};
-use edged_model::validate;
+use edged_model::validate::{self, MOST_SEQUENCE};
 
 /// What of the device the checks depend on.
 #[derive(Debug, Clone)]
@@ -32,7 +32,19 @@ pub struct DeviceFacts {
     pub newest_digest: Option<Digest>,
     /// max(clock, time floor).
     pub now: Timestamp,
+    /// Somebody outside has confirmed that time since the agent began. Else the device may wake up in 1970, or after years
+    /// on a shelf, and what it takes for the future may be yesterday.
+    pub knows_time: bool,
 }
+
+/// A signer's clock may be this much ahead of a device's that knows the time.
+const AHEAD_MAX_SECS: i64 = 86_400;
+/// A sequence may leave out this many. One that nothing could follow would hold the device for good, and the highest seen is
+/// never lowered: so whoever stole a manifest key needs more than a hundred thousand manifests for that, not one. Wide
+/// enough for sequences that are dates down to the second (six years) or milliseconds (two).
+const LEAP_MAX: u64 = 1 << 36;
+/// A device that had none before begins wherever its fleet is, as long as there is as much room behind it.
+const FIRST_MAX: u64 = MOST_SEQUENCE / 2;
 
 /// A manifest that was believed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +80,9 @@ pub fn manifest(bytes: &[u8], root: &TrustRoot, facts: &DeviceFacts) -> Result<V
     }
     for_this_device(&manifest, facts)?;
     above_highest(&manifest, facts)?;
+    within_a_leap(&manifest, facts)?;
     not_expired(&manifest, facts)?;
+    issued_by_now(&manifest, root, facts)?;
     if let Some(reason) = validate::reason(&validate::problems(&manifest)) {
         return Err(reason);
     }
@@ -139,12 +153,44 @@ fn above_highest(manifest: &Manifest, facts: &DeviceFacts) -> Result<(), Reason>
         .next(format!("sign it again with a higher sequence (`--sequence {}`)", highest.0.saturating_add(1))))
 }
 
+fn within_a_leap(manifest: &Manifest, facts: &DeviceFacts) -> Result<(), Reason> {
+    let (sequence, highest) = (manifest.sequence, facts.highest_sequence);
+    let most = if highest == Sequence(0) { FIRST_MAX } else { highest.0.saturating_add(LEAP_MAX) };
+    // What is beyond all bounds is told by the later check, as the workstation tells it.
+    if sequence.0 <= most || sequence.0 > MOST_SEQUENCE {
+        return Ok(());
+    }
+    let text = format!("manifest sequence {sequence} is too far above {highest}, the highest seen: {most} is the most");
+    Err(Reason::new(Code::SequenceLeaps, text).next("sign it with a sequence that is near the highest seen"))
+}
+
 fn not_expired(manifest: &Manifest, facts: &DeviceFacts) -> Result<(), Reason> {
     if manifest.expires > facts.now {
         return Ok(());
     }
     let text = format!("manifest {} expired at {}; it is {}", manifest.sequence, manifest.expires, facts.now);
     Err(Reason::new(Code::Expired, text).next("sign it again with a later `expires`"))
+}
+
+/// The time floor follows `issued` and never falls, so no manifest may lift it beyond the end of the root that vouches for
+/// it: a device that believed it is after that end could neither verify another manifest nor speak with anybody. Where the
+/// device knows what time it is, it is not led a day away from that.
+fn issued_by_now(manifest: &Manifest, root: &TrustRoot, facts: &DeviceFacts) -> Result<(), Reason> {
+    let (sequence, issued) = (manifest.sequence, manifest.issued);
+    let refuse = |text| {
+        let next = "sign it with the date of today; if it has that, look at the device's clock and its time servers";
+        Err(Reason::new(Code::NotYetIssued, text).next(next))
+    };
+    if issued >= root.expires {
+        let (version, end) = (root.version, root.expires);
+        return refuse(format!(
+            "manifest {sequence} is issued at {issued}; trust root version {version} ends at {end}"
+        ));
+    }
+    if facts.knows_time && issued.0 > facts.now.0.saturating_add(AHEAD_MAX_SECS) {
+        return refuse(format!("manifest {sequence} is issued at {issued}; it is {} here", facts.now));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

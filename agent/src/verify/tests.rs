@@ -29,6 +29,7 @@ fn facts() -> DeviceFacts {
         highest_sequence: Sequence(4),
         newest_digest: None,
         now: Timestamp(1_000),
+        knows_time: true,
     }
 }
 
@@ -219,6 +220,49 @@ fn an_expired_trust_root_lets_no_new_manifest_in() {
     let reason = manifest(&signed(&good(), 1), &root, &facts()).unwrap_err();
     assert_eq!(reason.code, Code::Expired);
     assert!(reason.text.contains("trust root version 1"), "{reason}");
+}
+
+#[test]
+fn no_manifest_leads_the_time_beyond_the_end_of_the_root_nor_a_day_from_a_time_that_is_known() {
+    let of = |issued: i64, knows_time: bool| {
+        let manifest = Manifest { issued: Timestamp(issued), expires: Timestamp(i64::MAX), ..good() };
+        super::manifest(&signed(&manifest, 1), &root(), &DeviceFacts { knows_time, ..facts() }).map(drop)
+    };
+    for knows_time in [true, false] {
+        for issued in [root().expires.0, 7_258_118_400, i64::MAX - 1] {
+            let why = of(issued, knows_time).unwrap_err();
+            assert_eq!(why.code, Code::NotYetIssued, "{issued}: {why}");
+            assert!(why.text.contains("trust root version 1 ends at 1970-01-12T13:46:40Z"), "{why}");
+        }
+    }
+    assert_eq!(of(1_000 + 86_400, true), Ok(()), "clocks differ, and so do time zones that were meant");
+    let why = of(1_000 + 86_401, true).unwrap_err();
+    assert_eq!(
+        (why.code, why.text.as_str()),
+        (Code::NotYetIssued, "manifest 5 is issued at 1970-01-02T00:16:41Z; it is 1970-01-01T00:16:40Z here")
+    );
+    assert!(why.next.contains("date of today") && why.next.contains("time servers"), "{why}");
+    // Two years on a shelf, or no battery: what is right may look as if it came from the future.
+    assert_eq!(of(root().expires.0 - 1, false), Ok(()));
+}
+
+#[test]
+fn no_one_manifest_uses_up_the_sequences() {
+    let of = |sequence: u64, highest: u64| {
+        let manifest = Manifest { sequence: Sequence(sequence), ..good() };
+        let facts = DeviceFacts { highest_sequence: Sequence(highest), ..facts() };
+        super::manifest(&signed(&manifest, 1), &root(), &facts).map(drop).map_err(|why| why.code)
+    };
+    let last = validate::MOST_SEQUENCE;
+    assert_eq!(of(last, 4), Err(Code::SequenceLeaps));
+    assert_eq!(of(last, 0), Err(Code::SequenceLeaps), "not even the first");
+    assert_eq!(of(last + 1, 4), Err(Code::InvalidManifest));
+    // Dates to the second, of one year and of the next; microseconds since 1970 on a new device.
+    assert_eq!(of(20_270_101_000_000, 20_261_231_235_959), Ok(()));
+    assert_eq!(of(1_793_000_000_000_000, 0), Ok(()));
+    assert_eq!(of(4 + (1 << 36), 4), Ok(()));
+    assert_eq!(of(5 + (1 << 36), 4), Err(Code::SequenceLeaps));
+    assert_eq!(of(last, last - 1), Ok(()));
 }
 
 #[test]

@@ -2,17 +2,25 @@
 //! with what it hears without touching the host's clock.
 
 use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::thread::JoinHandle;
 
 use edged::reconcile::clock::unix_ms;
+use edged_model::cbor;
+use edged_model::envelope::{self, Kind};
+use edged_model::id::Sequence;
+use edged_model::keys::SecretKey;
+use edged_model::manifest::Manifest;
 use edged_model::quantity::Timestamp;
+use edged_qemu::process;
 use serde_json::Value;
 
 use crate::rig::{DEVICE, Device, Factory, until};
 
-const YEAR_SECS: i64 = 365 * 86_400;
+const DAY_SECS: i64 = 86_400;
+const YEAR_SECS: i64 = 365 * DAY_SECS;
 
 /// RFC 4330: 48 bytes, times as seconds since 1900 and their fraction.
 struct TimeServer {
@@ -106,4 +114,84 @@ fn sntp_moves_time_forward_the_hosts_clock_stays_and_the_floor_outlives_the_agen
     late.ahead_secs.store(0, Ordering::Relaxed);
     assert_eq!(source(&device), "floor", "it is known to be wrong");
     assert!((unix_ms() - clock_before) < 10 * 60 * 1000, "this machine's clock is its own");
+}
+
+fn now_secs() -> i64 {
+    unix_ms() / 1000
+}
+
+/// A manifest of no workloads with any date, which `edgectl manifest sign` would not sign: whoever has the key need not ask it.
+fn issued_at(factory: &Factory, sequence: u64, issued: Timestamp, key: &Path) -> PathBuf {
+    let manifest = Manifest {
+        device: Some(DEVICE.parse().unwrap()),
+        sequence: Sequence(sequence),
+        issued,
+        expires: Timestamp(issued.0.max(now_secs()) + 30 * YEAR_SECS),
+        ..Manifest::empty()
+    };
+    let key = SecretKey::from_pem(&std::fs::read_to_string(key).unwrap()).unwrap();
+    let file = factory.path("issued.cose");
+    std::fs::write(&file, envelope::sign(Kind::Manifest, cbor::encode(&manifest).unwrap(), &[key]).unwrap()).unwrap();
+    file
+}
+
+#[test]
+fn a_stolen_manifest_key_moves_the_floor_to_the_end_of_the_root_at_most_and_a_rotation_leads_out() {
+    let factory = Factory::start();
+    let device = factory.device("");
+    let stolen = factory.keys.private("manifest");
+    let end: Timestamp = device.status()["trust"]["rootExpires"].as_str().unwrap().parse().unwrap();
+    for issued in ["2200-01-01T00:00:00Z".parse().unwrap(), end] {
+        let why = device.refuse(&issued_at(&factory, 1, issued, &stolen));
+        assert!(why.contains(&format!("issued at {issued}")) && why.contains("trust root version 1 ends"), "{why}");
+        assert!(why.contains("sign it with the date of today"), "{why}");
+    }
+    assert!(ahead_secs(&device.status()) < 60, "it believed nothing of it");
+
+    // What is left to him, where nobody confirms the clock.
+    let last = Timestamp(end.0 - 1);
+    device.take(&issued_at(&factory, 1, last, &stolen));
+    until("the floor on the disk", || device.kept_floor().filter(|floor| *floor == last));
+    let honest = format!(
+        "apiVersion: edge/v1\ndevice: {DEVICE}\nsequence: 2\nissued: {}\nexpires: {}\nworkloads: {{}}\n",
+        Timestamp(now_secs()),
+        Timestamp(now_secs() + YEAR_SECS)
+    );
+    let why = device.refuse(&factory.sign("honest", &honest));
+    assert!(why.contains("expired"), "{why}");
+
+    // The way out: a root that ends later and has another manifest key, and manifests that end later.
+    let (ops, root) = (factory.path("ops2.key"), factory.path("trust2.cose"));
+    process::run(factory.keys.edgectl().args(["key", "generate", "--out"]).arg(&ops)).unwrap();
+    let mut rotate = factory.keys.edgectl();
+    rotate.args(["trust", "rotate", "--expires", "20years", "--from"]).arg(factory.keys.trust_root());
+    rotate.arg("--key").arg(factory.keys.private("root")).arg("--manifest-key").arg(ops.with_extension("pub"));
+    process::run(rotate.arg("-o").arg(&root)).unwrap();
+    device.take(&root);
+    let why = device.refuse(&issued_at(&factory, 2, Timestamp(now_secs()), &stolen));
+    assert!(why.contains("no manifest key of trust root version 2"), "{why}");
+    device.take(&issued_at(&factory, 2, Timestamp(now_secs()), &ops));
+    device.wait_for_generation(2, "good");
+}
+
+#[test]
+fn who_knows_the_time_takes_no_manifest_of_the_day_after_tomorrow_and_who_lay_on_a_shelf_does() {
+    let factory = Factory::start();
+    let key = factory.keys.private("manifest");
+    let server = TimeServer::start(0);
+    let device = factory.device(&format!("[time]\nservers = [\"{}\"]\ninterval = \"1s\"\n", server.address));
+    until("the time of the server", || (source(&device) == "ntp").then_some(()));
+    let issued = Timestamp(now_secs() + 2 * DAY_SECS);
+    let why = device.refuse(&issued_at(&factory, 1, issued, &key));
+    assert!(why.contains(&format!("manifest 1 is issued at {issued}; it is ")), "{why}");
+    assert!(ahead_secs(&device.status()) < 60, "it believed nothing of it");
+    device.take(&issued_at(&factory, 1, Timestamp(now_secs() + DAY_SECS / 2), &key));
+    device.switch_off();
+
+    // Nobody says what time it is: two years may have gone by.
+    drop(server);
+    let device = factory.device("");
+    let issued = Timestamp(now_secs() + 2 * YEAR_SECS);
+    device.take(&issued_at(&factory, 2, issued, &key));
+    until("the floor on the disk", || device.kept_floor().filter(|floor| *floor == issued));
 }

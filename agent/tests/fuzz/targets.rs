@@ -93,6 +93,7 @@ fn facts() -> DeviceFacts {
         highest_sequence: Sequence(0),
         newest_digest: None,
         now: NOW,
+        knows_time: true,
     }
 }
 
