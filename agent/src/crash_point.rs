@@ -10,7 +10,7 @@
 pub const FILE_ENV: &str = "EDGED_CRASH_POINT_FILE";
 
 /// Every point, in the order in which a device comes by.
-pub const POINTS: [&str; 74] = [
+pub const POINTS: [&str; 80] = [
     // The store and its second copy.
     "store-opening",
     "store-set-aside",
@@ -94,6 +94,13 @@ pub const POINTS: [&str; 74] = [
     "layer-moved-aside",
     "layer-removed",
     "record-removed",
+    // An operator has the workloads reset.
+    "reset-told",
+    "reset-begun",
+    "reset-images-gone",
+    "reset-places-gone",
+    "reset-volumes-gone",
+    "reset-ended",
     // The fleet is told.
     "report-numbered",
     "report-waiting",

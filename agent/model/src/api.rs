@@ -86,6 +86,10 @@ pub enum Request {
     Prune {
         dry_run: bool,
     },
+    /// Takes away everything that manifests have brought, but for the volumes unless they are named.
+    ResetWorkloads {
+        volumes: bool,
+    },
     /// What differs between two manifests.
     Diff {
         from: Sequence,
@@ -144,6 +148,7 @@ impl Request {
             | Self::Apply { .. }
             | Self::Prune { dry_run: false }
             | Self::LoadImages { .. }
+            | Self::ResetWorkloads { .. }
             | Self::PowerOff
             | Self::Reboot
             | Self::Upgrade

@@ -98,6 +98,8 @@ pub enum Code {
     OperatorCommand,
     OperatorPaused,
     OperatorResumed,
+    /// All workloads, their images and perhaps their volumes go.
+    OperatorReset,
     /// Its signature does not name what the trust root's rule asks for.
     ImageWrongIdentity,
     /// A document in force will expire soon.

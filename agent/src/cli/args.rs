@@ -25,6 +25,12 @@ Exit codes:
   3  the agent cannot be reached; stderr says what to look at
   4  status: the device answers, and something on it is not well";
 
+const RESET: &str = "\
+Stop all workloads and take them, their logs, their images and the stored manifests away, with --volumes their data too.
+
+The trust root and its version, the highest sequence, the time floor, the device's key and its story stay: the next manifest \
+must have a higher sequence than any before.";
+
 #[derive(Debug, Parser)]
 #[command(
     name = "edgectl",
@@ -132,6 +138,19 @@ pub enum Verb {
         #[arg(short, long, default_value = "table")]
         output: Output,
     },
+    /// Stop all workloads and take them, their logs and their images away
+    #[command(long_about = RESET)]
+    Reset {
+        /// What shall go; there is no other reset
+        #[arg(long, required = true)]
+        workloads: bool,
+        /// The named volumes too, with all that is in them
+        #[arg(long)]
+        volumes: bool,
+        /// Yes, for good
+        #[arg(long)]
+        yes: bool,
+    },
     /// What differs between two of them
     Diff {
         from: u64,
@@ -231,6 +250,13 @@ impl Verb {
             Self::Image(ImageCommand::Load(load)) => load.request()?,
             Self::Image(ImageCommand::Check { image, .. }) => Request::CheckImages { image: image.clone() },
             Self::Prune { dry_run, .. } => Request::Prune { dry_run: *dry_run },
+            Self::Reset { yes: false, volumes, .. } => {
+                let data = if *volumes { "the data in their volumes" } else { "not their volumes" };
+                return Err(format!(
+                    "this takes all workloads away for good, their images and {data}: say it with --yes"
+                ));
+            }
+            Self::Reset { volumes, .. } => Request::ResetWorkloads { volumes: *volumes },
             Self::Diff { from, to, .. } => Request::Diff { from: Sequence(*from), to: Sequence(*to) },
             Self::Rollback { sequence } => Request::Rollback { to: sequence.map(Sequence) },
             Self::Retry { sequence } => Request::Retry { sequence: sequence.map(Sequence) },

@@ -67,6 +67,7 @@ fn is_elsewhere(verb: &Verb) -> bool {
         | Verb::Volumes { .. }
         | Verb::Image(ImageCommand::Load(_) | ImageCommand::Check { .. })
         | Verb::Prune { .. }
+        | Verb::Reset { .. }
         | Verb::Diff { .. }
         | Verb::Rollback { .. }
         | Verb::Retry { .. }

@@ -12,6 +12,8 @@ pub mod place;
 pub mod pull;
 /// Takes away what no generation needs.
 pub mod reclaim;
+/// Takes away what manifests have brought, when none is left.
+pub mod reset;
 /// One layer, slowly.
 pub mod scrub;
 /// A workload from its manifest to a running program.

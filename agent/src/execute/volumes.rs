@@ -70,6 +70,14 @@ impl VolumeIds {
         given.get(volume).map(|given| given.workload.clone())
     }
 
+    /// All volumes are gone.
+    pub fn forget_all(&self) -> Result<(), StoreError> {
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        given.clear();
+        // Where everything can be idmapped there is no such file.
+        if self.file.exists() { write(&self.file, &given) } else { Ok(()) }
+    }
+
     /// Gives what lies at `path` to the range from `to` on, for `workload`. 0 is the ids that a container sees.
     fn give(&self, volume: &VolumeName, path: &Path, to: u32, workload: &WorkloadName) -> Result<(), VolumeIdsError> {
         let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);

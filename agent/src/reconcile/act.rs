@@ -242,7 +242,9 @@ impl Agent {
             None => {
                 self.under_way.failed.remove(workload.as_str());
                 self.world.observed.workloads.remove(workload);
-                let text = format!("{workload} was removed; its volumes stay");
+                // With a reset they may go too, and it says that.
+                let stays = if self.reset.is_some() { "" } else { "; its volumes stay" };
+                let text = format!("{workload} was removed{stays}");
                 self.tell(Some(workload), None, &Reason::new(Code::NotInManifest, text), "planner");
             }
             Some(error) => {

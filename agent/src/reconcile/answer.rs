@@ -11,7 +11,7 @@ use super::{Agent, Message, clock};
 use crate::api::Call;
 use crate::execute::pull::load::Wish;
 use crate::report::Offer;
-use crate::store::inline_chain;
+use crate::store::{Reset, inline_chain};
 
 /// Lines shown when nobody says how many.
 const TAIL: u32 = 100;
@@ -22,6 +22,14 @@ impl Agent {
         let Call { request, caller, answers, passing } = call;
         if !request.is_read() && !caller.may_write {
             return error(&answers, Reason::new(Code::NotAllowedHere, format!("{} may only read", caller.name)));
+        }
+        let takes_new = match &request {
+            Request::LoadImages { .. } | Request::Prune { dry_run: false } | Request::ResetWorkloads { .. } => true,
+            Request::Rollback { .. } | Request::Retry { .. } => true,
+            _ => false,
+        };
+        if let Some(why) = self.refused_by_reset().filter(|_| takes_new) {
+            return error(&answers, why);
         }
         match request {
             Request::Version => {
@@ -43,6 +51,7 @@ impl Agent {
             Request::LoadImages { path, only, tag } => self.load_images(answers, path, Wish { only, tag }, caller.name),
             Request::CheckImages { image } => self.check_images(answers, image),
             Request::Prune { dry_run } => self.prune(answers, dry_run),
+            Request::ResetWorkloads { volumes } => self.reset_workloads(answers, Reset { volumes }, caller.name),
             Request::Generations => self.list_generations(answers),
             Request::Diff { from, to } => self.diff(answers, from, to),
             Request::Rollback { to } => self.want_again(answers, Code::OperatorRollback, to, caller.name),

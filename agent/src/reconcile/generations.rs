@@ -179,7 +179,9 @@ impl Agent {
         let Again { generation, by, why, reply } = again;
         let sequence = generation.sequence;
         let pointers = self.world.desired.pointers;
-        let refusal = if self.under_way.change {
+        let refusal = if let Some(reset) = self.refused_by_reset() {
+            Some(reset)
+        } else if self.under_way.change {
             Some(Reason::new(Code::Busy, "another change is being written").next("say it again"))
         } else if pointers.active == Some(sequence) {
             Some(Reason::new(Code::NoSuchGeneration, format!("generation {sequence} is the active one")))

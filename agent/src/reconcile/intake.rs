@@ -41,6 +41,8 @@ impl Agent {
             Message::Loaded(ended) => self.loaded(*ended),
             Message::Collected { result, reply } => self.collected(result, reply),
             Message::RootWritten { root, by, failed, reply } => self.root_written(*root, &by, failed, reply),
+            Message::ResetBegun(result) => self.reset_begun(result),
+            Message::ResetEnded(result) => self.reset_ended(result),
             Message::EndWritten { workload } => self.end_written(&workload).await,
             Message::Resized { workload, spec, result } => self.resized(workload, &spec, result).await,
             Message::Removed { workload, failed } => self.removed(&workload, failed),
@@ -96,6 +98,9 @@ impl Agent {
     /// Verifies and takes a manifest. What runs is not touched by a refusal.
     fn consider(&mut self, envelope: Vec<u8>, by: &str) -> Result<Considered, Reason> {
         let busy = || Reason::new(Code::Busy, "another change is being written").next("push it again");
+        if let Some(reset) = self.refused_by_reset() {
+            return Err(reset);
+        }
         if self.under_way.change {
             return Err(busy());
         }

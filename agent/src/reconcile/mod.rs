@@ -31,7 +31,10 @@ mod intake;
 mod moment;
 /// The freezer.
 mod pause;
+/// Images on their way.
 mod pulling;
+/// An operator takes everything away that manifests have brought.
+mod reset;
 /// Other limits for what runs.
 mod resize;
 /// Layers read slowly, again and again.
@@ -61,7 +64,7 @@ use std::time::Duration;
 use edged_model::action::Plan;
 use edged_model::api::{Answer, Event as StoryEvent};
 use edged_model::disk::Pruned;
-use edged_model::generation::Generation;
+use edged_model::generation::{Generation, Pointers};
 use edged_model::id::{DeviceId, Digest, Sequence, WorkloadName};
 use edged_model::keeper::ChildExit;
 use edged_model::quantity::{Now, Timestamp};
@@ -165,6 +168,9 @@ enum Message {
         outcome: ProbeOutcome,
         took: Duration,
     },
+    /// No generation is left on the disk.
+    ResetBegun(Result<Pointers, String>),
+    ResetEnded(Result<crate::execute::reset::Gone, String>),
     Offer(Box<Offer>),
     Again(Box<generations::Again>),
     Locks(Vec<crate::observe::locks::LockFile>),
@@ -284,6 +290,8 @@ struct Agent {
     /// Held by whoever reads all layers by an operator's word.
     checks_by_word: Arc<()>,
     refused: Option<Refusal>,
+    /// An operator's, until all is gone.
+    reset: Option<reset::UnderReset>,
     /// What the keeper says about a newer program.
     upgrade: Option<Reason>,
     is_settled: bool,
@@ -332,6 +340,7 @@ impl Agent {
             self.replan().await;
             self.share_time();
             self.scrub_on();
+            self.reset_on();
             self.settle_once().await;
             self.report_if_due();
         }

@@ -98,7 +98,7 @@ impl Agent {
         }
     }
 
-    fn wish(&self, room: Room, dry_run: bool) -> Wish {
+    pub(super) fn wish(&self, room: Room, dry_run: bool) -> Wish {
         Wish {
             images: self.images.clone(),
             needed: self.needed_images(),

@@ -139,6 +139,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         shares_time: None,
         checks_by_word: Arc::default(),
         refused: None,
+        reset: store.reset()?.map(super::reset::UnderReset::found),
         upgrade: None,
         is_settled: false,
         concerns: super::expiry::Concerns::recall(&store, root_problem.clone()),

@@ -24,7 +24,7 @@ use edged_model::reason::Reason;
 use serde::{Deserialize, Serialize};
 
 use super::record::{Blob, seal, unseal};
-use super::{SavedSurvived, StoreError, sync_dir};
+use super::{Reset, SavedSurvived, StoreError, sync_dir};
 use crate::crash_point;
 
 /// Damaged databases kept for inspection.
@@ -51,6 +51,8 @@ pub struct Summary {
     pub survived: SavedSurvived,
     #[serde(default)]
     pub dropped_reports: u64,
+    #[serde(default)]
+    pub reset: Option<Reset>,
 }
 
 /// A generation without its manifest, which lies in a file of its own.

@@ -40,6 +40,8 @@ mod outbox;
 mod record;
 /// What to believe when a store is opened; rebuilding it.
 mod recover;
+/// What a reset of the workloads leaves, and its mark.
+mod reset;
 /// What was survived, counted.
 mod survived;
 mod trees;
@@ -52,6 +54,7 @@ mod workloads;
 
 use door::{Change, Door};
 pub use recover::{Opened, opened_reason};
+pub use reset::Reset;
 pub use survived::SavedSurvived;
 use trees::meta;
 pub use workloads::SavedHistory;
@@ -308,6 +311,7 @@ impl Store {
             report_ceiling: self.get(trees::META, meta::REPORT_CEILING)?.unwrap_or(0),
             survived: self.survived()?.unwrap_or_default(),
             dropped_reports: self.dropped_reports()?,
+            reset: self.reset()?,
         };
         Ok(keep::Kept { summary, generations, trust_root, lost: Vec::new() })
     }

@@ -258,6 +258,9 @@ impl Store {
         survived.survived.store_rebuilt += 1;
         changes.push(put(trees::META, meta::SURVIVED, &survived)?);
         changes.push(put(trees::META, meta::DROPPED, &kept.summary.dropped_reports)?);
+        if let Some(reset) = &kept.summary.reset {
+            changes.push(put(trees::META, meta::RESET, reset)?);
+        }
         for (generation, envelope) in &kept.generations {
             let key = number_key(generation.sequence.0);
             changes.push(put(trees::GENERATIONS, &key, generation)?);

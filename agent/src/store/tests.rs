@@ -206,6 +206,40 @@ fn a_trust_root_never_goes_back() {
 }
 
 #[test]
+fn a_reset_of_the_workloads_lowers_nothing_and_is_known_until_it_is_over_by_either_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    filled(&dir);
+    let never_falls = |store: &Store, reset: Option<Reset>, told: &str| {
+        let expected = Pointers { highest_sequence: Sequence(7), highest_trust_version: 4, ..Pointers::default() };
+        assert_eq!((store.pointers().unwrap(), store.reset().unwrap()), (expected, reset), "{told}");
+        assert_eq!((store.generations().unwrap(), store.envelope(Sequence(7)).unwrap()), (vec![], None), "{told}");
+        assert_eq!(store.held().unwrap(), [], "{told}");
+        assert_eq!(store.trust_root().unwrap().unwrap(), b"root", "{told}");
+        assert_eq!(store.time_floor().unwrap(), Timestamp(1_000), "{told}");
+        assert!(store.has_failed(Digest::of(b"bad")).unwrap() && store.next_report_number().unwrap() > 1, "{told}");
+        assert!(matches!(store.set_trust_root(3, b"old"), Err(StoreError::TrustRollback { .. })), "{told}");
+    };
+    let wanted = Some(Reset { volumes: true });
+    {
+        let (store, _) = open(&dir);
+        store.begin_reset(Reset { volumes: true }).unwrap();
+        never_falls(&store, wanted, "as it was written");
+    }
+    std::fs::remove_dir_all(places(&dir).state()).unwrap();
+    let (store, opened) = open(&dir);
+    assert!(matches!(opened, Opened::Rebuilt { .. }), "{opened:?}");
+    never_falls(&store, wanted, "from the second copy");
+    store.end_reset().unwrap();
+    never_falls(&store, None, "at the end");
+    // Whatever a caller says.
+    let low = generation(2, GenerationState::Good);
+    store.transition(&[low], Some((Sequence(2), b"2")), &pointers(2)).unwrap();
+    let now = store.pointers().unwrap();
+    assert_eq!((now.highest_sequence, now.highest_trust_version), (Sequence(7), 4));
+    assert_eq!(keep::load(&places(&dir).keep()).unwrap().unwrap().summary.reset, None);
+}
+
+#[test]
 fn a_second_agent_is_told_that_the_store_is_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let (_store, _) = open(&dir);

@@ -32,6 +32,8 @@ pub mod meta {
     pub const DROPPED: &str = "dropped-reports";
     /// How many of them the fleet has been told of.
     pub const DROPPED_TOLD: &str = "dropped-reports-told";
+    /// A reset of the workloads that is not over.
+    pub const RESET: &str = "reset";
     pub const SURVIVED: &str = "survived";
     /// Report numbers up to it may be given out before this is written again.
     pub const REPORT_CEILING: &str = "report-ceiling";

@@ -39,11 +39,13 @@ enum Scene {
     Check,
     /// The next trust root.
     Trust,
+    /// An operator's `reset`.
+    Reset,
     /// A workload that prints more than a segment of its log takes.
     Print,
 }
 
-use Scene::{Birth, Check, Collect, Damage, Large, Limits, Print, Pull, Report, Rollback, Start, Trust, Update};
+use Scene::{Birth, Check, Collect, Damage, Large, Limits, Print, Pull, Report, Reset, Rollback, Start, Trust, Update};
 
 /// The point, and how often it is passed before the agent dies there.
 const PLAN: [(Scene, &str, u32); 78] = [
@@ -127,7 +129,7 @@ const PLAN: [(Scene, &str, u32); 78] = [
     (Rollback, "change-written", 4),
 ];
 
-const LATER: [(Scene, &str, u32); 24] = [
+const LATER: [(Scene, &str, u32); 35] = [
     (Collect, "layer-moved-aside", 1),
     (Collect, "layer-removed", 1),
     (Collect, "record-removed", 1),
@@ -150,6 +152,17 @@ const LATER: [(Scene, &str, u32); 24] = [
     (Print, "log-full", 1),
     (Print, "log-full", 3),
     (Print, "log-rotated", 1),
+    (Reset, "reset-told", 1),
+    (Reset, "store-synced", 1),
+    (Reset, "reset-begun", 1),
+    (Reset, "stop-signalled", 1),
+    (Reset, "workload-forgotten", 2),
+    (Reset, "layer-removed", 1),
+    (Reset, "reset-images-gone", 1),
+    (Reset, "reset-places-gone", 1),
+    (Reset, "reset-volumes-gone", 1),
+    (Reset, "store-synced", 2),
+    (Reset, "reset-ended", 1),
     (Report, "report-numbered", 1),
     (Report, "report-waiting", 1),
     (Report, "report-taken", 1),
@@ -300,6 +313,36 @@ impl Story {
         page
     }
 
+    /// Asked for until it has begun: an agent that died before that knows nothing of it. Then nothing is left, and nobody has
+    /// to ask again.
+    fn reset(&self) {
+        let left = || -> Option<Vec<String>> {
+            let status = self.status()?;
+            let is_over = status["generation"].is_null() && status["workloads"].as_array()?.is_empty();
+            let dirs =
+                ["workloads", "log", "volumes", "content/blobs", "content/images", "content/tables", "run/netns"];
+            let in_dirs = dirs.iter().chain(["layers"].iter()).flat_map(|dir| {
+                fs::read_dir(self.device.path(dir)).into_iter().flatten().flatten().map(|entry| entry.path())
+            });
+            let left = in_dirs.filter(|path| !path.ends_with("ingest")).map(|path| path.display().to_string());
+            let left: Vec<String> = left.chain((!is_over).then(|| "a generation".to_owned())).collect();
+            Some(left)
+        };
+        until("the reset to begin", || {
+            let words = ["reset", "--workloads", "--volumes", "--yes"];
+            let _ = self.device.edgectl(&words);
+            self.status()?["generation"].is_null().then_some(())
+        });
+        let mut last = Vec::new();
+        let over = wait::until("the end of the reset", PATIENCE, || {
+            last = left().unwrap_or_else(|| vec!["no answer".to_owned()]);
+            Ok((last.is_empty() && !self.armed.exists()).then_some(()))
+        });
+        over.unwrap_or_else(|error| panic!("{error:#}: {last:#?}\n{}", self.device.said()));
+        let mark = || edged::store::keep::load(&self.device.path("keep")).ok()??.summary.reset.is_none().then_some(());
+        until("no mark", mark);
+    }
+
     /// The next trust root, of the same keys.
     fn rotate(&mut self) {
         let (old, version) = (self.root.0.clone(), self.root.1 + 1);
@@ -400,6 +443,15 @@ impl Story {
                     .map(|segment| segment.unwrap().metadata().unwrap().len())
                     .sum();
                 assert!(bytes <= 10 << 10, "{bytes} bytes of log");
+            }
+            Reset => {
+                let used = self.factory.keys.trust_root().with_file_name(format!("m{}.cose", self.sequence));
+                self.arm(point, times);
+                self.reset();
+                let why = self.device.refuse(&used);
+                assert!(why.contains("the highest seen"), "{why}");
+                (self.steady, self.jobs_are_counted) = (None, true);
+                self.update(None);
             }
             Collect => {
                 let image = self.new_image();
@@ -608,6 +660,11 @@ fn an_agent_that_dies_while_it_checks_its_layers_is_followed_by_one_that_checks_
 #[test]
 fn an_agent_that_dies_while_it_takes_a_trust_root_is_followed_by_one_that_has_the_old_or_the_new() {
     play(&of(&[Trust]));
+}
+
+#[test]
+fn an_agent_that_dies_while_the_workloads_are_reset_is_followed_by_one_that_takes_the_rest_away() {
+    play(&of(&[Reset]));
 }
 
 #[test]

@@ -20,6 +20,7 @@ mod many_images;
 mod moment;
 mod network;
 mod refusals;
+mod reset;
 mod rig;
 mod rotation;
 mod scrub;
