@@ -327,7 +327,11 @@ mod tests {
         assert_eq!(kept_time(data.path()), None, "nobody has told one");
         keep_time_floor(data.path(), 1_000_000);
         keep_last_time(data.path());
-        assert_eq!(kept_time(data.path()), Some(1_000_000 + UNTOLD_MAX_SECS), "the clock of this machine is decades ahead");
+        assert_eq!(
+            kept_time(data.path()),
+            Some(1_000_000 + UNTOLD_MAX_SECS),
+            "the clock of this machine is decades ahead"
+        );
         assert_eq!(last_time(1_003_600, 1_000_000), 1_003_600);
     }
 

@@ -13,7 +13,7 @@ use edged_model::manifest::Manifest;
 use edged_model::trust::TrustRoot;
 
 use super::read;
-use crate::registry;
+use crate::registry::{self, Floor};
 
 #[derive(Debug, Args)]
 pub struct PushCommand {
@@ -67,7 +67,7 @@ impl PushCommand {
             bail!("{}: only https:// is spoken, so that the token stays between the two", self.to);
         }
         let roots = match &self.ca {
-            None => ureq::tls::RootCerts::WebPki,
+            None => registry::web_roots(),
             Some(path) => {
                 registry::certificates(&read(path)?).with_context(|| format!("{}: no certificate", path.display()))?
             }
@@ -79,7 +79,8 @@ impl PushCommand {
             (None, None) => "/v1/manifest".to_owned(),
         };
         let url = format!("{}{path}", self.to.trim_end_matches('/'));
-        let mut request = registry::agent(roots).put(&url).header("content-type", kind.content_type());
+        let mut request =
+            registry::agent(roots, &Floor::default())?.put(&url).header("content-type", kind.content_type());
         if let Some(token) = &self.token {
             request = request.header("authorization", format!("Bearer {token}"));
         }

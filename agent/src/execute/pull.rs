@@ -21,7 +21,7 @@ use crate::crash_point;
 use crate::registry::layout::{Layout, LayoutReference};
 use crate::registry::platform::{self, architecture};
 use crate::registry::traffic::Traffic;
-use crate::registry::{Client, Document, Reference, RegistryError, Source};
+use crate::registry::{Client, Document, Floor, Reference, RegistryError, Source};
 use crate::verify::cosign::Wanted;
 use crate::verify::image_policy::{self, Demand, Rule};
 use layers::Layer;
@@ -98,6 +98,8 @@ pub struct PullContext {
     pub promises: Arc<Promises>,
     pub slots: Arc<Slots>,
     pub traffic: Arc<Traffic>,
+    /// Under which no certificate is judged.
+    pub floor: Floor,
 }
 
 impl PullContext {
@@ -409,7 +411,7 @@ impl Place {
             Self::Layout(path) => Ok(Source::Layout(Box::new(Layout::open(path)?))),
             Self::Registry { host, repository } => {
                 let config = ctx.registries.get(host).cloned().unwrap_or_default();
-                let client = Box::new(Client::new(host, &config, &ctx.traffic)?);
+                let client = Box::new(Client::new(host, &config, &ctx.traffic, &ctx.floor)?);
                 Ok(Source::Registry { client, repository: repository.clone() })
             }
         }

@@ -32,6 +32,7 @@ use crate::execute::user_ids::Ranges;
 use crate::execute::volumes::VolumeIds;
 use crate::network::{interface, ports::Ports};
 use crate::observe::{kernel_log, logs::Logs, pressure};
+use crate::registry::Floor;
 use crate::registry::traffic::{Clock, Limits, Traffic};
 use crate::report::{FleetLine, Offer, key, push};
 use crate::runtime::cgroup::CgroupRoot;
@@ -92,7 +93,9 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         promises: Arc::default(),
         slots: Arc::new(Slots::new(config.images.parallel)),
         traffic: Arc::new(traffic(&config, &places)),
+        floor: Floor::default(),
     };
+    pull_context.floor.raise(floor);
     let layer_way =
         LayerWay::new(config.runtime.idmapped_layers, Arc::clone(&pull_context.promises), config.limits.disk_reserve);
     let boot_cause = if is_device { boot::cause(&store, &places.keep(), &boot_id) } else { None };
@@ -345,8 +348,8 @@ impl Agent {
             clock::now(0, Timestamp(crate::BUILT_AT)).wall
         }
         self.fleet.trusts(self.root.version);
-        if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, self.newest_digest(), offers.clone(), wall)
-        {
+        let (known, floor) = (self.newest_digest(), &self.pull_context.floor);
+        if let Err(why) = self.fleet.start(&self.config.fleet, &self.store, known, offers.clone(), wall, floor) {
             self.tell(None, None, &why, "agent");
         }
         if let Err(error) = push::listen(&self.config.api, &self.device, &places.keep(), offers).await {

@@ -135,11 +135,17 @@ impl Agent {
         let root_expires = (self.root.version > 0).then_some(self.root.expires);
         let Some(to) = next_floor(self.floor, self.now().wall, root_expires) else { return };
         if self.is_device && to.0.saturating_sub(self.reckoning.stored.0) < STORED_EVERY_SECS {
-            self.floor = to;
+            self.set_floor(to);
             self.tell_keeper(to);
         } else {
             self.raise_floor(to);
         }
+    }
+
+    /// Certificates are judged by it too, from the next connection on.
+    fn set_floor(&mut self, to: Timestamp) {
+        self.floor = to;
+        self.pull_context.floor.raise(to);
     }
 
     /// A time that is certainly over: written to the store, and told the keeper.
@@ -147,7 +153,7 @@ impl Agent {
         if to <= self.floor {
             return;
         }
-        self.floor = to;
+        self.set_floor(to);
         self.reckoning.stored = to;
         let written = self.writes.submit(move |store| {
             if let Err(error) = store.raise_time_floor(to) {

@@ -10,8 +10,8 @@ use std::time::Duration;
 use base64::Engine;
 use edged_model::id::Digest;
 use edged_model::reason::{Code, Reason};
+use ureq::Body;
 use ureq::http::{Response, StatusCode, header};
-use ureq::{Agent, Body};
 
 use crate::config::Registry;
 
@@ -32,6 +32,8 @@ pub mod reference;
 pub mod retry_after;
 /// Where an image comes from: a registry or a layout.
 pub mod source;
+/// Certificates judged by the time floor too.
+mod tls;
 /// What may come a second and a day.
 pub mod traffic;
 mod way;
@@ -40,9 +42,10 @@ use auth::Challenge;
 pub use blob::BlobReader;
 pub use reference::Reference;
 pub use source::{BlobStream, Source};
+pub use tls::Floor;
 use traffic::{Metered, Spent, Traffic};
 use way::{Ways, misconfigured};
-pub use way::{agent, certificates};
+pub use way::{agent, certificates, web_roots};
 
 /// A manifest, an index or a configuration larger than this is none (distribution-spec: 4 MiB).
 pub const DOCUMENT_MAX_BYTES: u64 = 4 << 20;
@@ -122,7 +125,12 @@ pub const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, ap
 
 impl Client {
     /// A client for `registry` (host and port) with the device's configuration for it.
-    pub fn new(registry: &str, config: &Registry, traffic: &Arc<Traffic>) -> Result<Self, RegistryError> {
+    pub fn new(
+        registry: &str,
+        config: &Registry,
+        traffic: &Arc<Traffic>,
+        floor: &Floor,
+    ) -> Result<Self, RegistryError> {
         let password = match (&config.password, &config.password_file) {
             (Some(password), _) => Some(password.clone()),
             (None, Some(path)) => Some(
@@ -139,7 +147,7 @@ impl Client {
         let scheme = if config.insecure_http { "http" } else { "https" };
         let base = format!("{scheme}://{registry}/v2");
         Ok(Self {
-            ways: Ways::of(registry, &base, config)?,
+            ways: Ways::of(registry, &base, config, floor)?,
             base,
             name: registry.to_owned(),
             basic,
@@ -290,19 +298,17 @@ impl Client {
         let mut authorized = false;
         loop {
             let authorization = self.authorization.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            let ask = |agent: &Agent| {
-                let mut request = agent.get(&url).header(header::ACCEPT, accept);
-                if let Some((first, last)) = range {
-                    let last = last.map(|last| last.to_string()).unwrap_or_default();
-                    request = request.header(header::RANGE, format!("bytes={first}-{last}"));
-                }
-                if let (true, Some(authorization)) = (is_registry, &authorization) {
-                    request = request.header(header::AUTHORIZATION, authorization);
-                }
-                let timeouts = request.config().timeout_recv_body(Some(body_timeout));
-                timeouts.timeout_per_read(Some(self.stall_timeout)).build().call()
-            };
-            let response = self.ways.ask(&url, ask).map_err(|error| match redirects {
+            let mut request = self.ways.to(&url).get(&url).header(header::ACCEPT, accept);
+            if let Some((first, last)) = range {
+                let last = last.map(|last| last.to_string()).unwrap_or_default();
+                request = request.header(header::RANGE, format!("bytes={first}-{last}"));
+            }
+            if let (true, Some(authorization)) = (is_registry, &authorization) {
+                request = request.header(header::AUTHORIZATION, authorization);
+            }
+            let timeouts = request.config().timeout_recv_body(Some(body_timeout));
+            let asked = timeouts.timeout_per_read(Some(self.stall_timeout)).build().call();
+            let response = asked.map_err(|error| match redirects {
                 0 => unreachable(what, &error),
                 _ => unreachable(&format!("{what}, redirected to {}", without_path(&url)), &error),
             })?;
@@ -355,14 +361,11 @@ impl Client {
                 return Err(unauthorized("its token service is not encrypted"));
             }
             Some(Challenge::Bearer { realm, service, scope }) => {
-                let ask = |agent: &Agent| {
-                    let request = agent.get(&realm).query("service", &service).query("scope", &scope);
-                    match &self.basic {
-                        Some(basic) => request.header(header::AUTHORIZATION, basic).call(),
-                        None => request.call(),
-                    }
-                };
-                let response = self.ways.ask(&realm, ask).map_err(|error| unreachable(&realm, &error))?;
+                let mut request = self.ways.to(&realm).get(&realm).query("service", &service).query("scope", &scope);
+                if let Some(basic) = &self.basic {
+                    request = request.header(header::AUTHORIZATION, basic);
+                }
+                let response = request.call().map_err(|error| unreachable(&realm, &error))?;
                 if !response.status().is_success() {
                     return Err(unauthorized(&format!("the token service answers {}", response.status().as_u16())));
                 }
@@ -492,9 +495,13 @@ mod tests {
         let body: Vec<u8> = (0..100_000_u32).map(|n| n.to_be_bytes()[3]).collect();
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let host = listener.local_addr().unwrap().to_string();
-        let mut client =
-            Client::new(&host, &Registry { insecure_http: true, ..Registry::default() }, &Arc::new(Traffic::free()))
-                .unwrap();
+        let mut client = Client::new(
+            &host,
+            &Registry { insecure_http: true, ..Registry::default() },
+            &Arc::new(Traffic::free()),
+            &Floor::default(),
+        )
+        .unwrap();
         client.stall_timeout = Duration::from_millis(300);
         let sent = body.clone();
         let server = std::thread::spawn(move || stalls_once(&listener, &sent));
@@ -534,7 +541,7 @@ mod tests {
             let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
             let host = listener.local_addr().unwrap().to_string();
             let config = Registry { insecure_http: true, ..Registry::default() };
-            let mut client = Client::new(&host, &config, &Arc::new(Traffic::free())).unwrap();
+            let mut client = Client::new(&host, &config, &Arc::new(Traffic::free()), &Floor::default()).unwrap();
             client.document_timeout = Duration::from_millis(200);
             let (sent, piece_bytes) = (body.clone(), usize::try_from(bytes_per_sec / 20).unwrap());
             std::thread::spawn(move || drips(&listener, &sent, piece_bytes, Duration::from_millis(50)));

@@ -4,10 +4,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use edged_model::reason::Code;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore};
 use ureq::http::Uri;
-use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
+use ureq::tls::{PemItem, PrivateKey, parse_pem};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{ConnectProxyConnector, Connector as _, TcpConnector};
 use ureq::{Agent, Proxy, ProxyProtocol};
 
+use super::tls::{self, Floor, Identity, TlsConnector};
 use super::{ANSWER_TIMEOUT, CONNECT_TIMEOUT, DOCUMENT_TIMEOUT, RegistryError};
 use crate::config::Registry;
 
@@ -19,44 +24,47 @@ pub(super) fn misconfigured(text: String) -> RegistryError {
 pub(super) struct Ways {
     /// Scheme, host and port of the registry itself.
     origin: Option<Origin>,
-    /// To the registry: by its own CA alone, and with the device's certificate.
+    /// To the registry: by its own CA alone if it has one, and with the device's certificate.
     own: Agent,
-    /// To hosts that it names (blob stores, token services): without that certificate. They may be of its CA, …
+    /// To hosts that it names (blob stores, token services): by its CA or a public one, and without that certificate.
     others: Agent,
-    /// … or of the public ones that are built in, where it has a CA of its own.
-    public: Option<Agent>,
 }
 
 type Origin = (String, String, u16);
 
 impl Ways {
     /// As `agent.toml` describes it: whom the device trusts, who it is itself, which proxy it asks.
-    pub(super) fn of(registry: &str, base: &str, config: &Registry) -> Result<Self, RegistryError> {
-        let proxy = proxy_of(registry, config)?;
-        let roots = roots_of(registry, config)?;
-        let tls = || TlsConfig::builder().root_certs(roots.clone().unwrap_or(RootCerts::WebPki));
-        let others = agent_with(tls().build(), proxy.clone());
-        let own = match client_cert_of(registry, config)? {
-            Some(client_cert) => agent_with(tls().client_cert(Some(client_cert)).build(), proxy.clone()),
-            None => others.clone(),
-        };
-        let public = roots.is_some().then(|| {
-            let tls = TlsConfig::builder().root_certs(RootCerts::WebPki);
-            agent_with(tls.build(), proxy)
-        });
-        Ok(Self { origin: origin(base), own, others, public })
+    pub(super) fn of(registry: &str, base: &str, config: &Registry, floor: &Floor) -> Result<Self, RegistryError> {
+        Self::beside(&web_roots(), registry, base, config, floor)
     }
 
-    /// Asks by the way that is for this URL.
-    pub(super) fn ask<T>(&self, url: &str, ask: impl Fn(&Agent) -> Result<T, ureq::Error>) -> Result<T, ureq::Error> {
-        if self.origin.is_some() && origin(url) == self.origin {
-            return ask(&self.own);
-        }
-        match (ask(&self.others), &self.public) {
-            // Nothing has been said to that host yet.
-            (Err(error), Some(public)) if is_about_certificate(&error) => ask(public),
-            (answer, _) => answer,
-        }
+    fn beside(
+        public: &Arc<RootCertStore>,
+        registry: &str,
+        base: &str,
+        config: &Registry,
+        floor: &Floor,
+    ) -> Result<Self, RegistryError> {
+        let proxy = proxy_of(registry, config)?;
+        let (own_roots, all_roots) = match roots_of(registry, config)? {
+            None => (Arc::clone(public), Arc::clone(public)),
+            Some(roots) => {
+                let mut all = RootCertStore::clone(&roots);
+                all.roots.extend(public.roots.iter().cloned());
+                (roots, Arc::new(all))
+            }
+        };
+        let misfit = |why| misconfigured(format!("client-cert of {registry}: {why}"));
+        let identity = identity_of(registry, config)?;
+        let own = tls::config(own_roots, identity, floor).map_err(misfit)?;
+        let others = tls::config(all_roots, None, floor).map_err(misfit)?;
+        Ok(Self { origin: origin(base), own: agent_with(own, proxy.clone()), others: agent_with(others, proxy) })
+    }
+
+    /// The one that is for this URL.
+    pub(super) fn to(&self, url: &str) -> &Agent {
+        let is_own = self.origin.is_some() && origin(url) == self.origin;
+        if is_own { &self.own } else { &self.others }
     }
 }
 
@@ -68,15 +76,6 @@ fn origin(url: &str) -> Option<Origin> {
     Some((scheme, url.host()?.to_lowercase(), port))
 }
 
-fn is_about_certificate(error: &ureq::Error) -> bool {
-    let tls = match error {
-        ureq::Error::Rustls(error) => Some(error),
-        ureq::Error::Io(error) => error.get_ref().and_then(|error| error.downcast_ref()),
-        _ => None,
-    };
-    matches!(tls, Some(rustls::Error::InvalidCertificate(_)))
-}
-
 fn read(registry: &str, what: &str, path: &Path) -> Result<Vec<u8>, RegistryError> {
     std::fs::read(path).map_err(|error| misconfigured(format!("{what} of {registry}: {}: {error}", path.display())))
 }
@@ -86,14 +85,14 @@ fn has_no(registry: &str, what: &str, path: &Path, thing: &str) -> RegistryError
 }
 
 /// The registry's own CA, if it has one.
-fn roots_of(registry: &str, config: &Registry) -> Result<Option<RootCerts>, RegistryError> {
+fn roots_of(registry: &str, config: &Registry) -> Result<Option<Arc<RootCertStore>>, RegistryError> {
     let Some(path) = &config.ca else { return Ok(None) };
     let roots = certificates(&read(registry, "CA", path)?);
     roots.map(Some).ok_or_else(|| has_no(registry, "CA", path, "certificate"))
 }
 
 /// Who the device is.
-fn client_cert_of(registry: &str, config: &Registry) -> Result<Option<ClientCert>, RegistryError> {
+fn identity_of(registry: &str, config: &Registry) -> Result<Option<Identity>, RegistryError> {
     let (cert, key) = match (&config.client_cert, &config.client_key) {
         (None, None) => return Ok(None),
         (Some(cert), Some(key)) => (cert, key),
@@ -103,10 +102,9 @@ fn client_cert_of(registry: &str, config: &Registry) -> Result<Option<ClientCert
     if chain.is_empty() {
         return Err(has_no(registry, "client-cert", cert, "certificate"));
     }
-    let private = PrivateKey::from_pem(&read(registry, "client-key", key)?);
-    let private = private.map_err(|_| has_no(registry, "client-key", key, "private key"))?;
-    fit_together(&chain, &private).map_err(|why| misconfigured(format!("client-cert of {registry}: {why}")))?;
-    Ok(Some(ClientCert::new_with_certs(&chain, private)))
+    let private = PrivateKey::from_pem(&read(registry, "client-key", key)?).ok();
+    let private = private.and_then(|private| PrivateKeyDer::try_from(private.der().to_vec()).ok());
+    Ok(Some((chain, private.ok_or_else(|| has_no(registry, "client-key", key, "private key"))?)))
 }
 
 fn proxy_of(registry: &str, config: &Registry) -> Result<Option<Proxy>, RegistryError> {
@@ -124,24 +122,13 @@ fn proxy_of(registry: &str, config: &Registry) -> Result<Option<Proxy>, Registry
     })
 }
 
-/// Asks the TLS library beforehand: the HTTP client would panic on what it does not take.
-fn fit_together(chain: &[Certificate<'static>], key: &PrivateKey<'static>) -> Result<(), rustls::Error> {
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let chain = chain.iter().map(|certificate| CertificateDer::from(certificate.der().to_vec())).collect();
-    let key = PrivateKeyDer::try_from(key.der().to_vec()).map_err(|why| rustls::Error::General(why.to_owned()))?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-    config.with_root_certificates(rustls::RootCertStore::empty()).with_client_auth_cert(chain, key).map(drop)
+/// An HTTPS agent that trusts `roots` as of `floor`, follows no redirect by itself and gives up in time.
+pub fn agent(roots: Arc<RootCertStore>, floor: &Floor) -> Result<Agent, rustls::Error> {
+    Ok(agent_with(tls::config(roots, None, floor)?, Proxy::try_from_env()))
 }
 
-/// An HTTPS agent that trusts `roots`, follows no redirect by itself and gives up in time.
-pub fn agent(roots: RootCerts) -> Agent {
-    agent_with(TlsConfig::builder().root_certs(roots).build(), Proxy::try_from_env())
-}
-
-fn agent_with(tls: TlsConfig, proxy: Option<Proxy>) -> Agent {
-    Agent::config_builder()
-        .tls_config(tls)
+fn agent_with(tls: ClientConfig, proxy: Option<Proxy>) -> Agent {
+    let config = Agent::config_builder()
         .proxy(proxy)
         .max_redirects(0)
         .http_status_as_error(false)
@@ -149,19 +136,26 @@ fn agent_with(tls: TlsConfig, proxy: Option<Proxy>) -> Agent {
         .timeout_recv_response(Some(ANSWER_TIMEOUT))
         .timeout_recv_body(Some(DOCUMENT_TIMEOUT))
         .user_agent(concat!("edged/", env!("CARGO_PKG_VERSION")))
-        .build()
-        .into()
+        .build();
+    let chain = ConnectProxyConnector::default().chain(TcpConnector::default()).chain(TlsConnector(Arc::new(tls)));
+    Agent::with_parts(config, chain, DefaultResolver::default())
+}
+
+/// Whom browsers trust.
+pub fn web_roots() -> Arc<RootCertStore> {
+    Arc::new(RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() })
 }
 
 /// The certificates of a PEM file as the only roots.
-pub fn certificates(pem: &[u8]) -> Option<RootCerts> {
-    let list = certificate_list(pem);
-    (!list.is_empty()).then(|| RootCerts::Specific(Arc::new(list)))
+pub fn certificates(pem: &[u8]) -> Option<Arc<RootCertStore>> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(certificate_list(pem));
+    (!roots.is_empty()).then(|| Arc::new(roots))
 }
 
-fn certificate_list(pem: &[u8]) -> Vec<Certificate<'static>> {
+fn certificate_list(pem: &[u8]) -> Vec<CertificateDer<'static>> {
     let certificate = |item| match item {
-        Ok(PemItem::Certificate(certificate)) => Some(certificate),
+        Ok(PemItem::Certificate(certificate)) => Some(CertificateDer::from(certificate.der().to_vec())),
         _ => None,
     };
     parse_pem(pem).filter_map(certificate).collect()
@@ -208,13 +202,9 @@ mod tests {
         let ca = dir.path().join("ca.pem");
         std::fs::write(&ca, private_ca).unwrap();
         let config = Registry { ca: Some(ca), proxy: Some(String::new()), ..Registry::default() };
-        let ways = |base: &str| {
-            let mut ways = Ways::of("r.example", base, &config).unwrap();
-            assert!(ways.public.is_some(), "there are public roots beside the registry's own");
-            ways.public = Some(agent(certificates(public_ca.as_bytes()).unwrap()));
-            ways
-        };
-        let reaches = |ways: &Ways, url: &str| ways.ask(url, |agent| agent.get(url).call()).is_ok();
+        let public_roots = certificates(public_ca.as_bytes()).unwrap();
+        let ways = |base: &str| Ways::beside(&public_roots, "r.example", base, &config, &Floor::default()).unwrap();
+        let reaches = |ways: &Ways, url: &str| ways.to(url).get(url).call().is_ok();
         let elsewhere = ways("https://r.example/v2");
         assert!(reaches(&elsewhere, &private) && reaches(&elsewhere, &public));
         assert!(!reaches(&elsewhere, &server().0), "of neither");

@@ -41,7 +41,7 @@ pub use self::pace::News;
 use self::pace::Pace;
 use crate::config::Fleet;
 use crate::crash_point;
-use crate::registry::{self, retry_after};
+use crate::registry::{self, Floor, retry_after};
 use crate::store::{Durability, Store, inline_chain};
 
 /// An error document is read no further than this.
@@ -150,11 +150,12 @@ impl FleetLine {
         known: Option<Digest>,
         offers: mpsc::Sender<Offer>,
         clock: fn() -> Timestamp,
+        floor: &Floor,
     ) -> Result<(), Reason> {
         let Some(url) = &config.url else { return Ok(()) };
         let bad = |text: String| Reason::new(Code::FleetUnavailable, text);
         let roots = match &config.ca {
-            None => ureq::tls::RootCerts::WebPki,
+            None => registry::web_roots(),
             Some(path) => {
                 let pem = std::fs::read(path).map_err(|error| bad(format!("fleet.ca {}: {error}", path.display())))?;
                 registry::certificates(&pem)
@@ -162,14 +163,17 @@ impl FleetLine {
             }
         };
         let base = format!("{}/v1", url.trim_end_matches('/'));
-        let endpoint = || Endpoint { agent: registry::agent(roots.clone()), base: base.clone(), clock };
+        let endpoint = || {
+            let agent = registry::agent(roots.clone(), floor).map_err(|error| bad(inline_chain(&error)))?;
+            Ok(Endpoint { agent, base: base.clone(), clock })
+        };
         let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(|error| bad(error.to_string()))
         };
-        let (line, sender, store) = (self.clone(), endpoint(), store.clone());
+        let (line, sender, store) = (self.clone(), endpoint()?, store.clone());
         let token = config.enroll_token.clone();
         spawn("reports", Box::new(move || send::run(&line, &sender, &store, token.as_deref())))?;
-        let (line, fetcher, config) = (self.clone(), endpoint(), config.clone());
+        let (line, fetcher, config) = (self.clone(), endpoint()?, config.clone());
         spawn("manifests", Box::new(move || fetch::run(&line, &fetcher, &config, known, &offers)))?;
         Ok(())
     }

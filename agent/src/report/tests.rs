@@ -82,7 +82,8 @@ impl Fleet_ {
 }
 
 fn request(ca: &Path, method: &str, url: &str, headers: &[(&str, &str)], body: &[u8]) -> (u16, Vec<u8>) {
-    let agent = registry::agent(registry::certificates(&std::fs::read(ca).unwrap()).unwrap());
+    let agent =
+        registry::agent(registry::certificates(&std::fs::read(ca).unwrap()).unwrap(), &Floor::default()).unwrap();
     let mut request = ureq::http::Request::builder().method(method).uri(url);
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -96,6 +97,7 @@ struct Device {
     _directory: tempfile::TempDir,
     store: Store,
     line: FleetLine,
+    floor: Floor,
 }
 
 impl Device {
@@ -104,7 +106,7 @@ impl Device {
         let places = Places::new(Some(directory.path()), None);
         let (store, _) = Store::open(&places, 50).unwrap();
         let line = FleetLine::new(SecretKey::from_seed(&[seed; 32]), "pump-1".parse().unwrap(), Vec::new());
-        Self { _directory: directory, store, line }
+        Self { _directory: directory, store, line, floor: Floor::default() }
     }
 
     fn start(
@@ -121,7 +123,7 @@ impl Device {
             enroll_token: token,
             ..Fleet::default()
         };
-        self.line.start(&config, &self.store, known, offers, clock).unwrap();
+        self.line.start(&config, &self.store, known, offers, clock, &self.floor).unwrap();
         offered
     }
 
@@ -358,4 +360,16 @@ fn a_push_is_answered_with_the_verdict() {
     std::fs::write(&ca, "damaged").unwrap();
     listen(offers);
     assert_ne!(std::fs::read(&ca).unwrap(), before, "a damaged one is made again");
+}
+
+#[test]
+fn a_fleet_whose_certificate_ended_before_the_time_floor_hears_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let fleet = Fleet_::start(directory.path(), 0);
+    let device = Device::new(9);
+    // By the clock of this machine it is good for two thousand years more.
+    device.floor.raise("4096-01-02T00:00:00Z".parse().unwrap());
+    let _offers = device.start(&fleet, directory.path(), None, None);
+    let why = until("a word on the certificate", || device.line.status(None, &device.store).problem);
+    assert!(why.text.contains("certificate expired"), "{why}");
 }

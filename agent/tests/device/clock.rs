@@ -17,7 +17,7 @@ use edged_model::quantity::Timestamp;
 use edged_qemu::process;
 use serde_json::Value;
 
-use crate::rig::{DEVICE, Device, Factory, until};
+use crate::rig::{DEVICE, Device, Factory, sleeper, until};
 
 const DAY_SECS: i64 = 86_400;
 const YEAR_SECS: i64 = 365 * DAY_SECS;
@@ -172,6 +172,12 @@ fn a_stolen_manifest_key_moves_the_floor_to_the_end_of_the_root_at_most_and_a_ro
     assert!(why.contains("no manifest key of trust root version 2"), "{why}");
     device.take(&issued_at(&factory, 2, Timestamp(now_secs()), &ops));
     device.wait_for_generation(2, "good");
+    // Certificates are judged by the floor like all else: those of this registry end some days before the first root.
+    let later = sleeper(3, &factory.publish_busybox()).replace("expires: 2036", "expires: 2056");
+    device.take(&factory.sign_with("later", &later, &ops));
+    until("a word on the certificate", || {
+        device.events().iter().any(|text| text.contains("certificate expired")).then_some(())
+    });
 }
 
 #[test]

@@ -299,6 +299,7 @@ impl Stick {
             promises: std::sync::Arc::default(),
             slots: std::sync::Arc::default(),
             traffic: std::sync::Arc::new(edged::registry::traffic::Traffic::free()),
+            floor: edged::registry::Floor::default(),
         };
         Self { dir, layout, ctx, manifest, config }
     }

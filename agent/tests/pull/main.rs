@@ -56,6 +56,7 @@ impl Device {
             promises: std::sync::Arc::default(),
             slots: std::sync::Arc::default(),
             traffic: std::sync::Arc::new(edged::registry::traffic::Traffic::free()),
+            floor: edged::registry::Floor::default(),
         };
         Self { ctx, _dir: dir }
     }

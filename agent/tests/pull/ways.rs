@@ -202,3 +202,19 @@ fn what_began_encrypted_goes_on_encrypted() {
     assert!(asked.text.contains("its token service is not encrypted"), "{asked}");
     assert!(in_the_clear.requests().is_empty(), "nothing was asked in the clear, no password told");
 }
+
+#[test]
+fn a_registry_whose_certificate_ended_before_the_time_floor_is_not_believed_whatever_the_clock_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start();
+    let (layout, _) = sample(dir.path());
+    let digest = registry.push(&format!("oci:{}:v1", layout.display()), "app:v1", &[]);
+    let image = format!("{}/app@{digest}", registry.host());
+    let device = Device::new([(registry.host(), registry.config())]).trusting_digests();
+    device.ctx.floor.raise("3000-01-01T00:00:00Z".parse().unwrap());
+    let why = device.pull(&image).unwrap_err().reason;
+    assert!(why.code == Code::RegistryUnavailable && why.text.contains("certificate expired"), "{why}");
+    let device = Device::new([(registry.host(), registry.config())]).trusting_digests();
+    device.ctx.floor.raise("2026-01-01T00:00:00Z".parse().unwrap());
+    device.pull(&image).unwrap();
+}
