@@ -154,3 +154,17 @@ fn the_tests_that_the_docs_name_exist() {
     }
     assert!(named > 0 && missing.is_empty(), "{missing:#?}");
 }
+
+/// docs/trust.md: attacker, what they hold, can, cannot, and the test that shows it.
+#[test]
+fn every_attacker_of_the_threat_table_has_a_witness() {
+    let text = fs::read_to_string(root().join("docs/trust.md")).unwrap();
+    let section = text.split("\n## ").find(|section| section.starts_with("Threat model")).expect("a threat model");
+    let rows: Vec<&str> = section.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+    assert!(rows.len() > 10, "{rows:#?}");
+    for row in rows {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+        assert!(cells.len() == 5 && cells.iter().all(|cell| !cell.is_empty()), "{row}");
+        assert!(cells[4].contains(".rs: ") || cells[4].starts_with("not defended: "), "{row}");
+    }
+}

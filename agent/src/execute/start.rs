@@ -373,3 +373,45 @@ fn device(name: &WorkloadName, wanted: &edged_model::manifest::Device) -> Result
         .build()
         .map_err(|error| refused(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_devices_own_configuration_does_not_allow_is_refused_whoever_signed_it() {
+        let refused = |field: &str, value: serde_json::Value, allow: &Allow| {
+            let mut workload = serde_json::to_value(Workload::of_image("registry.example/app:1")).unwrap();
+            workload[field] = value;
+            let workload: Workload = serde_json::from_value(workload).unwrap();
+            let workloads = [("app".parse().unwrap(), workload.into())].into();
+            refusal(&Manifest { workloads, ..Manifest::empty() }, allow)
+        };
+        let bind = |path: &str| serde_json::json!([{ "source": { "bind": path }, "target": "/in" }]);
+        let device = serde_json::json!([{ "path": "/dev/ttyUSB0" }]);
+        let nothing = Allow::default();
+        let all = Allow {
+            bind: vec!["/srv/data".into()],
+            devices: vec!["/dev/ttyUSB0".into()],
+            capabilities: vec!["SYS_ADMIN".to_owned()],
+            host_network: true,
+            host_users: true,
+            seccomp_unconfined: true,
+        };
+        for (field, value, key) in [
+            ("mounts", bind("/srv/data/one"), "allow.bind"),
+            ("devices", device, "allow.devices"),
+            ("capabilities", serde_json::json!({ "add": ["CAP_SYS_ADMIN"] }), "allow.capabilities"),
+            ("networkMode", "host".into(), "allow.host-network"),
+            ("usernsMode", "host".into(), "allow.host-users"),
+            ("seccomp", "unconfined".into(), "allow.seccomp-unconfined"),
+        ] {
+            let why = refused(field, value.clone(), &nothing).expect(field);
+            assert!(why.code == Code::NotAllowedHere && why.next.contains(key), "{why}");
+            assert_eq!(refused(field, value, &all), None, "{field}");
+        }
+        for around in ["/srv/data/../../etc", "/srv/database", "/"] {
+            assert!(refused("mounts", bind(around), &all).is_some(), "{around}");
+        }
+    }
+}

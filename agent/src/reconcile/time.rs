@@ -235,6 +235,35 @@ mod tests {
     }
 
     #[test]
+    fn servers_of_a_lease_are_asked_only_where_the_configuration_names_none() {
+        let server = || {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            let address = socket.local_addr().unwrap().to_string();
+            (socket, address)
+        };
+        // What is no time is an answer too, and the next question comes at once.
+        let is_asked = |socket: &std::net::UdpSocket| {
+            let mut question = [0; 48];
+            let (_, from) = socket.recv_from(&mut question).unwrap();
+            socket.send_to(b"no time", from).unwrap();
+        };
+        let ((ours, configured), (theirs, offered)) = (server(), server());
+        let (inbox, mut heard) = mpsc::channel(64);
+        std::thread::spawn(move || while heard.blocking_recv().is_some() {});
+        let interval = "1s".parse().unwrap();
+        let leases = start(&Time { servers: vec![configured], interval }, inbox.clone()).unwrap();
+        leases.send(vec![offered.clone()]).unwrap();
+        // Between the second question and the third the offer has been looked at.
+        (0..3).for_each(|_| is_asked(&ours));
+        theirs.set_nonblocking(true).unwrap();
+        assert_eq!(theirs.recv(&mut [0; 48]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+        theirs.set_nonblocking(false).unwrap();
+        let leases = start(&Time { servers: Vec::new(), interval }, inbox).unwrap();
+        leases.send(vec![offered]).unwrap();
+        is_asked(&theirs);
+    }
+
+    #[test]
     fn only_forward_and_only_for_a_difference_that_is_one() {
         assert_eq!(difference(0), Difference::None);
         assert_eq!(difference(EXACT_MS), Difference::None);

@@ -2,6 +2,8 @@
 //! goes on untouched.
 
 use std::fs;
+use std::io::Write as _;
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -82,6 +84,62 @@ fn bytes_that_are_no_signed_manifest_are_refused_by_name_and_nothing_moves() {
     device.take(&next);
     device.wait_for_generation(6, "good");
     assert_eq!(device.pid("steady"), pid, "the same workload in the next generation is not restarted");
+}
+
+/// What the agent has: open files, threads, and its anonymous memory in KiB.
+fn agent_has(device: &Device) -> (usize, usize, u64) {
+    let proc = PathBuf::from(format!("/proc/{}", device.agent_pid()));
+    let count = |dir: &str| fs::read_dir(proc.join(dir)).unwrap().count();
+    let status = fs::read_to_string(proc.join("status")).unwrap();
+    let memory = status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.split_whitespace().next()?.parse().ok());
+    (count("fd"), count("task"), memory.unwrap())
+}
+
+#[test]
+fn however_many_strangers_come_to_the_port_a_few_are_let_in_and_the_agent_does_not_grow() {
+    let factory = Factory::start();
+    let (device, image, pid) = device_with_steady(&factory);
+    let ca = factory.authority.cert();
+    // Bodies that no manifest has, one after the other.
+    let rubbish = factory.path("rubbish");
+    fs::write(&rubbish, vec![0x40; 3 << 20]).unwrap();
+    let send = |times: usize| {
+        for _ in 0..times {
+            let mut curl = Command::new("curl");
+            curl.args(["--silent", "--max-time", "60", "-o", "/dev/null", "-w", "%{http_code}", "--upload-file"]);
+            curl.arg(&rubbish)
+                .arg("--cacert")
+                .arg(&ca)
+                .arg(format!("https://127.0.0.1:{}/v1/manifest", device.push_port()));
+            let said = curl.output().unwrap();
+            assert_eq!(String::from_utf8_lossy(&said.stdout), "413");
+        }
+    };
+    send(4);
+    let (files, threads, memory) = agent_has(&device);
+    send(40);
+    // And many that come and say nothing, or the beginning of a handshake.
+    let hello = [0x16, 3, 1, 2, 0, 1];
+    let strangers: Vec<TcpStream> = (0..100)
+        .map(|n| {
+            let mut stream = TcpStream::connect(("127.0.0.1", device.push_port())).unwrap();
+            stream.write_all(&hello[..n % 7]).unwrap();
+            stream
+        })
+        .collect();
+    // The agent is awake meanwhile, for whoever has another door.
+    for _ in 0..20 {
+        assert_eq!(device.status()["generation"]["sequence"], 5);
+    }
+    let (files_now, threads_now, memory_now) = agent_has(&device);
+    println!("files {files} {files_now}, threads {threads} {threads_now}, KiB {memory} {memory_now}");
+    assert!(files_now <= files + 8, "{files} {files_now}: 100 are there");
+    assert!(threads_now <= threads + 4, "{threads} {threads_now}");
+    assert!(memory_now <= memory + (6 << 10), "{memory} {memory_now} KiB");
+    drop(strangers);
+    device.take(&factory.sign("next", &steady(6, &image)));
+    device.wait_for_generation(6, "good");
+    assert_eq!(device.pid("steady"), pid);
 }
 
 #[test]

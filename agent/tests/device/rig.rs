@@ -329,6 +329,10 @@ impl Device {
         (status.parse().unwrap(), body.to_owned())
     }
 
+    pub fn push_port(&self) -> u16 {
+        self.push_port
+    }
+
     /// `edgectl push` of any file, once.
     pub fn push_command(&self, file: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_edgectl"));

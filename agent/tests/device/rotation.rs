@@ -196,3 +196,48 @@ fn a_web_server_with_files_is_enough() {
     until("the third root", || (root_version(&device) == 3).then_some(()));
     device.wait_for_generation(1, "good");
 }
+
+#[test]
+fn a_root_without_a_stolen_image_key_lets_no_new_image_of_it_in_and_what_is_on_the_disk_goes_on() {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    let device = factory.device("");
+    device.take(&factory.sign("first", &sleeper(1, &image)));
+    device.wait_for_generation(1, "good");
+    let pid = device.pid("app");
+
+    let (first, second, images_2) =
+        (factory.keys.trust_root(), factory.path("trust2.cose"), key(&factory, "images2.key"));
+    let mut next = factory.keys.edgectl();
+    next.args(["trust", "rotate", "--key"]).arg(factory.keys.private("root")).arg("--from").arg(&first);
+    next.arg("--image-key").arg(images_2.with_extension("pub")).arg("-o").arg(&second);
+    process::run(&mut next).unwrap();
+    device.take(&second);
+
+    // The key signs another image, and whoever signs manifests is led to name it.
+    let own = factory.path("own");
+    std::fs::create_dir(&own).unwrap();
+    std::fs::write(own.join("another"), "image").unwrap();
+    let another = factory.publish_over_busybox("another", &own);
+    device.take(&factory.sign("second", &sleeper(2, &another)));
+    until("the refusal", || {
+        let status = device.status();
+        let why = [&status["candidate"]["reason"], &status["refused"]["why"]];
+        why.iter().any(|why| why["code"] == "imageWrongKey").then_some(())
+    });
+    assert_eq!(device.pid("app"), pid, "what was pulled under it is not asked again");
+    let (repository, digest) = another.rsplit_once('/').unwrap().1.split_once('@').unwrap();
+    factory.registry.sign(repository, digest, &images_2, edged_qemu::registry::SignatureForm::Bundle).unwrap();
+    device.take(&factory.sign("third", &sleeper(3, &another)));
+    device.wait_for_generation(3, "good");
+
+    // By hand: an image of the stolen key that is on the disk is believed until it is gone from there.
+    device.take(&factory.sign("fourth", &sleeper(4, &image)));
+    device.wait_for_generation(4, "good");
+    device.ask(&["reset", "--workloads", "--yes"]);
+    device.take(&factory.sign("fifth", &sleeper(5, &image)));
+    until("the refusal of what was believed", || {
+        let (events, no_key) = (device.events(), "no signature is by an image key of the trust root");
+        events.iter().any(|text| text.contains("/busybox@") && text.contains(no_key)).then_some(())
+    });
+}
