@@ -23,11 +23,10 @@ impl Agent {
         if !request.is_read() && !caller.may_write {
             return error(&answers, Reason::new(Code::NotAllowedHere, format!("{} may only read", caller.name)));
         }
-        let takes_new = match &request {
-            Request::LoadImages { .. } | Request::Prune { dry_run: false } | Request::ResetWorkloads { .. } => true,
-            Request::Rollback { .. } | Request::Retry { .. } => true,
-            _ => false,
-        };
+        let takes_new = matches!(
+            &request,
+            Request::LoadImages { .. } | Request::Prune { dry_run: false } | Request::ResetWorkloads { .. }
+        );
         if let Some(why) = self.refused_by_reset().filter(|_| takes_new) {
             return error(&answers, why);
         }
