@@ -238,6 +238,7 @@ mod tests {
     fn servers_of_a_lease_are_asked_only_where_the_configuration_names_none() {
         let server = || {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
             let address = socket.local_addr().unwrap().to_string();
             (socket, address)
         };
