@@ -40,9 +40,9 @@ pub struct DeviceFacts {
 /// A signer's clock may be this much ahead of a device's that knows the time.
 const AHEAD_MAX_SECS: i64 = 86_400;
 /// A sequence may leave out this many. One that nothing could follow would hold the device for good, and the highest seen is
-/// never lowered: so whoever stole a manifest key needs more than a hundred thousand manifests for that, not one. Wide
-/// enough for sequences that are dates down to the second (six years) or milliseconds (two).
-const LEAP_MAX: u64 = 1 << 36;
+/// never lowered: so whoever stole a manifest key needs thousands of manifests for that, not one. Wide enough for a device
+/// that lay on a shelf for years, where sequences are dates down to the second (a hundred years) or milliseconds (34).
+const LEAP_MAX: u64 = 1 << 40;
 /// A device that had none before begins wherever its fleet is, as long as there is as much room behind it.
 const FIRST_MAX: u64 = MOST_SEQUENCE / 2;
 

@@ -260,8 +260,8 @@ fn no_one_manifest_uses_up_the_sequences() {
     // Dates to the second, of one year and of the next; microseconds since 1970 on a new device.
     assert_eq!(of(20_270_101_000_000, 20_261_231_235_959), Ok(()));
     assert_eq!(of(1_793_000_000_000_000, 0), Ok(()));
-    assert_eq!(of(4 + (1 << 36), 4), Ok(()));
-    assert_eq!(of(5 + (1 << 36), 4), Err(Code::SequenceLeaps));
+    assert_eq!(of(4 + (1 << 40), 4), Ok(()));
+    assert_eq!(of(5 + (1 << 40), 4), Err(Code::SequenceLeaps));
     assert_eq!(of(last, last - 1), Ok(()));
 }
 

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use edged::config::{ImagePolicy, Images, Places, Registry};
 use edged::content::Content;
 use edged::execute::pull::{PullContext, pull};
+use edged::registry::Floor;
 use edged::registry::traffic::Traffic;
 use edged_model::quantity::Bytes;
 
@@ -30,6 +31,7 @@ fn main() -> Result<()> {
         promises: Arc::default(),
         slots: Arc::default(),
         traffic: Arc::new(Traffic::free()),
+        floor: Floor::default(),
     };
     let begin = Instant::now();
     pull(&ctx, &image, &|_| {}).map_err(|failure| anyhow!("{}", failure.reason))?;
