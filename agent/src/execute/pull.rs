@@ -370,6 +370,9 @@ fn remember(
     Ok(record.ready)
 }
 
+/// Whoever may set a tag can write an index, which is read before any signature is. A thousand platforms fit.
+const INDEX_MAX_BYTES: usize = 512 << 10;
+
 /// What an image is called, and what a source is asked for.
 struct Name {
     image: String,
@@ -504,6 +507,10 @@ impl OneImage<'_> {
         if shape.manifests.is_none() {
             return Ok(top.clone());
         }
+        let size = top.bytes.len();
+        if size > INDEX_MAX_BYTES {
+            return Err(self.unusable(&format!("its index has {size} bytes, and {INDEX_MAX_BYTES} are possible here")));
+        }
         let index: ImageIndex = self.parse("index", &top.bytes)?;
         let Some(descriptor) = platform::choose(&index, &platform::this()) else {
             return Err(self.unusable(&format!(
@@ -551,12 +558,14 @@ impl OneImage<'_> {
     }
 
     fn signed_at_all(&self, top: &Document, document: &Document, wanted: &Wanted) -> Result<(), PullFailure> {
-        let on_top = self.signed(top, wanted)?;
         // What a signed index names is signed as well.
-        if on_top.is_ok() || top.digest == document.digest {
-            return on_top.map_err(PullFailure::permanent);
+        let Err(on_top) = self.signed(top, wanted)? else { return Ok(()) };
+        if top.digest == document.digest {
+            return Err(PullFailure::permanent(on_top));
         }
-        self.signed(document, wanted)?.map_err(PullFailure::permanent)
+        let Err(below) = self.signed(document, wanted)? else { return Ok(()) };
+        // What hangs on the index says more than that nothing hangs on the manifest.
+        Err(PullFailure::permanent(if below.code == Code::ImageUnsigned { on_top } else { below }))
     }
 
     fn signed(&self, document: &Document, wanted: &Wanted) -> Result<Result<(), Reason>, PullFailure> {

@@ -167,6 +167,8 @@ fn a_signature_of_the_index_counts_for_what_is_under_it_and_none_of_another() {
     assert_eq!(pull(&|image| image.shelf.sign(image.index, &key)), Ok(()));
     assert_eq!(pull(&|image| image.shelf.hang_bundle(image.index, statement(image.index, None, &key))), Ok(()));
     assert_eq!(pull(&|image| image.shelf.sign(image.manifest, &key)), Ok(()), "and so does one of itself");
+    let stranger = SecretKey::from_seed(&[2; 32]);
+    assert_eq!(pull(&|image| image.shelf.sign(image.index, &stranger)), Err(Code::ImageWrongKey), "not `unsigned`");
     // Another platform's manifest.
     assert_eq!(pull(&|image| image.shelf.sign(image.another, &key)), Err(Code::ImageUnsigned));
     // Another index: by what is signed, or by what the signed statement says.
@@ -176,6 +178,18 @@ fn a_signature_of_the_index_counts_for_what_is_under_it_and_none_of_another() {
     let says_other = statement(Digest::of(other), None, &key);
     let of_other = |image: &mut ManyPlatforms| image.shelf.hang_bundle(image.index, says_other.clone());
     assert!(pull(&of_other).is_err());
+}
+
+#[test]
+fn an_index_that_is_larger_than_any_is_not_read() {
+    let mut image = ManyPlatforms::new(&FORMS[0]);
+    let mut index: Value = serde_json::from_slice(image.shelf.bytes(image.index)).unwrap();
+    index["annotations"] = (0..60_000).map(|number| (format!("{number:x}"), Value::from(""))).collect();
+    let index = digest(&image.shelf.put(INDEX, index.to_string()));
+    let (device, server) = device_at(&image.shelf);
+    let reason = device.pull(&format!("{}/app@{index}", server.host)).unwrap_err().reason;
+    assert!(reason.code == Code::ImageUnusable && reason.text.contains("its index has 5"), "{reason}");
+    assert_eq!(server.requests().len(), 1, "{:?}", server.requests());
 }
 
 #[test]
