@@ -13,6 +13,7 @@ use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use crate::config::{DeviceNodes, ImagePolicy, Images, Registry};
 use crate::content::layer::Compression;
@@ -116,9 +117,7 @@ impl PullContext {
             }
         }
     }
-}
 
-impl PullContext {
     fn disk(&self) -> Disk {
         Disk::of(&self.data, self.disk_reserve)
     }
@@ -269,6 +268,7 @@ pub struct Order {
     /// What runs lacks it: it does not wait for what may run later.
     pub is_urgent: bool,
     is_withdrawn: AtomicBool,
+    told: Notify,
 }
 
 impl Order {
@@ -277,9 +277,25 @@ impl Order {
     }
 
     /// Nobody wants it any more: it ends soon, in a failure.
-    pub fn withdraw(&self, ctx: &PullContext) {
+    pub fn withdraw(&self, slots: &Slots) {
         self.is_withdrawn.store(true, Ordering::Relaxed);
-        ctx.slots.look_again();
+        self.told.notify_waiters();
+        slots.look_again();
+    }
+
+    /// Waits for something, as long as it is wanted.
+    pub async fn wait<T>(&self, what: impl Future<Output = T>) -> Result<T, PullFailure> {
+        let withdrawn = async {
+            let told = self.told.notified();
+            if !self.is_withdrawn() {
+                told.await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = withdrawn => Err(PullFailure::passing(Code::ImageUnusable, "nobody wants it any more".to_owned())),
+            got = what => Ok(got),
+        }
     }
 
     pub fn is_withdrawn(&self) -> bool {

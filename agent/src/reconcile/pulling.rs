@@ -80,14 +80,14 @@ impl Pulling {
     async fn look_weigh_fetch(self) -> Result<ReadyImage, PullFailure> {
         let Self { image, order, ticket, lanes, context, start_context, users, inbox } = self;
         let lane = lanes.of(&order);
-        let turn = lane.looks.acquire().await;
+        let turn = order.wait(lane.looks.acquire()).await?;
         let (asked, name) = (Arc::clone(&context), image.clone());
         let looked = on_own_thread(move || pull::look(&asked, &name)).await?;
         drop(turn);
         let needs = looked.needs().to_vec();
         let disk = || Disk::of(&context.data, context.disk_reserve);
-        let promise = ticket.weigh(&image, needs, &context.promises, disk).await?;
-        let _turn = lane.fetches.acquire().await;
+        let promise = order.wait(ticket.weigh(&image, needs, &context.promises, disk)).await??;
+        let _turn = order.wait(lane.fetches.acquire()).await?;
         on_own_thread(move || {
             let tell = |progress| {
                 // A progress that finds no room is told by the next one.
@@ -147,10 +147,13 @@ impl Agent {
     /// What no generation needs any more (a newer one has come) is not fetched on: it holds up what is needed, and may cost
     /// money.
     pub(super) fn withdraw_pulls(&self) {
+        if self.under_way.pulls.is_empty() {
+            return;
+        }
         let needed = needed_images(&self.world.desired);
         for (image, order) in &self.under_way.pulls {
             if !needed.contains(image.as_str()) && !order.is_withdrawn() {
-                order.withdraw(&self.pull_context);
+                order.withdraw(&self.pull_context.slots);
             }
         }
     }
@@ -176,6 +179,14 @@ impl Agent {
         }
     }
 
+    /// Whether it belongs to what runs or to what is gone back to.
+    pub(super) fn is_kept(&self, image: &str) -> bool {
+        let pointers = self.world.desired.pointers;
+        let kept = [pointers.active, pointers.last_good].into_iter().flatten();
+        let mut kept = kept.filter_map(|sequence| self.world.desired.generations.get(&sequence));
+        kept.any(|generation| generation.manifest.workloads.values().any(|workload| workload.image == image))
+    }
+
     fn pull_failed(&mut self, image: String, failure: PullFailure) {
         let now = self.now();
         let begun = || Tries { since: now.wall, failed: 0, last_failure: None };
@@ -185,7 +196,7 @@ impl Agent {
         let attempts = tries.failed;
         let backoff = (RETRY_MS << attempts.min(10)).min(RETRY_MAX_MS);
         let asked = failure.retry_after.map_or(0, |after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX));
-        let next = Next::after(&failure, attempts, self.is_active(&image));
+        let next = Next::after(&failure, attempts, self.is_kept(&image));
         if next == Next::Soon {
             self.count(|survived| &mut survived.pull_retries);
         }
@@ -213,17 +224,17 @@ impl Agent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     Soon,
-    /// What runs is never given up, whatever is said of its image.
+    /// What runs, or is gone back to, is never given up, whatever is said of its image.
     Later,
     Never,
 }
 
 impl Next {
-    fn after(failure: &PullFailure, attempts: u32, is_active: bool) -> Self {
+    fn after(failure: &PullFailure, attempts: u32, is_kept: bool) -> Self {
         let may_be_an_accident = failure.reason.code == Code::DigestMismatch && attempts < WRONG_BYTES_BELIEVED;
         match failure.permanent && !may_be_an_accident {
             false => Self::Soon,
-            true if is_active => Self::Later,
+            true if is_kept => Self::Later,
             true => Self::Never,
         }
     }
@@ -241,6 +252,19 @@ fn pause_ms(backoff_ms: u64, asked_ms: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::execute::pull::slots::Slots;
+
+    #[tokio::test]
+    async fn what_waits_for_its_turn_ends_as_soon_as_nobody_wants_it() {
+        let order = Order::default();
+        let withdraw = async {
+            tokio::task::yield_now().await;
+            order.withdraw(&Slots::default());
+        };
+        let (waited, ()) = tokio::join!(order.wait(std::future::pending::<()>()), withdraw);
+        assert!(waited.is_err());
+        assert!(order.wait(std::future::ready(())).await.is_err(), "its turn comes too late");
+    }
 
     #[test]
     fn an_update_is_refused_for_good_and_what_runs_is_asked_for_again() {
@@ -250,7 +274,7 @@ mod tests {
         assert_eq!(Next::after(&unsigned, 1, false), Next::Never);
         assert_eq!([&unsigned, &wrong].map(|failure| Next::after(failure, 9, true)), [Next::Later; 2]);
         let gone = PullFailure::passing(Code::RegistryUnavailable, String::new());
-        assert_eq!([true, false].map(|is_active| Next::after(&gone, 99, is_active)), [Next::Soon; 2]);
+        assert_eq!([true, false].map(|is_kept| Next::after(&gone, 99, is_kept)), [Next::Soon; 2]);
     }
 
     #[test]

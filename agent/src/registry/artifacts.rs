@@ -42,6 +42,9 @@ pub struct ListedAnnotations {
     pub predicate_type: Option<String>,
 }
 
+/// How a layout calls what elsewhere is a tag.
+const REFERENCE: &str = "org.opencontainers.image.ref.name";
+
 /// The same, by its name.
 const PREDICATE_TYPE: &str = "dev.sigstore.bundle.predicateType";
 
@@ -60,7 +63,9 @@ pub struct Artifacts<'s> {
     source: &'s Source,
     image: Digest,
     fit: fn(&Listed) -> Fit,
-    names: VecDeque<String>,
+    /// What its list says to be a signature, on whatever page; then what may be one.
+    likely: VecDeque<String>,
+    possible: VecDeque<String>,
     /// Of the list, what comes next.
     page: Option<Page>,
     pages: usize,
@@ -82,7 +87,8 @@ impl<'s> Artifacts<'s> {
             source,
             image,
             fit,
-            names: VecDeque::new(),
+            likely: VecDeque::new(),
+            possible: VecDeque::new(),
             page: None,
             pages: 0,
             looked_at: 0,
@@ -92,7 +98,7 @@ impl<'s> Artifacts<'s> {
         };
         match source {
             Source::Registry { .. } => {
-                artifacts.names.push_back(format!("sha256-{}.sig", image.hex()));
+                artifacts.likely.push_back(signature_tag(image));
                 artifacts.page = Some(Page::First);
             }
             // Everything else in the layout may be a signature.
@@ -104,13 +110,17 @@ impl<'s> Artifacts<'s> {
     /// The next manifest that may hold a signature.
     pub fn next_manifest(&mut self) -> Result<Option<Document>, RegistryError> {
         loop {
-            let Some(name) = self.names.pop_front() else {
-                match self.page.take() {
-                    Some(page) => self.turn_to(page)?,
-                    None => return Ok(None),
-                }
-                continue;
+            let next = match self.likely.pop_front() {
+                None => match self.page.take() {
+                    Some(page) => {
+                        self.turn_to(page)?;
+                        continue;
+                    }
+                    None => self.possible.pop_front(),
+                },
+                likely => likely,
             };
+            let Some(name) = next else { return Ok(None) };
             if self.looked_at == ARTIFACTS_MAX {
                 self.leave_out(|| format!("more than {ARTIFACTS_MAX} artifacts hang on it"));
                 return Ok(None);
@@ -190,7 +200,11 @@ impl<'s> Artifacts<'s> {
         };
         let referrers = match client.referrers(repository, self.image, at, self.left_list_bytes) {
             Ok(Some(referrers)) => referrers,
-            Ok(None) => return Ok(()),
+            Ok(None) if at.is_none() => return Ok(()),
+            Ok(None) => {
+                self.leave_out(|| "the list of what hangs on it ends in the middle".to_owned());
+                return Ok(());
+            }
             Err(error) if error.reason.code == Code::ImageUnusable => {
                 self.leave_out(|| error.reason.text);
                 return Ok(());
@@ -201,9 +215,10 @@ impl<'s> Artifacts<'s> {
         self.left_list_bytes -= referrers.index.bytes.len() as u64;
         let mut sorted = Sorted::new(self.fit, self.image);
         let mut json = serde_json::Deserializer::from_slice(&referrers.index.bytes);
+        // Whoever is on the way may have answered in the registry's place.
         IndexSeed(&mut sorted).deserialize(&mut json).map_err(|error| {
             let text = format!("{}/{repository}: the referrers of {} cannot be read: {error}", client.name, self.image);
-            RegistryError::new(Code::ImageUnusable, text, true)
+            RegistryError::new(Code::RegistryUnavailable, text, false)
         })?;
         self.take(sorted);
         match referrers.next {
@@ -218,6 +233,10 @@ impl<'s> Artifacts<'s> {
         let mut sorted = Sorted::new(self.fit, self.image);
         for descriptor in index.manifests() {
             let annotation = |name: &str| descriptor.annotations().as_ref().and_then(|all| all.get(name)).cloned();
+            if annotation(REFERENCE).is_some_and(|name| name == signature_tag(self.image)) {
+                self.likely.push_back(descriptor.digest().to_string());
+                continue;
+            }
             sorted.offer(Listed {
                 digest: descriptor.digest().to_string(),
                 size: descriptor.size(),
@@ -232,8 +251,16 @@ impl<'s> Artifacts<'s> {
         if let Some(why) = sorted.left_out {
             self.leave_out(|| why);
         }
-        self.names.extend(sorted.likely.iter().chain(&sorted.possible).map(ToString::to_string));
+        self.likely.extend(sorted.likely.iter().map(ToString::to_string));
+        self.possible.extend(sorted.possible.iter().map(ToString::to_string));
+        // One more than can be looked at tells that there are more.
+        self.possible.truncate(ARTIFACTS_MAX + 1);
     }
+}
+
+/// Where cosign puts simple signing.
+fn signature_tag(image: Digest) -> String {
+    format!("sha256-{}.sig", image.hex())
 }
 
 fn all_too_large() -> String {

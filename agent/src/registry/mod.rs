@@ -417,7 +417,12 @@ fn absolute(base: &str, location: &str) -> Option<String> {
         return Some(format!("{scheme}:{location}"));
     }
     let host = rest.split('/').next()?;
-    location.starts_with('/').then(|| format!("{scheme}://{host}{location}"))
+    if location.starts_with('/') {
+        return Some(format!("{scheme}://{host}{location}"));
+    }
+    // A list's next part is often the same address with another question.
+    let same_path = base.split(['?', '#']).next()?;
+    location.starts_with('?').then(|| format!("{same_path}{location}"))
 }
 
 fn unreachable(what: &str, error: &ureq::Error) -> RegistryError {
@@ -586,6 +591,7 @@ mod tests {
         assert_eq!(to("/a?b"), Some("https://r.example:5000/a?b".to_owned()));
         assert_eq!(to("//s.example/a"), Some("https://s.example/a".to_owned()));
         assert_eq!(to("http://s.example/a"), Some("http://s.example/a".to_owned()));
+        assert_eq!(to("?z=2"), Some("https://r.example:5000/v2/x/blobs/y?z=2".to_owned()));
         assert_eq!(to("file:///etc/passwd"), None);
         assert_eq!(to("a/b"), None);
     }

@@ -69,6 +69,7 @@ impl<In: Transport> Connector<In> for TlsConnector {
         let name = ServerName::try_from(bare.to_owned()).map_err(|_| Error::HostNotFound)?;
         let mut connection = ClientConnection::new(Arc::clone(&self.0), name)?;
         let mut socket = TransportAdapter::new(transport.boxed(), Arc::clone(&details.current_time));
+        // As long again as the connection may take.
         socket.set_timeout(details.timeout);
         connection.complete_io(&mut socket)?;
         let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());

@@ -184,6 +184,42 @@ fn a_list_in_parts_is_read_to_its_end() {
 }
 
 #[test]
+fn what_a_later_part_says_to_be_a_signature_comes_before_what_may_be_one_in_the_first() {
+    let (mut shelf, digest) = Shelf::with_sample();
+    for number in 0..40 {
+        let layer = shelf.put("application/spdx+json", number.to_string());
+        let mut artifact = shelf.artifact("application/spdx+json", &[layer]);
+        artifact.as_object_mut().unwrap().remove("artifactType");
+        shelf.hang(digest, artifact);
+    }
+    shelf.sign(digest, &key());
+    shelf.page = 35;
+    pull(&shelf, digest).1.unwrap();
+}
+
+#[test]
+fn a_list_that_cannot_be_read_is_asked_for_again_and_a_part_that_is_gone_is_told() {
+    let (mut shelf, digest) = Shelf::with_sample();
+    describe(&mut shelf, digest, 12);
+    let (_, pulled) = pull_with(&shelf, digest, |request, mut answer| {
+        if request.path.contains("/referrers/") {
+            answer.body = b"<html>Please log in</html>".to_vec();
+        }
+        answer
+    });
+    let reason = pulled.unwrap_err();
+    assert!(reason.code == Code::RegistryUnavailable && reason.text.contains("cannot be read"), "{reason}");
+
+    shelf.page = 5;
+    let (_, pulled) = pull_with(&shelf, digest, |request, answer| match request.path.contains("?from=5") {
+        true => Answer::new(404, ""),
+        false => answer,
+    });
+    let reason = pulled.unwrap_err();
+    assert!(reason.code == Code::ImageUnsigned && reason.text.contains("ends in the middle"), "{reason}");
+}
+
+#[test]
 fn a_list_without_end_is_left_in_time() {
     let (mut shelf, digest) = Shelf::with_sample();
     describe(&mut shelf, digest, 100);

@@ -37,10 +37,13 @@ pub fn check(
 /// All of them, as far as the bounds of [`Artifacts`] go.
 pub fn collect(source: &Source, digest: Digest) -> Result<Vec<Claim>, RegistryError> {
     let mut claims = Vec::new();
-    each(source, digest, &mut |claim| {
+    let left_out = each(source, digest, &mut |claim| {
         claims.push(claim);
         ControlFlow::Continue(())
     })?;
+    if let Some(why) = left_out {
+        tracing::warn!("of the signatures of {digest} not all are kept: {why}");
+    }
     Ok(claims)
 }
 
