@@ -95,7 +95,8 @@ pub fn ready(ctx: &StartContext, name: &WorkloadName, image: &ReadyImage) -> Res
     let ids = ctx.user_ids.of(name).map_err(|error| failed(name, &error))?;
     let layers = ctx.layer_way.find(&ctx.places, ids);
     if layers == Layers::Copied {
-        copy(ctx, &[User { name, image, ids }]).map_err(|failure| failure.reason)?;
+        let promises = ctx.layer_way.promises.of_a_start();
+        copy(ctx, &[User { name, image, ids }], &promises).map_err(|failure| failure.reason)?;
     }
     Ok(OwnIds { ids, layers })
 }
@@ -111,7 +112,7 @@ pub fn stage(ctx: &StartContext, users: &[(WorkloadName, ReadyImage)]) -> Result
         }
         all.push(User { name, image, ids });
     }
-    copy(ctx, &all)
+    copy(ctx, &all, &ctx.layer_way.promises)
 }
 
 /// Where the layers of a copied root lie, lowest first.
@@ -126,7 +127,7 @@ struct User<'u> {
     ids: IdMapping,
 }
 
-fn copy(ctx: &StartContext, users: &[User<'_>]) -> Result<(), PullFailure> {
+fn copy(ctx: &StartContext, users: &[User<'_>], promises: &Promises) -> Result<(), PullFailure> {
     let missing: Vec<(&User<'_>, Digest)> = users
         .iter()
         .flat_map(|user| user.image.layers.iter().map(move |chain| (user, *chain)))
@@ -142,7 +143,7 @@ fn copy(ctx: &StartContext, users: &[User<'_>]) -> Result<(), PullFailure> {
         (copy, Need::known(tree_bytes(&ctx.content.layer(*chain))))
     });
     let disk = Disk::of(ctx.places.data(), ctx.layer_way.disk_reserve);
-    let promise = weigh_alone(&what, needs, &ctx.layer_way.promises, disk)?;
+    let promise = weigh_alone(&what, needs, promises, disk)?;
     for (user, chain) in missing {
         let owners = Owners { first: user.ids.outside, count: user.ids.count };
         ctx.content.copy_layer(chain, owners, promise.left()).map_err(|error| match error {

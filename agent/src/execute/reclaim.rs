@@ -72,7 +72,7 @@ pub fn survey(content: &Content, wish: &Wish) -> Result<Vec<DiskItem>, ContentEr
     Ok(found.into_iter().zip(fates(&things, &wish.rules)).map(|(found, fate)| found.with(fate)).collect())
 }
 
-/// Collects, and says what went. The names of images that cannot be run any more come second: their records go too.
+/// Collects, and says what went and what stays. The names of images that cannot be run any more come second: their records go too.
 pub fn collect(content: &Content, wish: &Wish) -> Result<(Pruned, Vec<String>), ContentError> {
     let (items, stays): (Vec<_>, Vec<_>) =
         survey(content, wish)?.into_iter().partition(|item| matches!(item.fate, Some(ItemFate::Goes { .. })));
@@ -90,7 +90,6 @@ pub fn collect(content: &Content, wish: &Wish) -> Result<(Pruned, Vec<String>), 
         }
     }
     let size = Bytes(items.iter().map(|item| item.size.0).sum());
-    let stays = if wish.dry_run { stays } else { Vec::new() };
     Ok((Pruned { dry_run: wish.dry_run, items, size, stays }, broken))
 }
 
@@ -378,5 +377,23 @@ mod tests {
         assert_eq!(digests(&content, &short, is_for_room), [layer, partial].into());
         let (pruned, _) = collect(&content, &Wish { needed: Needed::new(), ..wish }).unwrap();
         assert_eq!(pruned.items.len(), 2);
+    }
+
+    #[test]
+    fn a_collection_that_left_what_could_go_for_room_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = Content::open(&Places::new(Some(dir.path()), None)).unwrap();
+        unpack(&content, Digest::of(b"first"));
+        unpack(&content, Digest::of(b"second"));
+        let by_age = wish("r.example/app:latest", Room::ShortBy(1));
+        let keep_unused_secs = u64::MAX;
+        let rules = Rules { now: Timestamp(0), keep_unused_secs, budget: None, ..by_age.rules };
+        let short = Wish { needed: Needed::new(), rules, ..by_age };
+        let is_young = |item: &DiskItem| matches!(item.fate, Some(ItemFate::Young { .. }));
+        for left in [1, 0] {
+            let (pruned, _) = collect(&content, &short).unwrap();
+            assert_eq!((pruned.items.len(), pruned.stays.len()), (1, left), "{pruned:?}");
+            assert!(pruned.stays.iter().all(is_young), "{pruned:?}");
+        }
     }
 }

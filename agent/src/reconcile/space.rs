@@ -90,11 +90,15 @@ impl Agent {
     }
 
     fn room(&self) -> Room {
-        match (self.collected.room_is_short, self.pull_context.promises.take_lacking()) {
-            (false, _) => Room::Enough,
+        if !self.collected.room_is_short {
+            // Nobody is on the way: who lacked something was withdrawn.
+            self.pull_context.promises.take_lacking();
+            return Room::Enough;
+        }
+        match self.pull_context.promises.take_lacking() {
             // A write found no room, or an archive was larger than it said.
-            (true, 0) => Room::Short,
-            (true, bytes) => Room::ShortBy(bytes.saturating_add(bytes / 16).saturating_add(ROOM_BESIDE)),
+            None => Room::Short,
+            Some(bytes) => Room::ShortBy(bytes.saturating_add(bytes / 16).saturating_add(ROOM_BESIDE)),
         }
     }
 
@@ -209,7 +213,10 @@ impl Agent {
     /// Takes note that a pull found no room, which the next collection makes. Whether that was the last word: an update that
     /// does not fit after that either is refused; what the active generation needs is tried for ever.
     pub(super) fn found_no_room(&mut self, image: &str, why: &Reason) -> bool {
-        self.collected.room_is_short |= why.code == Code::DiskFull;
+        if why.code == Code::DiskFull {
+            self.collected.room_is_short = true;
+            self.pull_context.promises.lack_unknown();
+        }
         if why.code != Code::DiskDoesNotFit {
             return false;
         }

@@ -174,6 +174,28 @@ fn a_pull_that_finds_no_room_costs_the_oldest_image_and_no_other() {
     assert!(!left.contains_key("first") && left.contains_key("second"), "{left:?}: {:?}", device.events());
 }
 
+#[test]
+fn on_a_disk_below_its_reserve_as_many_images_go_as_an_update_needs() {
+    let factory = Factory::start();
+    let disk = small_disk(&factory, "size=200m");
+    let device = factory.device("");
+    for (sequence, name) in (1..).zip(["first", "second", "third", "fourth"]) {
+        let image = noise(&factory, name, 8);
+        device.take(&factory.sign(name, &sleeper(sequence, &image)));
+        device.wait_for_generation(u64::from(sequence), "good");
+    }
+    // Six mebibytes are missing of the reserve, and six more of what the next one needs: one image is not enough.
+    let next = noise(&factory, "fifth", 6);
+    let in_use = nix::sys::statvfs::statvfs(&disk).unwrap();
+    let used = (in_use.blocks() - in_use.blocks_free()) * in_use.fragment_size();
+    tmpfs::resize(&disk, &format!("size={}", used + (58 << 20)));
+    device.take(&factory.sign("fifth", &sleeper(5, &next)));
+    device.wait_for_generation(5, "good");
+    let left = fates(&device);
+    assert!(!left.contains_key("first") && !left.contains_key("second"), "{left:?}: {:?}", device.events());
+    assert!(left.contains_key("third") && left.contains_key("fourth"), "{left:?}");
+}
+
 /// A data disk for this test's device alone.
 fn small_disk(factory: &Factory, options: &str) -> PathBuf {
     let root = factory.path("device");

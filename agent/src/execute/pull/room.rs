@@ -18,18 +18,33 @@ use super::PullFailure;
 /// Images that are named when an update does not fit.
 const NAMED_MAX: usize = 4;
 
+/// More than any number: somebody lacks room, and nobody knows how much.
+const UNKNOWN: u64 = u64::MAX;
+
 /// The promises that were made and not kept yet, of all pulls of this device.
 #[derive(Debug, Default)]
 pub struct Promises {
-    made: Mutex<Vec<Weak<Promise>>>,
-    /// What was missing for the largest that could not be made.
-    lacking: AtomicU64,
+    made: Arc<Mutex<Vec<Weak<Promise>>>>,
+    /// What was missing for the largest that could not be made, or [`UNKNOWN`].
+    lacking: Arc<AtomicU64>,
 }
 
 impl Promises {
-    /// How much room has to be made for what was refused since this was last asked; 0: nothing was, or nobody knows.
-    pub fn take_lacking(&self) -> u64 {
-        self.lacking.swap(0, Ordering::Relaxed)
+    /// How much room has to be made for what was refused since this was last asked; `None`: nothing was, or nobody knows.
+    pub fn take_lacking(&self) -> Option<u64> {
+        Some(self.lacking.swap(0, Ordering::Relaxed)).filter(|bytes| ![0, UNKNOWN].contains(bytes))
+    }
+
+    /// A write found no room.
+    pub fn lack_unknown(&self) {
+        self.lacking.store(UNKNOWN, Ordering::Relaxed);
+    }
+
+    /// The same promises for what is weighed at a start. No room is made for that: what it lacks must not be taken for what
+    /// a pull lacks.
+    #[must_use]
+    pub fn of_a_start(&self) -> Self {
+        Self { made: Arc::clone(&self.made), lacking: Arc::default() }
     }
 
     fn outstanding(&self) -> u64 {
@@ -88,6 +103,8 @@ pub struct Promise {
     left: AtomicU64,
     /// What was taken for something that could be done without.
     spared: AtomicU64,
+    /// Of [`Promises`].
+    lacking: Arc<AtomicU64>,
 }
 
 impl Promise {
@@ -128,6 +145,7 @@ impl Promise {
 
     /// It turned out to be more than was thought.
     pub fn was_too_small(&self, image: &str) -> PullFailure {
+        self.lacking.store(UNKNOWN, Ordering::Relaxed);
         let needed = Bytes(self.unpacked(self.left.load(Ordering::Relaxed))).human();
         let [free, reserve] = [self.disk.free, self.disk.reserve].map(|bytes| Bytes(bytes).human());
         refusal(format!("{image} needs more than {needed}, {free} were free, {reserve} are in reserve"))
@@ -239,11 +257,14 @@ fn judge(weighing: &Weighing, promises: &Promises, disk: Disk) -> Result<Arc<Pro
     let others = promises.outstanding();
     let usable = disk.free.saturating_sub(disk.reserve).saturating_sub(others);
     if needed > usable {
-        promises.lacking.fetch_max(needed - usable, Ordering::Relaxed);
+        // What the disk has too little already, for its reserve and for what was promised, has to be made room for as well.
+        let wanted = needed.saturating_add(disk.reserve).saturating_add(others);
+        promises.lacking.fetch_max(wanted.saturating_sub(disk.free), Ordering::Relaxed);
         return Err(does_not_fit(weighing, needed, disk, others));
     }
     let (left, spared) = (AtomicU64::new(usable), AtomicU64::new(0));
-    let promise = Arc::new(Promise { disk, needed, may_need, usable, left, spared });
+    let lacking = Arc::clone(&promises.lacking);
+    let promise = Arc::new(Promise { disk, needed, may_need, usable, left, spared, lacking });
     lock(&promises.made).push(Arc::downgrade(&promise));
     Ok(promise)
 }
@@ -329,7 +350,7 @@ mod tests {
         let first = alone([mib(60)], &promises, 100).unwrap();
         let text = alone([mib(41)], &promises, 100).unwrap_err();
         assert!(text.ends_with("60Mi are promised to other images"), "{text}");
-        assert_eq!((promises.take_lacking(), promises.take_lacking()), (MIB, 0), "41 and 60 are one too many");
+        assert_eq!((promises.take_lacking(), promises.take_lacking()), (Some(MIB), None), "41 and 60 are one too many");
         drop(alone([mib(40)], &promises, 100).unwrap());
         // Half of it is on the disk, which has that much less.
         first.left().fetch_sub(30 * MIB, Ordering::Relaxed);
@@ -339,6 +360,38 @@ mod tests {
         assert!(alone([mib(31)], &promises, 60).unwrap_err().ends_with("30Mi are promised to other images"));
         drop(first);
         alone([mib(100)], &promises, 100).unwrap();
+    }
+
+    #[test]
+    fn what_a_disk_has_too_little_for_its_reserve_and_its_promises_is_lacking_too() {
+        let promises = Promises::default();
+        weigh_alone("app", [(chain(0), mib(6))], &promises, disk(60, 64)).unwrap_err();
+        assert_eq!(promises.take_lacking(), Some(10 * MIB), "four for the reserve, six for the image");
+        let _promised = weigh_alone("first", [(chain(0), mib(30))], &promises, disk(100, 64)).unwrap();
+        // Somebody else has written meanwhile.
+        weigh_alone("app", [(chain(1), mib(6))], &promises, disk(84, 64)).unwrap_err();
+        assert_eq!(promises.take_lacking(), Some(16 * MIB), "ten for the first, six for this one");
+    }
+
+    #[test]
+    fn what_nobody_can_count_is_more_than_any_number_and_what_a_start_lacks_is_asked_for_by_nobody() {
+        let promises = Promises::default();
+        let promise = alone([mib(60)], &promises, 100).unwrap();
+        let _ = promise.was_too_small("app");
+        alone([mib(41)], &promises, 100).unwrap_err();
+        assert_eq!(promises.take_lacking(), None, "it was larger than it said: nobody knows by how much");
+        alone([mib(41)], &promises, 100).unwrap_err();
+        promises.lack_unknown();
+        assert_eq!(promises.take_lacking(), None, "a write found no room");
+
+        let of_start = promises.of_a_start();
+        let text = alone([mib(41)], &of_start, 100).unwrap_err();
+        assert!(text.ends_with("60Mi are promised to other images"), "{text}");
+        let copies = alone([mib(30)], &of_start, 100).unwrap();
+        let _ = copies.was_too_small("app");
+        assert_eq!(promises.take_lacking(), None);
+        alone([mib(20)], &promises, 100).unwrap_err();
+        assert_eq!(promises.take_lacking(), Some(10 * MIB), "and is promised to it all the same");
     }
 
     #[test]
