@@ -156,6 +156,7 @@ impl Agent {
     /// A new generation begins without the failures of the one before: the operator may have signed the image, or put
     /// the registry right, and that is why there is a new one.
     pub(super) fn try_images_anew(&mut self, manifest: &Manifest) {
+        self.try_copies_anew();
         let images = &mut self.world.observed.images;
         for workload in manifest.workloads.values() {
             if matches!(images.get(&workload.image), Some(ImageStatus::Failed { .. })) {

@@ -18,6 +18,8 @@ const COPIES: &str = " layer copies";
 #[derive(Debug, Default)]
 pub(super) struct Staging {
     pub under_way: bool,
+    /// The candidate whose copies were tried last.
+    tried: Option<Sequence>,
     /// The candidate that has all of its copies.
     done: Option<Sequence>,
 }
@@ -31,6 +33,10 @@ impl Agent {
         let users = self.users_of_copies(generation);
         if users.is_empty() {
             return true;
+        }
+        if self.staging.tried != Some(generation) {
+            self.try_copies_anew();
+            self.staging.tried = Some(generation);
         }
         let may = self.under_way.failed.get(COPIES).is_none_or(|backoff| backoff.is_over(now.boot_ms));
         if !may || self.staging.under_way || self.collected.under_way {
@@ -58,16 +64,19 @@ impl Agent {
         }
         let Err(failure) = result else {
             self.staging.done = Some(generation);
-            self.under_way.failed.remove(COPIES);
-            self.collected.no_room.remove(COPIES);
-            return;
+            return self.try_copies_anew();
         };
         if failure.permanent || self.found_no_room(COPIES, &failure.reason) {
-            self.under_way.failed.remove(COPIES);
-            self.collected.no_room.remove(COPIES);
+            self.try_copies_anew();
             return self.change(generation, GenerationState::Rejected, &failure.reason, self.now());
         }
         self.tell(None, Some(generation), &failure.reason, "agent");
         self.try_later(COPIES);
+    }
+
+    /// What the copies of one candidate did not find room for says nothing of the next one's.
+    pub(super) fn try_copies_anew(&mut self) {
+        self.under_way.failed.remove(COPIES);
+        self.collected.no_room.remove(COPIES);
     }
 }

@@ -292,6 +292,40 @@ fn a_copy_of_layers_that_cannot_fit_is_refused_before_anything_is_switched() {
 }
 
 #[test]
+fn copies_of_a_candidate_that_find_no_room_are_tried_again_whatever_became_of_the_one_before() {
+    let factory = Factory::start();
+    small_disk(&factory, "size=98m");
+    let image = noise(&factory, "noise", 8);
+    let device = factory.device("[runtime]\nidmapped-layers = false\n");
+    device.take(&factory.sign("one", &sleeper(1, &image)));
+    device.wait_for_generation(1, "good");
+    let [second, third] = [(2, "two"), (3, "three")].map(|(sequence, name)| {
+        let other = |name: &str| {
+            format!(
+                "  {name}:\n    image: {image}\n    command: [/bin/sleep, \"10000\"]\n    \
+                 resources: {{ memory: 8Mi, cpu: 100m }}\n"
+            )
+        };
+        factory.sign(name, &format!("{}{}{}", sleeper(sequence, &image), other("second"), other("third")))
+    });
+    // By whom it was said that a generation does not fit: first by who made the copies, last by who gave them up.
+    let refused = |generation: u64| -> Vec<String> {
+        let lines = device.ask(&["events", "--tail", "200", "-o", "json"]);
+        let events = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let those =
+            events.filter(|event| event["generation"] == generation && event["why"]["code"] == "diskDoesNotFit");
+        those.filter_map(|event| Some(event["by"].as_str()?.to_owned())).collect()
+    };
+    device.take(&second);
+    until("the first refusal", || (!refused(2).is_empty()).then_some(()));
+    // All the room there is to be had: the next refusal would be the last.
+    until("the collection", || device.edgectl(&["prune"]).status.success().then_some(()));
+    device.take(&third);
+    until("the last refusal", || refused(3).contains(&"planner".to_owned()).then_some(()));
+    assert_eq!(refused(3)[0], "agent", "the first refusal of a candidate is not its last: {:?}", refused(3));
+}
+
+#[test]
 fn on_a_full_disk_what_cannot_start_says_why_and_starts_once_there_is_room() {
     let factory = Factory::start();
     let disk = small_disk(&factory, "size=98m");
