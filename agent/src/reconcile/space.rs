@@ -1,7 +1,9 @@
 //! The disk: what takes it, and when what is not needed goes. By itself that happens when a generation has become good,
 //! every hour after, and when a pull found no room; never while an image is fetched or a generation is on its way.
 
+use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use edged_model::api::{Answer, GenerationRole};
@@ -74,7 +76,7 @@ impl Agent {
             return;
         }
         let wish = self.wish(self.room(), false);
-        self.collected = super::space::Collected {
+        self.collected = Collected {
             under_way: true,
             at_boot_ms: Some(now),
             generation: active,
@@ -323,10 +325,21 @@ fn is_all(pruned: &Pruned) -> bool {
 }
 
 fn collect(context: &StartContext, wish: &Wish) -> Result<(Pruned, Vec<String>), String> {
-    let collected = collect_disk(context, wish);
+    let collected = caught(|| collect_disk(context, wish));
     // A generation has just become good, or an hour has gone by: what its staging and its starts took is free now.
     edged_sys::memory::give_back();
     collected
+}
+
+/// Nothing is fetched until the end of a collection is told: a panic is told like any other failure.
+fn caught<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    // What it had in hand is on the disk, which is looked at anew each time.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(in_words(&*panic)))
+}
+
+fn in_words(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    format!("it ended unexpectedly: {}", text.unwrap_or("nothing is known of it"))
 }
 
 fn collect_disk(context: &StartContext, wish: &Wish) -> Result<(Pruned, Vec<String>), String> {
@@ -368,4 +381,37 @@ fn use_of(
         unknown: holdings.unknown(),
         items,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use edged_model::disk::{DiskItem, Unused};
+    use edged_model::id::Digest;
+    use edged_model::quantity::Timestamp;
+
+    fn stays(fate: ItemFate) -> Pruned {
+        let (kind, digest) = (reclaim::LAYER.to_owned(), Digest::of(b"layer"));
+        let item = DiskItem { kind, digest, copy: None, size: Bytes(1), image: None, fate: Some(fate) };
+        Pruned { stays: vec![item], ..Pruned::default() }
+    }
+
+    #[test]
+    fn what_is_young_or_awaited_could_still_go_for_room() {
+        let unused = Unused { since: Timestamp(0), generation: None };
+        assert!(!is_all(&stays(ItemFate::Young { unused, until: Timestamp(1) })));
+        assert!(!is_all(&stays(ItemFate::Awaited { by: Vec::new() })));
+        assert!(is_all(&stays(ItemFate::Needed { by: Vec::new() })) && is_all(&Pruned::default()));
+    }
+
+    #[test]
+    fn a_collection_that_panics_ends_with_its_words() {
+        assert_eq!(caught(|| Ok(1)), Ok(1));
+        assert_eq!(caught::<()>(|| Err("no".to_owned())), Err("no".to_owned()));
+        let number = 3;
+        let of_text = caught::<()>(|| panic!("layer {number}"));
+        assert_eq!(of_text, Err("it ended unexpectedly: layer 3".to_owned()));
+        assert_eq!(caught::<()>(|| panic!("bare")), Err("it ended unexpectedly: bare".to_owned()));
+    }
 }
