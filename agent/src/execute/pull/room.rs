@@ -387,9 +387,9 @@ mod tests {
         let of_start = promises.of_a_start();
         let text = alone([mib(41)], &of_start, 100).unwrap_err();
         assert!(text.ends_with("60Mi are promised to other images"), "{text}");
+        assert_eq!(promises.take_lacking(), None);
         let copies = alone([mib(30)], &of_start, 100).unwrap();
         let _ = copies.was_too_small("app");
-        assert_eq!(promises.take_lacking(), None);
         alone([mib(20)], &promises, 100).unwrap_err();
         assert_eq!(promises.take_lacking(), Some(10 * MIB), "and is promised to it all the same");
     }
