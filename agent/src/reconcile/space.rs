@@ -213,7 +213,7 @@ impl Agent {
     }
 
     /// Takes note that a pull found no room, which the next collection makes. Whether that was the last word: an update that
-    /// does not fit after that either is refused; what the active generation needs is tried for ever.
+    /// does not fit after that either is refused; what runs or is gone back to is tried for ever.
     pub(super) fn found_no_room(&mut self, image: &str, why: &Reason) -> bool {
         if why.code == Code::DiskFull {
             self.collected.room_is_short = true;
@@ -223,7 +223,7 @@ impl Agent {
             return false;
         }
         let room_was_made = self.collected.no_room.insert(image.to_owned(), false) == Some(true);
-        let is_last_word = room_was_made && !self.is_active(image);
+        let is_last_word = room_was_made && !self.is_kept(image);
         self.collected.room_is_short |= !is_last_word;
         if is_last_word {
             // Nobody waits for that much any more.
