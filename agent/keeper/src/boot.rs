@@ -198,14 +198,21 @@ pub fn parameter(key: &str) -> Option<String> {
     line.split_whitespace().find_map(|word| word.strip_prefix(key)?.strip_prefix('=').map(str::to_owned))
 }
 
-/// The file whose time is the floor under the clock (as timesyncd(8) keeps one).
+/// The file whose time is the floor under the clock (as timesyncd(8) keeps one), as the agent told it.
 fn floor_file(data: &Path) -> PathBuf {
     data.join("clock")
 }
 
+/// The same, as the device went down. Apart from what was told: else it would be taken for that the next time, and be gone
+/// beyond once more.
+fn end_file(data: &Path) -> PathBuf {
+    data.join("clock-end")
+}
+
 /// A device without a battery wakes up in 1970: the clock starts no earlier than the build or the last time we knew.
 fn clock(config: &KeeperConfig) -> io::Result<()> {
-    let floor = kept_time(&config.data).unwrap_or(0).max(config.built_at);
+    let kept = [floor_file(&config.data), end_file(&config.data)].iter().filter_map(|file| kept_time(file)).max();
+    let floor = kept.unwrap_or(0).max(config.built_at);
     if raise_clock(floor)? {
         log::line("the clock was behind what is known: it was set to the time floor");
     }
@@ -227,27 +234,30 @@ fn last_time(now: i64, told: i64) -> i64 {
 
 /// Remembers the time when the device goes down, if the agent has told one before.
 pub fn keep_last_time(data: &Path) {
-    if let Some(told) = kept_time(data) {
-        keep_time_floor(data, last_time(now_unix_seconds(), told));
+    let Some(told) = kept_time(&floor_file(data)) else { return };
+    if let Err(error) = keep_time(&end_file(data), last_time(now_unix_seconds(), told)) {
+        log::line(&format!("the time at the end: {error}"));
     }
 }
 
-fn kept_time(data: &Path) -> Option<i64> {
-    let kept = fs::metadata(floor_file(data)).and_then(|meta| meta.modified()).ok()?;
+fn kept_time(file: &Path) -> Option<i64> {
+    let kept = fs::metadata(file).and_then(|meta| meta.modified()).ok()?;
     i64::try_from(kept.duration_since(std::time::UNIX_EPOCH).ok()?.as_secs()).ok()
 }
 
 /// Remembers the time for the next boot and lifts the clock to it.
 pub fn keep_time_floor(data: &Path, unix_seconds: i64) {
-    let file = floor_file(data);
-    let since = Duration::from_secs(u64::try_from(unix_seconds).unwrap_or(0));
-    let kept = fs::File::options().create(true).append(true).open(&file).and_then(|file| {
-        file.set_modified(std::time::UNIX_EPOCH + since)?;
-        file.sync_all()
-    });
+    let kept = keep_time(&floor_file(data), unix_seconds);
     if let Err(error) = kept.and_then(|()| raise_clock(unix_seconds).map(drop)) {
         log::line(&format!("the time floor: {error}"));
     }
+}
+
+fn keep_time(file: &Path, unix_seconds: i64) -> io::Result<()> {
+    let since = Duration::from_secs(u64::try_from(unix_seconds).unwrap_or(0));
+    let file = fs::File::options().create(true).append(true).open(file)?;
+    file.set_modified(std::time::UNIX_EPOCH + since)?;
+    file.sync_all()
 }
 
 fn run_directories() -> io::Result<()> {
@@ -323,15 +333,15 @@ mod tests {
     #[test]
     fn at_the_end_the_clock_is_believed_no_further_than_the_agent_can_have_left_out() {
         let data = tempfile::tempdir().unwrap();
+        let kept = || [floor_file(data.path()), end_file(data.path())].map(|file| kept_time(&file));
         keep_last_time(data.path());
-        assert_eq!(kept_time(data.path()), None, "nobody has told one");
+        assert_eq!(kept(), [None, None], "nobody has told one");
         keep_time_floor(data.path(), 1_000_000);
-        keep_last_time(data.path());
-        assert_eq!(
-            kept_time(data.path()),
-            Some(1_000_000 + UNTOLD_MAX_SECS),
-            "the clock of this machine is decades ahead"
-        );
+        // The clock of this machine is decades ahead. However often the device goes down in order, it goes no further.
+        for _ in 0..3 {
+            keep_last_time(data.path());
+            assert_eq!(kept(), [Some(1_000_000), Some(1_000_000 + UNTOLD_MAX_SECS)]);
+        }
         assert_eq!(last_time(1_003_600, 1_000_000), 1_003_600);
     }
 

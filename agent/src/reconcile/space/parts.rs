@@ -157,7 +157,8 @@ fn belongs(names: &[OsString], own: &[PathBuf]) -> Belongs {
         ("lost+found", 1) => to(Part::Notes, 1),
         (name, _) if name.starts_with("state.damaged-") => to(Part::DamagedState, 1),
         _ => {
-            let is_ours = matches!(base(0), "clock" | "user-ids" | "volume-ids" | "last-panic" | "state.opening");
+            let is_ours =
+                matches!(base(0), "clock" | "clock-end" | "user-ids" | "volume-ids" | "last-panic" | "state.opening");
             let leads_to = |path: &PathBuf| path.starts_with(names.iter().collect::<PathBuf>());
             if_known(is_ours || own.iter().any(leads_to), Part::Notes, 1)
         }
@@ -266,6 +267,7 @@ mod tests {
             ("keep/summary", "keep", 16),
             ("run/agent.sock", "run", 17),
             ("clock", "notes", 1),
+            ("clock-end", "notes", 1),
             ("content/traffic", "notes", 1),
             ("content/scrub", "notes", 1),
             ("content/in-use", "notes", 1),
