@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use edged_model::cbor::MAX_DOCUMENT_BYTES;
 use edged_model::id::Digest;
+use edged_model::quantity::Timestamp;
 use edged_model::reason::{Code, Reason};
 use tokio::sync::{mpsc, oneshot};
 use ureq::http::{HeaderMap, StatusCode};
@@ -17,6 +18,9 @@ use crate::config::Fleet;
 const BUSY_PAUSE_FAILURES: u32 = 2;
 /// Beyond the time that the fleet may wait, an answer may take this long.
 const ANSWER_MARGIN: Duration = Duration::from_secs(30);
+
+/// A manifest that was refused as not yet issued is asked for again when the clock has gone on by so much.
+const NOT_YET_SECS: i64 = 3_600;
 
 struct Fetched {
     /// One that is not known yet, and its ETag.
@@ -46,7 +50,12 @@ pub(super) fn run(
     let mut etag = known.map(|digest| format!("\"{digest}\""));
     let mut failures = 0;
     let mut roots = Roots::default();
+    // By the clock, which was wrong if it leaps.
+    let mut refused_at: Option<Timestamp> = None;
     while !offers.is_closed() {
+        if refused_at.is_some_and(|at| (endpoint.clock)().0.saturating_sub(at.0) >= NOT_YET_SECS) {
+            (refused_at, etag) = (None, None);
+        }
         let fetched = match fetch(line, endpoint, config, etag.as_deref()) {
             Ok(fetched) => fetched,
             Err(refused) => {
@@ -61,6 +70,7 @@ pub(super) fn run(
         // Before the manifest, which may be signed by keys that only the newer root knows.
         roots.catch_up_if_due(line, endpoint, offers, fetched.trust_root);
         if let Some((envelope, new)) = fetched.new {
+            let offered_at = (endpoint.clock)();
             let mut verdict = offer(offers, vec![envelope.clone()]);
             if matches!(&verdict, Verdict::Refused(why) if roots::may_help(why))
                 && roots.catch_up(line, endpoint, offers)
@@ -72,6 +82,7 @@ pub(super) fn run(
                 pause(retry::pause(BUSY_PAUSE_FAILURES, None, random()));
                 continue;
             }
+            refused_at = not_yet(&verdict).then_some(offered_at);
             etag = new;
         }
         // An endpoint that does not long-poll answers at once: then the pause is ours to keep.
@@ -79,6 +90,11 @@ pub(super) fn run(
             pause(config.poll_interval.duration());
         }
     }
+}
+
+/// A refusal that passes by itself, when the device learns the time.
+fn not_yet(verdict: &Verdict) -> bool {
+    matches!(verdict, Verdict::Refused(why) if why.code == Code::NotYetIssued)
 }
 
 /// Hands a document on, or trust roots in turn, and waits for the verdict.

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use edged_model::fleet::{Accepted, DeviceStatus, ReceivedReport, Token};
@@ -98,6 +99,7 @@ struct Device {
     store: Store,
     line: FleetLine,
     floor: Floor,
+    clock: fn() -> Timestamp,
 }
 
 impl Device {
@@ -106,7 +108,7 @@ impl Device {
         let places = Places::new(Some(directory.path()), None);
         let (store, _) = Store::open(&places, 50).unwrap();
         let line = FleetLine::new(SecretKey::from_seed(&[seed; 32]), "pump-1".parse().unwrap(), Vec::new());
-        Self { _directory: directory, store, line, floor: Floor::default() }
+        Self { _directory: directory, store, line, floor: Floor::default(), clock }
     }
 
     fn start(
@@ -123,7 +125,7 @@ impl Device {
             enroll_token: token,
             ..Fleet::default()
         };
-        self.line.start(&config, &self.store, known, offers, clock, &self.floor).unwrap();
+        self.line.start(&config, &self.store, known, offers, self.clock, &self.floor).unwrap();
         offered
     }
 
@@ -304,6 +306,29 @@ fn a_new_manifest_is_offered_until_it_is_judged_and_then_no_more() {
     assert_eq!(accepted.envelope, manifest(3), "a refused one is not offered again");
     accepted.reply.send(Ok(Taken::Generation(Sequence(3)))).unwrap();
     assert!(device.line.status(None, &device.store).problem.is_none());
+}
+
+#[test]
+fn a_manifest_that_is_not_yet_issued_is_offered_again_when_the_clock_was_put_right() {
+    static PUT_FORWARD_SECS: AtomicI64 = AtomicI64::new(0);
+    let directory = tempfile::tempdir().unwrap();
+    let fleet = Fleet_::start(directory.path(), 0);
+    let path = "/v1/devices/pump-1/manifest";
+    let mut device = Device::new(11);
+    device.clock = || Timestamp(clock().0 + PUT_FORWARD_SECS.load(Ordering::Relaxed));
+    let _: Accepted = fleet.operator(directory.path(), "PUT", path, &manifest(1));
+    let mut offers = device.start(&fleet, directory.path(), None, None);
+    let next = |offers: &mut mpsc::Receiver<Offer>| until("an offer", || offers.try_recv().ok());
+    let refused = next(&mut offers);
+    PUT_FORWARD_SECS.store(86_400, Ordering::Relaxed);
+    refused.reply.send(Err(Reason::new(Code::NotYetIssued, "it is 1970 here"))).unwrap();
+    let again = next(&mut offers);
+    assert_eq!(again.envelope, manifest(1));
+    // What was taken is not, however the clock leaps.
+    PUT_FORWARD_SECS.store(864_000, Ordering::Relaxed);
+    again.reply.send(Ok(Taken::Generation(Sequence(1)))).unwrap();
+    let _: Accepted = fleet.operator(directory.path(), "PUT", path, &manifest(2));
+    assert_eq!(next(&mut offers).envelope, manifest(2));
 }
 
 #[test]
