@@ -1,5 +1,6 @@
 //! Removes a directory tree that somebody else has filled, however deep it is: no recursion, three descriptors. A tree
-//! deeper than a process may have files open, or than PATH_MAX, is made flat while it is taken away.
+//! deeper than a process may have files open, or than PATH_MAX, is made flat while it is taken away. What was made
+//! immutable or append-only (chattr(1)) goes too.
 
 use std::ffi::OsStr;
 use std::io;
@@ -7,7 +8,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RenameFlags, openat, renameat_with, statat, unlinkat};
+use rustix::fs::{
+    AtFlags, Dir, FileType, IFlags, Mode, OFlags, RenameFlags, ioctl_getflags, ioctl_setflags, openat, renameat_with,
+    statat, unlinkat,
+};
 use rustix::io::Errno;
 
 /// Removes the directory at `path`; that it is not there is fine.
@@ -29,7 +33,7 @@ pub fn path(path: &Path) -> io::Result<()> {
 pub fn tree(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
     let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-        return Ok(unlinkat(parent, name, AtFlags::empty())?);
+        return Ok(unlink_file(parent, name).map(drop)?);
     }
     let top = open(parent, name)?;
     let mut moved = 0_u64;
@@ -66,7 +70,21 @@ fn empty(directory: &OwnedFd, top: &OwnedFd, moved: &mut u64) -> io::Result<()> 
 }
 
 fn open(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
-    openat(parent, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = openat(parent, name, flags, Mode::empty())?;
+    release(&directory);
+    Ok(directory)
+}
+
+/// What nobody may remove, by a flag of its own, may be removed. A file system without such flags has nothing to release;
+/// one that keeps them says so when it is removed.
+fn release(file: &OwnedFd) {
+    let kept = IFlags::IMMUTABLE | IFlags::APPEND;
+    if let Ok(flags) = ioctl_getflags(file)
+        && flags.intersects(kept)
+    {
+        let _ = ioctl_setflags(file, flags - kept);
+    }
 }
 
 /// So many that they take no more than this, with what each costs besides: a directory may have half a million.
@@ -94,7 +112,17 @@ fn some_names(directory: &OwnedFd) -> io::Result<Vec<Vec<u8>>> {
 fn unlink_file(parent: BorrowedFd<'_>, name: &OsStr) -> Result<bool, Errno> {
     match unlinkat(parent, name, AtFlags::empty()) {
         Ok(()) => Ok(true),
-        Err(Errno::ISDIR | Errno::PERM) => Ok(false),
+        Err(Errno::ISDIR) => Ok(false),
+        // An immutable one, or a directory; only regular files and directories have such flags.
+        Err(Errno::PERM) => match FileType::from_raw_mode(statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode) {
+            FileType::Directory => Ok(false),
+            FileType::RegularFile => {
+                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                release(&openat(parent, name, flags, Mode::empty())?);
+                unlinkat(parent, name, AtFlags::empty()).map(|()| true)
+            }
+            _ => Err(Errno::PERM),
+        },
         Err(errno) => Err(errno),
     }
 }
@@ -105,6 +133,11 @@ fn move_up(from: &OwnedFd, name: &OsStr, top: &OwnedFd, moved: &mut u64) -> Resu
         *moved += 1;
         match renameat_with(from, name, top, fresh.as_str(), RenameFlags::NOREPLACE) {
             Err(Errno::EXIST) => {}
+            // An immutable one stays where it is, until it is opened.
+            Err(Errno::PERM) => {
+                drop(open(from.as_fd(), name)?);
+                return renameat_with(from, name, top, fresh.as_str(), RenameFlags::NOREPLACE);
+            }
             result => return result,
         }
     }
@@ -130,5 +163,28 @@ mod tests {
         path(&top).unwrap();
         assert!(!top.exists());
         path(&top).unwrap();
+    }
+
+    #[test]
+    fn what_was_made_immutable_or_append_only_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("top");
+        std::fs::create_dir_all(top.join("closed/deeper/deepest")).unwrap();
+        for file in ["file", "closed/file", "closed/deeper/file"] {
+            std::fs::write(top.join(file), "").unwrap();
+        }
+        let keep = |name: &str, flag| {
+            let file = std::fs::File::open(top.join(name)).unwrap();
+            ioctl_setflags(&file, ioctl_getflags(&file).unwrap() | flag).unwrap();
+        };
+        for name in ["file", "closed/file", "closed/deeper/file", "closed/deeper/deepest"] {
+            keep(name, IFlags::IMMUTABLE);
+        }
+        for name in ["closed/deeper", "closed", ""] {
+            keep(name, IFlags::APPEND);
+        }
+        assert!(std::fs::remove_file(top.join("file")).is_err(), "the flags hold");
+        path(&top).unwrap();
+        assert!(!top.exists());
     }
 }

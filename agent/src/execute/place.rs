@@ -10,6 +10,7 @@ use edged_model::id::{Digest, SecretName, VolumeName, WorkloadName};
 use edged_model::moment::LOCKS_VOLUME;
 
 use crate::config::Places;
+use crate::content::remove;
 
 #[derive(Debug, thiserror::Error)]
 #[error("cannot prepare {path}")]
@@ -168,10 +169,7 @@ fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), PlaceError> {
 pub fn remove(places: &Places, workload: &WorkloadName) -> Result<(), PlaceError> {
     let name = workload.as_str();
     for dir in [places.workloads().join(name), run_home(places, workload), places.log().join(name)] {
-        match fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&dir)(error)),
-            _ => {}
-        }
+        remove::path(&dir).map_err(at(&dir))?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! What a reset of the workloads takes from the disk, when none of them is left: again and again until all of it is gone.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -33,53 +34,77 @@ pub enum ResetError {
     Store(#[from] StoreError),
 }
 
-/// What is gone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is gone, and why what is left could not be taken away.
+#[derive(Debug, PartialEq, Eq, Default)]
 pub struct Gone {
     pub images: Bytes,
     pub volumes: usize,
+    pub left: Vec<String>,
 }
 
-/// `wish`: needs nothing. Blocking; nobody may run, be started or be pulled for.
+impl Gone {
+    fn note<T>(&mut self, done: Result<T, ResetError>) -> Option<T> {
+        done.map_err(|error| self.left.push(inline_chain(&error))).ok()
+    }
+}
+
+/// `wish`: needs nothing. Blocking; nobody may run, be started or be pulled for. What cannot be taken away does not keep
+/// the rest.
 pub fn finish(ctx: &StartContext, store: &Store, wish: &Wish, with_volumes: bool) -> Result<Gone, ResetError> {
     // A record of what is not there is worse than none.
     for name in wish.images.keys() {
         store.forget_image(name)?;
     }
-    let (pruned, _) = reclaim::collect(&ctx.content, wish)?;
-    ctx.user_ids.release_unknown(&wish.workloads, |_| false)?;
+    let mut gone = Gone::default();
+    if let Some((pruned, _)) = gone.note(reclaim::collect(&ctx.content, wish).map_err(Into::into)) {
+        gone.images = pruned.size;
+    }
+    gone.note(ctx.user_ids.release_unknown(&wish.workloads, |_| false).map_err(Into::into));
     crash_point::pass("reset-images-gone");
     // Records of images that an agent before us had half taken away, and workloads that it began and never told of.
-    empty(&ctx.places.content().join("images"))?;
-    for name in names(&ctx.places.workloads())?.iter().filter_map(|name| WorkloadName::parse(name.to_str()?).ok()) {
-        let failed = |why| ResetError::Workload { workload: name.clone(), why };
-        isolate::remove(ctx, &name).map_err(|error| failed(inline_chain(error.as_ref())))?;
-        place::remove(&ctx.places, &name).map_err(|error| failed(inline_chain(&error)))?;
+    empty(&ctx.places.content().join("images"), &mut gone);
+    let mut workloads: BTreeSet<WorkloadName> = store.histories()?.into_iter().map(|(name, _)| name).collect();
+    let found = gone.note(names(&ctx.places.workloads())).unwrap_or_default();
+    workloads.extend(found.iter().filter_map(|name| WorkloadName::parse(name.to_str()?).ok()));
+    for name in &workloads {
+        gone.note(remove_workload(ctx, name));
+        store.forget_workload(name)?;
     }
-    empty(&ctx.places.workloads())?;
-    empty(&ctx.places.log())?;
+    empty(&ctx.places.workloads(), &mut gone);
+    empty(&ctx.places.log(), &mut gone);
     crash_point::pass("reset-places-gone");
-    let mut volumes = 0;
     if with_volumes {
-        volumes = empty(&ctx.places.volumes())?;
-        ctx.volume_ids.forget_all()?;
+        gone.volumes = empty(&ctx.places.volumes(), &mut gone);
+        // Of a volume that is left, too: it is told, and taken away or taken over by hand.
+        gone.note(ctx.volume_ids.forget_all().map_err(Into::into));
         crash_point::pass("reset-volumes-gone");
     }
-    Ok(Gone { images: pruned.size, volumes })
+    Ok(gone)
 }
 
-/// What is in a directory goes, and stays gone; how many that were.
-fn empty(dir: &Path) -> Result<usize, ResetError> {
-    let names = names(dir)?;
+/// Its cgroup, namespaces and run files. What lies on the disk goes with that of the others.
+fn remove_workload(ctx: &StartContext, name: &WorkloadName) -> Result<(), ResetError> {
+    let failed = |why| ResetError::Workload { workload: name.clone(), why };
+    ctx.cgroups.open(name.as_str()).remove().map_err(|error| failed(inline_chain(&error)))?;
+    isolate::remove(ctx, name).map_err(|error| failed(inline_chain(error.as_ref())))?;
+    let run_home = place::run_home(&ctx.places, name);
+    remove::path(&run_home).map_err(|source| ResetError::Remove { path: run_home, source })
+}
+
+/// What is in a directory goes, and stays gone; how many that were. What cannot be taken away is noted.
+fn empty(dir: &Path, gone: &mut Gone) -> usize {
+    let names = gone.note(names(dir)).unwrap_or_default();
+    let mut removed = 0;
     for name in &names {
         let path = dir.join(name);
-        remove::path(&path).map_err(|source| ResetError::Remove { path, source })?;
+        let done = remove::path(&path).map_err(|source| ResetError::Remove { path, source });
+        removed += usize::from(gone.note(done).is_some());
     }
-    if !names.is_empty() {
+    if removed > 0 {
         let synced = fs::File::open(dir).and_then(|dir| dir.sync_all());
-        synced.map_err(|source| ResetError::Remove { path: dir.to_owned(), source })?;
+        gone.note(synced.map_err(|source| ResetError::Remove { path: dir.to_owned(), source }));
     }
-    Ok(names.len())
+    removed
 }
 
 fn names(dir: &Path) -> Result<Vec<OsString>, ResetError> {
@@ -104,9 +129,11 @@ mod tests {
         fs::write(other.join("kept"), "").unwrap();
         fs::write(volumes.join("file"), "").unwrap();
         std::os::unix::fs::symlink(&other, volumes.join("link")).unwrap();
-        assert_eq!(empty(&volumes).unwrap(), 3);
+        let mut gone = Gone::default();
+        assert_eq!(empty(&volumes, &mut gone), 3);
         assert!(names(&volumes).unwrap().is_empty() && volumes.exists() && other.join("kept").exists());
-        assert_eq!(empty(&volumes).unwrap(), 0);
-        assert_eq!(empty(&dir.path().join("none")).unwrap(), 0);
+        assert_eq!(empty(&volumes, &mut gone), 0);
+        assert_eq!(empty(&dir.path().join("none"), &mut gone), 0);
+        assert_eq!(gone, Gone::default());
     }
 }

@@ -247,6 +247,11 @@ impl Agent {
                 let text = format!("{workload} was removed{stays}");
                 self.tell(Some(workload), None, &Reason::new(Code::NotInManifest, text), "planner");
             }
+            // The reset tries it again with the rest, so many times, and tells what is left.
+            Some(error) if self.reset.is_some() => {
+                tracing::warn!(%workload, "remove: {error}");
+                self.world.observed.workloads.remove(workload);
+            }
             Some(error) => {
                 self.try_later(workload.as_str());
                 tracing::warn!(%workload, "remove: {error}");

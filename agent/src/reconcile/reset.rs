@@ -4,10 +4,12 @@
 //! ```text
 //! asked ──> no generation, and a mark: one write ──> the planner stops and removes all ──> images, volumes ──> no mark
 //! ```
-//! An agent that finds the mark goes on after the first step. Nothing new is taken until the mark is gone.
+//! An agent that finds the mark goes on after the first step. Nothing new is taken until the mark is gone: so it goes also
+//! when something cannot be taken away after some tries, and that is told.
 
 use edged_model::api::Answer;
 use edged_model::generation::Pointers;
+use edged_model::quantity::Bytes;
 use edged_model::reason::{Code, Reason};
 use edged_plan::garbage::Room;
 use tokio::sync::mpsc;
@@ -15,16 +17,27 @@ use tokio::sync::mpsc;
 use super::{Agent, Message, answer, clock};
 use crate::crash_point;
 use crate::execute::reset::{Gone, finish};
-use crate::store::{Reset, inline_chain};
+use crate::store::{FoundReset, Reset, inline_chain};
 
 /// The key among what failed; no workload has such a name.
 const RESET: &str = "(reset)";
+/// What the status says was refused.
+const WHAT: &str = "reset";
+
+/// After so many tries, a quarter of a minute, what is left stays: a device that takes nothing new is worse.
+const TRIES_MAX: u32 = 5;
+/// So many of what is left are named.
+const NAMED_MAX: usize = 3;
 
 /// A reset under way.
 pub(super) struct UnderReset {
     wanted: Reset,
     step: Step,
     by: String,
+    /// Tries of this agent that left something.
+    failed: u32,
+    /// By all its tries.
+    gone: Gone,
     /// Who asked, if it was not an agent before this one.
     reply: Option<mpsc::Sender<Answer>>,
 }
@@ -39,9 +52,25 @@ enum Step {
 
 impl UnderReset {
     /// One that an agent before us began.
-    pub(super) fn found(wanted: Reset) -> Self {
-        Self { wanted, step: Step::WorkloadsGo, by: "agent".to_owned(), reply: None }
+    pub(super) fn found(found: FoundReset) -> Option<Self> {
+        let FoundReset::Unfinished(wanted) = found else { return None };
+        Some(Self::new(wanted, Step::WorkloadsGo, "agent".to_owned(), None))
     }
+
+    fn new(wanted: Reset, step: Step, by: String, reply: Option<mpsc::Sender<Answer>>) -> Self {
+        Self { wanted, step, by, failed: 0, gone: Gone::default(), reply }
+    }
+
+    fn is_last_try(&self) -> bool {
+        self.failed + 1 >= TRIES_MAX
+    }
+}
+
+/// What the story says of one that another agent's manifest has ended.
+pub(super) fn overtaken(found: FoundReset) -> Option<Reason> {
+    let FoundReset::Overtaken(sequence) = found else { return None };
+    let text = format!("a reset of the workloads was not over when generation {sequence} came: it is not gone on with");
+    Some(Reason::new(Code::OperatorReset, text).next("reset them again if they are to go"))
 }
 
 impl Agent {
@@ -71,7 +100,7 @@ impl Agent {
             return answer::error(&answers, Reason::new(Code::Busy, busy.to_string()).next("say it again"));
         }
         self.under_way.change = true;
-        self.reset = Some(UnderReset { wanted, step: Step::BeingWritten, by, reply: Some(answers) });
+        self.reset = Some(UnderReset::new(wanted, Step::BeingWritten, by, Some(answers)));
     }
 
     pub(super) fn reset_begun(&mut self, result: Result<Pointers, String>) {
@@ -116,19 +145,26 @@ impl Agent {
         let Some(reset) = self.reset.as_ref().filter(|reset| reset.step == Step::WorkloadsGo && is_quiet && may) else {
             return;
         };
-        let volumes = reset.wanted.volumes;
+        let (volumes, is_last) = (reset.wanted.volumes, reset.is_last_try());
         // No generation is left: this needs nothing.
         let wish = self.wish(Room::Asked, false);
         let (context, store, inbox) = (self.start_context.clone(), self.store.clone(), self.inbox.clone());
         let work = move || {
-            let gone = finish(&context, &store, &wish, volumes).map_err(|error| inline_chain(&error));
-            let ended = gone.and_then(|gone| store.end_reset().map(|()| gone).map_err(|error| inline_chain(&error)));
-            crash_point::pass("reset-ended");
-            let _ = inbox.blocking_send(Message::ResetEnded(ended));
+            let gone = finish(&context, &store, &wish, volumes).map_err(|error| inline_chain(&error))?;
+            if gone.left.is_empty() || is_last {
+                store.end_reset().map_err(|error| inline_chain(&error))?;
+                crash_point::pass("reset-ended");
+            }
+            Ok(gone)
         };
         // After what waits to be written: the record of an image that has just come would outlive it.
         let runtime = tokio::runtime::Handle::current();
-        let begun = self.writes.submit(move |_| drop(runtime.spawn_blocking(work)));
+        let begun = self.writes.submit(move |_| {
+            drop(runtime.spawn(async move {
+                let ended = come_back(work).await;
+                let _ = inbox.send(Message::ResetEnded(ended)).await;
+            }));
+        });
         if let (Ok(()), Some(reset)) = (&begun, &mut self.reset) {
             reset.step = Step::RestGoes;
             // Nothing is fetched, loaded or collected beside it.
@@ -140,28 +176,44 @@ impl Agent {
     pub(super) fn reset_ended(&mut self, result: Result<Gone, String>) {
         self.collected.under_way = false;
         let Some(mut reset) = self.reset.take() else { return };
+        let result = result.and_then(|gone| {
+            let is_over = gone.left.is_empty() || reset.is_last_try();
+            let images = Bytes(reset.gone.images.0.saturating_add(gone.images.0));
+            reset.gone = Gone { images, volumes: reset.gone.volumes + gone.volumes, left: gone.left };
+            if is_over { Ok(()) } else { Err(named(&reset.gone.left)) }
+        });
         match result {
-            Ok(gone) => {
+            Ok(()) => {
                 self.under_way.failed.remove(RESET);
                 self.images.clear();
                 self.world.observed.images.clear();
                 self.collected.no_room.clear();
-                let text = told(reset.wanted, gone);
-                self.tell(None, None, &Reason::new(Code::OperatorReset, text.clone()), &reset.by);
+                self.pull_tries.clear();
+                self.refused.take_if(|refusal| refusal.what == WHAT);
+                let text = told(reset.wanted, &reset.gone);
+                let mut why = Reason::new(Code::OperatorReset, text.clone());
+                if !reset.gone.left.is_empty() {
+                    why = why.next("put right what keeps it and reset again; `edgectl df` shows what lies there");
+                    self.refuse(WHAT, &why);
+                }
+                self.tell(None, None, &why, &reset.by);
                 if let Some(reply) = reset.reply {
                     answer::one(&reply, Answer::Accepted { what: text });
                 }
             }
             Err(error) => {
                 self.try_later(RESET);
+                reset.failed = reset.failed.saturating_add(1);
                 let text = format!("the reset of the workloads is not over: {error}");
                 let why = Reason::new(Code::DiskFull, text).next("it is tried again");
-                // Once: whoever asked has heard it then.
-                if let Some(reply) = reset.reply.take() {
+                tracing::warn!("{why}");
+                // Once for each agent, whether or not somebody waits for it.
+                if reset.failed == 1 {
+                    self.refuse(WHAT, &why);
                     self.tell(None, None, &why, "agent");
+                }
+                if let Some(reply) = reset.reply.take() {
                     answer::error(&reply, why);
-                } else {
-                    tracing::warn!("{why}");
                 }
                 self.reset = Some(UnderReset { step: Step::WorkloadsGo, ..reset });
             }
@@ -173,11 +225,44 @@ fn volumes_too(wanted: Reset) -> &'static str {
     if wanted.volumes { " with all volumes" } else { "" }
 }
 
-fn told(wanted: Reset, gone: Gone) -> String {
+fn told(wanted: Reset, gone: &Gone) -> String {
     let volumes = match (wanted.volumes, gone.volumes) {
         (false, _) => "volumes stay".to_owned(),
         (true, 1) => "with 1 volume".to_owned(),
         (true, n) => format!("with {n} volumes"),
     };
-    format!("the workloads and {} of images are gone, {volumes}", gone.images.human())
+    let all = format!("the workloads and {} of images are gone, {volumes}", gone.images.human());
+    if gone.left.is_empty() { all } else { format!("{all}; but some is left: {}", named(&gone.left)) }
+}
+
+fn named(left: &[String]) -> String {
+    let named = left.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join("; ");
+    match left.len().saturating_sub(NAMED_MAX) {
+        0 => named,
+        more => format!("{named}; and {more} more"),
+    }
+}
+
+/// Work that blocks. One that panics comes back too: nothing else may wait for it for ever.
+async fn come_back<T: Send + 'static>(work: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(format!("it did not come to its end: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn work_that_panics_comes_back_as_a_failure() {
+        assert_eq!(come_back(|| Ok(3)).await, Ok(3));
+        let fallen = come_back(|| -> Result<(), String> { panic!("a fault of its own") }).await;
+        assert!(fallen.unwrap_err().contains("panicked"));
+    }
+
+    #[test]
+    fn of_much_that_is_left_some_is_named_and_the_rest_counted() {
+        let left: Vec<String> = (1..=5).map(|n| n.to_string()).collect();
+        assert_eq!((named(&left[..2]), named(&left)), ("1; 2".to_owned(), "1; 2; 3; and 2 more".to_owned()));
+    }
 }

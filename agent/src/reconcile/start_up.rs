@@ -101,6 +101,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     let boot_cause = if is_device { boot::cause(&store, &places.keep(), &boot_id) } else { None };
     let keeper_pid = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
     let counters = super::survived::Counters::begin(&store, &opened, (&boot_id, keeper_pid), boot_cause);
+    let found_reset = store.found_reset()?;
     let mut agent = Agent {
         device: config.device.id.clone(),
         boot_cause,
@@ -142,7 +143,7 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
         shares_time: None,
         checks_by_word: Arc::default(),
         refused: None,
-        reset: store.reset()?.map(super::reset::UnderReset::found),
+        reset: super::reset::UnderReset::found(found_reset),
         upgrade: None,
         is_settled: false,
         concerns: super::expiry::Concerns::recall(&store, root_problem.clone()),
@@ -155,7 +156,8 @@ pub async fn run(places: Places, config: Config, socket: OwnedFd, is_device: boo
     };
     agent.load(capacity)?;
     crash_point::pass("world-loaded");
-    for why in opened_reason(&opened).into_iter().chain(root_problem) {
+    let overtaken = super::reset::overtaken(found_reset);
+    for why in opened_reason(&opened).into_iter().chain(root_problem).chain(overtaken) {
         agent.tell(None, None, &why, "agent");
     }
     let runs = agent.adopt().await?;

@@ -54,7 +54,7 @@ mod workloads;
 
 use door::{Change, Door};
 pub use recover::{Opened, opened_reason};
-pub use reset::Reset;
+pub use reset::{FoundReset, Reset};
 pub use survived::SavedSurvived;
 use trees::meta;
 pub use workloads::SavedHistory;

@@ -3,6 +3,7 @@
 //! that failed, the numbers of reports.
 
 use edged_model::generation::Pointers;
+use edged_model::id::Sequence;
 use serde::{Deserialize, Serialize};
 
 use super::trees::{self, meta};
@@ -14,9 +15,31 @@ pub struct Reset {
     pub volumes: bool,
 }
 
+/// A reset that an agent finds when it begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FoundReset {
+    None,
+    Unfinished(Reset),
+    /// By this generation.
+    Overtaken(Sequence),
+}
+
 impl Store {
     pub fn reset(&self) -> Result<Option<Reset>, StoreError> {
         self.get(trees::META, meta::RESET)
+    }
+
+    /// What is left to do of one that an agent before us began. `Overtaken`: a generation is wanted although no agent that
+    /// knows the mark takes one before it is gone. An older one has, after a downgrade: that word is the later one, and
+    /// the mark goes.
+    pub fn found_reset(&self) -> Result<FoundReset, StoreError> {
+        let Some(reset) = self.reset()? else { return Ok(FoundReset::None) };
+        let Pointers { active, last_good, candidate, .. } = self.pointers()?;
+        let Some(newest) = [active, last_good, candidate].into_iter().flatten().max() else {
+            return Ok(FoundReset::Unfinished(reset));
+        };
+        self.end_reset()?;
+        Ok(FoundReset::Overtaken(newest))
     }
 
     /// No generation is active, good or stored any more, nothing is held, and the mark is there: in one transaction.

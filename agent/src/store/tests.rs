@@ -240,6 +240,23 @@ fn a_reset_of_the_workloads_lowers_nothing_and_is_known_until_it_is_over_by_eith
 }
 
 #[test]
+fn a_manifest_that_an_older_agent_took_in_the_middle_of_a_reset_ends_it() {
+    let dir = tempfile::tempdir().unwrap();
+    filled(&dir);
+    let (store, _) = open(&dir);
+    assert_eq!(store.found_reset().unwrap(), FoundReset::None);
+    let wanted = Reset { volumes: true };
+    store.begin_reset(wanted).unwrap();
+    assert_eq!(store.found_reset().unwrap(), FoundReset::Unfinished(wanted));
+    assert_eq!(store.reset().unwrap(), Some(wanted), "it goes on");
+    // An agent that does not know the mark.
+    store.transition(&[generation(8, GenerationState::Received)], Some((Sequence(8), b"8")), &pointers(8)).unwrap();
+    assert_eq!(store.found_reset().unwrap(), FoundReset::Overtaken(Sequence(8)));
+    assert_eq!((store.reset().unwrap(), store.found_reset().unwrap()), (None, FoundReset::None));
+    assert_eq!(store.generations().unwrap().len(), 1, "what was taken stays");
+}
+
+#[test]
 fn a_second_agent_is_told_that_the_store_is_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let (_store, _) = open(&dir);

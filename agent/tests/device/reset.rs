@@ -3,11 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use edged_qemu::process;
 
 use crate::rig::{Device, Factory, head, until};
+use crate::tmpfs;
 
 fn manifest(sequence: u32, image: &str) -> String {
     let walls = "resources: { memory: 8Mi, cpu: 100m }";
@@ -111,4 +113,62 @@ fn a_reset_takes_all_workloads_and_images_and_an_old_manifest_or_root_is_refused
     device.take(&factory.sign("m7", &manifest(7, &image)));
     device.wait_for_generation(7, "good");
     assert_eq!(fs::read_to_string(device.path("volumes/data/runs")).unwrap(), "7\n");
+}
+
+/// Somebody protects a file, or a directory, from being removed.
+fn protect(path: &Path) {
+    process::run(Command::new("chattr").arg("+i").arg(path)).unwrap();
+}
+
+#[test]
+fn a_reset_takes_what_is_protected_and_ends_although_something_cannot_be_taken_and_names_it() {
+    let factory = Factory::start();
+    let image = factory.publish_busybox();
+    tmpfs::own_mounts();
+    let device = factory.device("");
+    device.take(&factory.sign("m1", &manifest(1, &image)));
+    device.wait_for_generation(1, "good");
+    until("the volume to be written", || device.path("volumes/data/runs").exists().then_some(()));
+    let specification = names(&device, "workloads/app").into_iter().next().unwrap();
+    let upper = device.path("workloads/app").join(specification).join("upper/protected");
+    fs::write(&upper, "").unwrap();
+    protect(&upper);
+    protect(&device.path("volumes/data/runs"));
+    // In a volume and beside an upper directory: both are in the way until they are unmounted.
+    let mounted = ["volumes/held/mounted", "workloads/writes/mounted"].map(|dir| device.path(dir));
+    for dir in &mounted {
+        fs::create_dir_all(dir).unwrap();
+        tmpfs::mount_at(dir, "size=64k");
+    }
+
+    let early = factory.sign("early", &manifest(2, &image));
+    let output = device.edgectl(&["reset", "--workloads", "--volumes", "--yes"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && said.contains("the reset of the workloads is not over: "), "{said}");
+    assert!(said.contains("volumes/held cannot be taken away") && said.contains("it is tried again"), "{said}");
+    let refused = &device.status()["refused"];
+    assert_eq!(refused["what"], "reset", "{refused:#}");
+    let why = device.refuse(&early);
+    assert!(why.contains("the workloads are being reset"), "{why}");
+    let end =
+        until("the reset to end", || device.events().into_iter().find(|text| text.contains("but some is left: ")));
+    for part in ["with 1 volume; but", "volumes/held cannot", "workloads/writes cannot"] {
+        assert!(end.contains(part), "{part}: {end}");
+    }
+    let told = device.events();
+    assert_eq!(told.iter().filter(|text| text.contains("is not over")).count(), 1, "once: {told:#?}");
+    assert_eq!(device.status()["refused"]["why"]["text"], end);
+    assert_eq!(names(&device, "volumes"), ["held".to_owned()].into());
+    assert_eq!(names(&device, "workloads"), ["writes".to_owned()].into());
+
+    // The device is not locked out, and once nothing is in the way all goes.
+    device.take(&factory.sign("m2", &manifest(2, &image).replace("writes:", "again:")));
+    device.wait_for_generation(2, "good");
+    for dir in &mounted {
+        rustix::mount::unmount(dir, rustix::mount::UnmountFlags::DETACH).unwrap();
+    }
+    device.ask(&["reset", "--workloads", "--volumes", "--yes"]);
+    assert_empty(&device);
+    assert_eq!(names(&device, "volumes"), BTreeSet::new());
+    assert!(device.status()["refused"].is_null(), "{:#}", device.status());
 }
