@@ -11,6 +11,7 @@ use edged_model::workload::{Exit, ExitCause};
 use edged_plan::transition;
 use edged_plan::world::Began;
 
+use super::reset::UnderReset;
 use super::store_thread::Busy;
 use super::{Agent, Message, Run, StartFailure, StartUnderWay, clock, resize, suspect};
 use crate::crash_point;
@@ -248,7 +249,7 @@ impl Agent {
                 self.tell(Some(workload), None, &Reason::new(Code::NotInManifest, text), "planner");
             }
             // The reset tries it again with the rest, so many times, and tells what is left.
-            Some(error) if self.reset.is_some() => {
+            Some(error) if self.reset.as_ref().is_some_and(UnderReset::has_begun) => {
                 tracing::warn!(%workload, "remove: {error}");
                 self.world.observed.workloads.remove(workload);
             }

@@ -61,6 +61,11 @@ impl UnderReset {
         Self { wanted, step, by, failed: 0, gone: Gone::default(), reply }
     }
 
+    /// No generation is left, and no way back.
+    pub(super) fn has_begun(&self) -> bool {
+        self.step != Step::BeingWritten
+    }
+
     fn is_last_try(&self) -> bool {
         self.failed + 1 >= TRIES_MAX
     }
