@@ -155,7 +155,8 @@ impl Content {
         self.documents.parent().unwrap_or(&self.documents)
     }
 
-    fn staging(&self) -> PathBuf {
+    /// What is on its way in, or out.
+    pub fn staging(&self) -> PathBuf {
         self.layers.join("ingest")
     }
 

@@ -9,8 +9,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, IFlags, Mode, OFlags, RenameFlags, ioctl_getflags, ioctl_setflags, openat, renameat_with,
-    statat, unlinkat,
+    AtFlags, Dir, FileType, IFlags, Mode, OFlags, RenameFlags, ResolveFlags, fstat, ioctl_getflags, ioctl_setflags,
+    openat2, renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -19,19 +19,19 @@ pub fn path(path: &Path) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     };
-    let parent = match rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(()),
-        opened => opened?,
-    };
-    match tree(parent.as_fd(), name) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
+    match rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+        Err(Errno::NOENT) => Ok(()),
+        opened => tree(opened?.as_fd(), name),
     }
 }
 
-/// Removes what `name` is in `parent`; a link is not followed.
+/// Removes what `name` is in `parent`, if it is there; a link is not followed, and what is mounted somewhere below stays, with
+/// all that it is mounted on.
 pub fn tree(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
-    let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let stat = match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(()),
+        stat => stat?,
+    };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
         return Ok(unlink_file(parent, name).map(drop)?);
     }
@@ -41,15 +41,26 @@ pub fn tree(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
     loop {
         let children = some_names(&top)?;
         if children.is_empty() {
-            return Ok(unlinkat(parent, name, AtFlags::REMOVEDIR)?);
+            return Ok(or_gone(unlinkat(parent, name, AtFlags::REMOVEDIR))?);
         }
         for child in children {
             let child = OsStr::from_bytes(&child);
             if !unlink_file(top.as_fd(), child)? {
-                empty(&open(top.as_fd(), child)?, &top, &mut moved)?;
-                unlinkat(&top, child, AtFlags::REMOVEDIR)?;
+                match open(top.as_fd(), child) {
+                    Err(Errno::NOENT) => continue,
+                    directory => empty(&directory?, &top, &mut moved)?,
+                }
+                or_gone(unlinkat(&top, child, AtFlags::REMOVEDIR))?;
             }
         }
+    }
+}
+
+/// Somebody else may take things away as well.
+fn or_gone(removed: Result<(), Errno>) -> Result<(), Errno> {
+    match removed {
+        Err(Errno::NOENT) => Ok(()),
+        removed => removed,
     }
 }
 
@@ -63,7 +74,7 @@ fn empty(directory: &OwnedFd, top: &OwnedFd, moved: &mut u64) -> io::Result<()> 
         for child in children {
             let child = OsStr::from_bytes(&child);
             if !unlink_file(directory.as_fd(), child)? {
-                move_up(directory, child, top, moved)?;
+                or_gone(move_up(directory, child, top, moved))?;
             }
         }
     }
@@ -71,20 +82,36 @@ fn empty(directory: &OwnedFd, top: &OwnedFd, moved: &mut u64) -> io::Result<()> 
 
 fn open(parent: BorrowedFd<'_>, name: &OsStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let directory = openat(parent, name, flags, Mode::empty())?;
+    let directory = openat2(parent, name, flags, Mode::empty(), here())?;
     release(&directory);
     Ok(directory)
 }
 
-/// What nobody may remove, by a flag of its own, may be removed. A file system without such flags has nothing to release;
-/// one that keeps them says so when it is removed.
-fn release(file: &OwnedFd) {
+/// Whatever is mounted there is another's.
+fn here() -> ResolveFlags {
+    ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_SYMLINKS
+}
+
+/// What nobody may remove, by a flag of its own, may be removed; gives the flags that it had. A file system without such flags
+/// has nothing to release; one that keeps them says so when it is removed.
+fn release(file: &OwnedFd) -> Option<IFlags> {
     let kept = IFlags::IMMUTABLE | IFlags::APPEND;
-    if let Ok(flags) = ioctl_getflags(file)
-        && flags.intersects(kept)
+    let flags = ioctl_getflags(file).ok().filter(|flags| flags.intersects(kept))?;
+    ioctl_setflags(file, flags - kept).ok().map(|()| flags)
+}
+
+/// A file with such a flag. It keeps the flag where it has another name.
+fn unlink_released(parent: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = openat2(parent, name, flags, Mode::empty(), here())?;
+    let had = release(&file);
+    let removed = unlinkat(parent, name, AtFlags::empty());
+    if let Some(had) = had
+        && fstat(&file).is_ok_and(|stat| stat.st_nlink > 0)
     {
-        let _ = ioctl_setflags(file, flags - kept);
+        ioctl_setflags(&file, had)?;
     }
+    removed
 }
 
 /// So many that they take no more than this, with what each costs besides: a directory may have half a million.
@@ -110,20 +137,18 @@ fn some_names(directory: &OwnedFd) -> io::Result<Vec<Vec<u8>>> {
 
 /// False: it is a directory.
 fn unlink_file(parent: BorrowedFd<'_>, name: &OsStr) -> Result<bool, Errno> {
-    match unlinkat(parent, name, AtFlags::empty()) {
-        Ok(()) => Ok(true),
+    match or_gone(unlinkat(parent, name, AtFlags::empty())) {
         Err(Errno::ISDIR) => Ok(false),
         // An immutable one, or a directory; only regular files and directories have such flags.
-        Err(Errno::PERM) => match FileType::from_raw_mode(statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?.st_mode) {
-            FileType::Directory => Ok(false),
-            FileType::RegularFile => {
-                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                release(&openat(parent, name, flags, Mode::empty())?);
-                unlinkat(parent, name, AtFlags::empty()).map(|()| true)
-            }
-            _ => Err(Errno::PERM),
+        Err(Errno::PERM) => match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(true),
+            stat => match FileType::from_raw_mode(stat?.st_mode) {
+                FileType::Directory => Ok(false),
+                FileType::RegularFile => or_gone(unlink_released(parent, name)).map(|()| true),
+                _ => Err(Errno::PERM),
+            },
         },
-        Err(errno) => Err(errno),
+        removed => removed.map(|()| true),
     }
 }
 
@@ -146,6 +171,7 @@ fn move_up(from: &OwnedFd, name: &OsStr, top: &OwnedFd, moved: &mut u64) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::openat;
 
     #[test]
     fn a_tree_deeper_than_any_path_goes() {
@@ -186,5 +212,40 @@ mod tests {
         assert!(std::fs::remove_file(top.join("file")).is_err(), "the flags hold");
         path(&top).unwrap();
         assert!(!top.exists());
+    }
+
+    #[test]
+    fn a_file_with_another_name_elsewhere_keeps_its_flag_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (top, elsewhere) = (dir.path().join("top"), dir.path().join("elsewhere"));
+        std::fs::create_dir(&top).unwrap();
+        std::fs::write(&elsewhere, "").unwrap();
+        std::fs::hard_link(&elsewhere, top.join("file")).unwrap();
+        let file = std::fs::File::open(&elsewhere).unwrap();
+        ioctl_setflags(&file, ioctl_getflags(&file).unwrap() | IFlags::IMMUTABLE).unwrap();
+        path(&top).unwrap();
+        let flags = ioctl_getflags(&file).unwrap();
+        ioctl_setflags(&file, flags - IFlags::IMMUTABLE).unwrap();
+        assert!(!top.exists() && flags.contains(IFlags::IMMUTABLE));
+    }
+
+    #[test]
+    fn what_is_mounted_in_it_stays_with_all_that_is_there() {
+        use nix::mount::{MsFlags, mount};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        for at in ["top", "top/disk", "top/deeper/disk"] {
+            let (top, at) = (dir.path().join("top"), dir.path().join(at));
+            std::fs::create_dir_all(&at).unwrap();
+            mount(Some("tmpfs"), &at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            std::fs::write(at.join("file"), "").unwrap();
+            assert!(path(&top).is_err());
+            assert!(at.join("file").exists(), "{}", at.display());
+            nix::mount::umount(&at).unwrap();
+            path(&top).unwrap();
+            assert!(!top.exists());
+        }
     }
 }

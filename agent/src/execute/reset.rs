@@ -66,10 +66,16 @@ pub fn finish(ctx: &StartContext, store: &Store, wish: &Wish, with_volumes: bool
     let mut workloads: BTreeSet<WorkloadName> = store.histories()?.into_iter().map(|(name, _)| name).collect();
     let found = gone.note(names(&ctx.places.workloads())).unwrap_or_default();
     workloads.extend(found.iter().filter_map(|name| WorkloadName::parse(name.to_str()?).ok()));
+    let running = gone.note(names(&ctx.places.run().join("workloads"))).unwrap_or_default();
+    workloads.extend(running.iter().filter_map(|name| WorkloadName::parse(name.to_str()?).ok()));
     for name in &workloads {
-        gone.note(remove_workload(ctx, name));
-        store.forget_workload(name)?;
+        // One of which something is left is known to the next try.
+        if remove_workload(ctx, name, &mut gone) {
+            store.forget_workload(name)?;
+        }
     }
+    // What was taken aside and could not be taken away.
+    empty(&ctx.content.staging(), &mut gone);
     empty(&ctx.places.workloads(), &mut gone);
     empty(&ctx.places.log(), &mut gone);
     crash_point::pass("reset-places-gone");
@@ -82,13 +88,17 @@ pub fn finish(ctx: &StartContext, store: &Store, wish: &Wish, with_volumes: bool
     Ok(gone)
 }
 
-/// Its cgroup, namespaces and run files. What lies on the disk goes with that of the others.
-fn remove_workload(ctx: &StartContext, name: &WorkloadName) -> Result<(), ResetError> {
+/// Its cgroup, namespaces and run files; whether all of them went. What lies on the disk goes with that of the others.
+fn remove_workload(ctx: &StartContext, name: &WorkloadName, gone: &mut Gone) -> bool {
     let failed = |why| ResetError::Workload { workload: name.clone(), why };
-    ctx.cgroups.open(name.as_str()).remove().map_err(|error| failed(inline_chain(&error)))?;
-    isolate::remove(ctx, name).map_err(|error| failed(inline_chain(error.as_ref())))?;
     let run_home = place::run_home(&ctx.places, name);
-    remove::path(&run_home).map_err(|source| ResetError::Remove { path: run_home, source })
+    let parts = [
+        ctx.cgroups.open(name.as_str()).remove().map_err(|error| failed(inline_chain(&error))),
+        isolate::remove(ctx, name).map_err(|error| failed(inline_chain(error.as_ref()))),
+        remove::path(&run_home).map_err(|source| ResetError::Remove { path: run_home, source }),
+    ];
+    let left = parts.map(|part| gone.note(part).is_none());
+    !left.contains(&true)
 }
 
 /// What is in a directory goes, and stays gone; how many that were. What cannot be taken away is noted.

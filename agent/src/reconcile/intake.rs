@@ -157,6 +157,9 @@ impl Agent {
     /// the registry right, and that is why there is a new one.
     pub(super) fn try_images_anew(&mut self, manifest: &Manifest) {
         self.try_copies_anew();
+        // What the one before lacked is not made room for any more.
+        self.collected.room_is_short = false;
+        self.pull_context.promises.take_lacking();
         let images = &mut self.world.observed.images;
         for workload in manifest.workloads.values() {
             if matches!(images.get(&workload.image), Some(ImageStatus::Failed { .. })) {

@@ -26,6 +26,8 @@ const WHAT: &str = "reset";
 
 /// After so many tries, a quarter of a minute, what is left stays: a device that takes nothing new is worse.
 const TRIES_MAX: u32 = 5;
+/// And so long what still runs, or is on its way, is waited for.
+const WAIT_MAX_MS: u64 = 900_000;
 /// So many of what is left are named.
 const NAMED_MAX: usize = 3;
 
@@ -36,6 +38,9 @@ pub(super) struct UnderReset {
     by: String,
     /// Tries of this agent that left something.
     failed: u32,
+    since_boot_ms: u64,
+    /// Of its last try.
+    error: Option<String>,
     /// By all its tries.
     gone: Gone,
     /// Who asked, if it was not an agent before this one.
@@ -48,6 +53,8 @@ enum Step {
     /// The planner removes what runs.
     WorkloadsGo,
     RestGoes,
+    /// What is left stays.
+    GivenUp,
 }
 
 impl UnderReset {
@@ -58,7 +65,7 @@ impl UnderReset {
     }
 
     fn new(wanted: Reset, step: Step, by: String, reply: Option<mpsc::Sender<Answer>>) -> Self {
-        Self { wanted, step, by, failed: 0, gone: Gone::default(), reply }
+        Self { wanted, step, by, failed: 0, since_boot_ms: clock::boot_ms(), error: None, gone: Gone::default(), reply }
     }
 
     /// No generation is left, and no way back.
@@ -67,7 +74,13 @@ impl UnderReset {
     }
 
     fn is_last_try(&self) -> bool {
-        self.failed + 1 >= TRIES_MAX
+        self.failed + 1 >= TRIES_MAX || self.step == Step::GivenUp
+    }
+
+    /// Nothing more comes of waiting or trying.
+    fn is_hopeless(&self, is_quiet: bool) -> bool {
+        let waited_ms = clock::boot_ms().saturating_sub(self.since_boot_ms);
+        self.failed >= TRIES_MAX || !is_quiet && waited_ms >= WAIT_MAX_MS
     }
 }
 
@@ -147,9 +160,13 @@ impl Agent {
             && !self.staging.under_way
             && !self.collected.under_way;
         let may = under_way.failed.get(RESET).is_none_or(|backoff| backoff.is_over(clock::boot_ms()));
-        let Some(reset) = self.reset.as_ref().filter(|reset| reset.step == Step::WorkloadsGo && is_quiet && may) else {
+        let Some(reset) = self.reset.as_ref().filter(|reset| reset.step == Step::WorkloadsGo && may) else { return };
+        if reset.is_hopeless(is_quiet) {
+            return self.give_reset_up(is_quiet);
+        }
+        if !is_quiet {
             return;
-        };
+        }
         let (volumes, is_last) = (reset.wanted.volumes, reset.is_last_try());
         // No generation is left: this needs nothing.
         let wish = self.wish(Room::Asked, false);
@@ -178,9 +195,35 @@ impl Agent {
         self.warn_if_busy(begun);
     }
 
+    /// Takes the mark away, whatever is left: a device that takes nothing new is worse.
+    fn give_reset_up(&mut self, is_quiet: bool) {
+        let running = self.world.observed.workloads.keys().map(|name| format!("{name} does not end"));
+        let mut left: Vec<String> = running.collect();
+        if left.is_empty() && !is_quiet {
+            left.push("what is fetched, started or written does not end".to_owned());
+        }
+        let Some(reset) = &mut self.reset else { return };
+        left.extend(reset.error.clone());
+        reset.step = Step::GivenUp;
+        let inbox = self.inbox.clone();
+        let written = self.writes.submit(move |store| {
+            let ended = store.end_reset().map_err(|error| inline_chain(&error));
+            let gone = Gone { left, ..Gone::default() };
+            let _ = inbox.blocking_send(Message::ResetEnded(ended.map(|()| gone)));
+        });
+        if written.is_err()
+            && let Some(reset) = &mut self.reset
+        {
+            reset.step = Step::WorkloadsGo;
+        }
+        self.warn_if_busy(written);
+    }
+
     pub(super) fn reset_ended(&mut self, result: Result<Gone, String>) {
-        self.collected.under_way = false;
         let Some(mut reset) = self.reset.take() else { return };
+        if reset.step == Step::RestGoes {
+            self.collected.under_way = false;
+        }
         let result = result.and_then(|gone| {
             let is_over = gone.left.is_empty() || reset.is_last_try();
             let images = Bytes(reset.gone.images.0.saturating_add(gone.images.0));
@@ -209,6 +252,7 @@ impl Agent {
             Err(error) => {
                 self.try_later(RESET);
                 reset.failed = reset.failed.saturating_add(1);
+                reset.error = Some(error.clone());
                 let text = format!("the reset of the workloads is not over: {error}");
                 let why = Reason::new(Code::DiskFull, text).next("it is tried again");
                 tracing::warn!("{why}");

@@ -72,6 +72,8 @@ pub struct Artifacts<'s> {
     looked_at: usize,
     left_bytes: u64,
     left_list_bytes: u64,
+    /// Why the rest of the list did not come.
+    failed: Option<RegistryError>,
     /// The first thing that was not looked at, and why.
     left_out: Option<String>,
 }
@@ -94,6 +96,7 @@ impl<'s> Artifacts<'s> {
             looked_at: 0,
             left_bytes: ALL_MAX_BYTES,
             left_list_bytes: LISTS_MAX_BYTES,
+            failed: None,
             left_out: None,
         };
         match source {
@@ -113,16 +116,20 @@ impl<'s> Artifacts<'s> {
             let next = match self.likely.pop_front() {
                 None => match self.page.take() {
                     Some(page) => {
-                        self.turn_to(page)?;
+                        match self.turn_to(page) {
+                            // What the parts before have listed is looked at all the same.
+                            Err(error) if self.pages > 0 => self.failed = Some(error),
+                            turned => turned?,
+                        }
                         continue;
                     }
                     None => self.possible.pop_front(),
                 },
                 likely => likely,
             };
-            let Some(name) = next else { return Ok(None) };
+            let Some(name) = next else { return self.failed.take().map_or(Ok(None), Err) };
             if self.looked_at == ARTIFACTS_MAX {
-                self.leave_out(|| format!("more than {ARTIFACTS_MAX} artifacts hang on it"));
+                self.leave_out(too_many);
                 return Ok(None);
             }
             let source = self.source;
@@ -253,14 +260,20 @@ impl<'s> Artifacts<'s> {
         }
         self.likely.extend(sorted.likely.iter().map(ToString::to_string));
         self.possible.extend(sorted.possible.iter().map(ToString::to_string));
-        // One more than can be looked at tells that there are more.
-        self.possible.truncate(ARTIFACTS_MAX + 1);
+        if self.possible.len() > ARTIFACTS_MAX {
+            self.leave_out(too_many);
+            self.possible.truncate(ARTIFACTS_MAX);
+        }
     }
 }
 
 /// Where cosign puts simple signing.
 fn signature_tag(image: Digest) -> String {
     format!("sha256-{}.sig", image.hex())
+}
+
+fn too_many() -> String {
+    format!("more than {ARTIFACTS_MAX} artifacts hang on it")
 }
 
 fn all_too_large() -> String {

@@ -134,11 +134,14 @@ fn a_reset_takes_what_is_protected_and_ends_although_something_cannot_be_taken_a
     fs::write(&upper, "").unwrap();
     protect(&upper);
     protect(&device.path("volumes/data/runs"));
-    // In a volume and beside an upper directory: both are in the way until they are unmounted.
-    let mounted = ["volumes/held/mounted", "workloads/writes/mounted"].map(|dir| device.path(dir));
+    // In a volume, beside an upper directory and beside what it runs with: all are in the way until they are unmounted, and
+    // another's.
+    let mounted = ["volumes/held/mounted", "workloads/writes/mounted", "run/workloads/writes/mounted"];
+    let mounted = mounted.map(|dir| device.path(dir));
     for dir in &mounted {
         fs::create_dir_all(dir).unwrap();
         tmpfs::mount_at(dir, "size=64k");
+        fs::write(dir.join("another's"), "").unwrap();
     }
 
     let early = factory.sign("early", &manifest(2, &image));
@@ -152,9 +155,11 @@ fn a_reset_takes_what_is_protected_and_ends_although_something_cannot_be_taken_a
     assert!(why.contains("the workloads are being reset"), "{why}");
     let end =
         until("the reset to end", || device.events().into_iter().find(|text| text.contains("but some is left: ")));
-    for part in ["with 1 volume; but", "volumes/held cannot", "workloads/writes cannot"] {
+    for part in ["with 1 volume; but", "volumes/held cannot", "/workloads/writes cannot", "run/workloads/writes cannot"]
+    {
         assert!(end.contains(part), "{part}: {end}");
     }
+    assert!(mounted.iter().all(|dir| dir.join("another's").exists()));
     let told = device.events();
     assert_eq!(told.iter().filter(|text| text.contains("is not over")).count(), 1, "once: {told:#?}");
     assert_eq!(device.status()["refused"]["why"]["text"], end);

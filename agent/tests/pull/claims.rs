@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::Device;
 use super::broken_registry::plain_http;
-use super::shelf::{BUNDLE, Shelf};
+use super::shelf::{BUNDLE, INDEX, Shelf};
 use super::support::faults::{Answer, FaultServer, Request};
 
 /// What all that hangs on an image may take together, with a little for what was begun.
@@ -195,6 +195,25 @@ fn what_a_later_part_says_to_be_a_signature_comes_before_what_may_be_one_in_the_
     shelf.sign(digest, &key());
     shelf.page = 35;
     pull(&shelf, digest).1.unwrap();
+}
+
+#[test]
+fn a_part_that_fails_hides_no_signature_of_those_before_it() {
+    let (mut shelf, digest) = Shelf::with_sample();
+    shelf.sign(digest, &key());
+    shelf.change_last(digest, |artifact| drop(artifact.as_object_mut().unwrap().remove("artifactType")));
+    describe(&mut shelf, digest, 12);
+    shelf.page = 5;
+    let fails = |request: &Request, answer| match request.path.contains("?from=5") {
+        true => Answer::new(200, "<html>Please log in</html>").header("Content-Type", INDEX),
+        false => answer,
+    };
+    pull_with(&shelf, digest, fails).1.unwrap();
+    let (mut unsigned, digest) = Shelf::with_sample();
+    describe(&mut unsigned, digest, 12);
+    unsigned.page = 5;
+    let reason = pull_with(&unsigned, digest, fails).1.unwrap_err();
+    assert!(reason.code == Code::RegistryUnavailable && reason.text.contains("cannot be read"), "{reason}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! the numbers, and nothing was fetched. A compressed layer is kept only where there is more room than that
 //! ([`Promise::spare`]), so only what it unpacks to counts.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -169,16 +169,18 @@ pub struct Together {
 struct Weighing {
     /// Tickets that have said nothing yet.
     looking: usize,
-    images: BTreeSet<String>,
-    /// By chain id: a layer that two images share is fetched once.
-    needs: BTreeMap<Digest, Need>,
+    /// What each image needs, by chain id: a layer that two of them share is fetched once.
+    images: BTreeMap<String, BTreeMap<Digest, Need>>,
     verdict: Option<Result<Arc<Promise>, PullFailure>>,
 }
 
 impl Weighing {
     fn add(&mut self, image: &str, needs: impl IntoIterator<Item = (Digest, Need)>) {
-        self.images.insert(image.to_owned());
-        self.needs.extend(needs);
+        self.images.insert(image.to_owned(), needs.into_iter().collect());
+    }
+
+    fn needs(&self) -> BTreeMap<Digest, Need> {
+        self.images.values().flatten().map(|(chain, need)| (*chain, *need)).collect()
     }
 }
 
@@ -215,9 +217,11 @@ impl Ticket {
         let together = Arc::clone(&self.0);
         lock(&together.weighing).add(image, needs);
         drop(self);
+        let mut waits = Waits { together: &together, image: Some(image) };
         loop {
             let changed = together.changed.notified();
             if let Some(mut weighing) = together.once_all_have_looked() {
+                waits.image = None;
                 let verdict = weighing.verdict.take().unwrap_or_else(|| judge(&weighing, promises, disk()));
                 return weighing.verdict.insert(verdict).clone();
             }
@@ -229,6 +233,20 @@ impl Ticket {
 impl Together {
     fn once_all_have_looked(&self) -> Option<MutexGuard<'_, Weighing>> {
         Some(lock(&self.weighing)).filter(|weighing| weighing.looking == 0)
+    }
+}
+
+/// Nobody is weighed who went while he waited.
+struct Waits<'w> {
+    together: &'w Together,
+    image: Option<&'w str>,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        if let Some(image) = self.image {
+            lock(&self.together.weighing).images.remove(image);
+        }
     }
 }
 
@@ -252,7 +270,8 @@ pub fn weigh_alone(
 }
 
 fn judge(weighing: &Weighing, promises: &Promises, disk: Disk) -> Result<Arc<Promise>, PullFailure> {
-    let sum = |of: fn(&Need) -> u64| weighing.needs.values().map(of).fold(0, u64::saturating_add);
+    let needs = weighing.needs();
+    let sum = |of: fn(&Need) -> u64| needs.values().map(of).fold(0, u64::saturating_add);
     let (needed, may_need) = (sum(|need| need.bytes), sum(Need::at_most));
     let others = promises.outstanding();
     let usable = disk.free.saturating_sub(disk.reserve).saturating_sub(others);
@@ -271,7 +290,7 @@ fn judge(weighing: &Weighing, promises: &Promises, disk: Disk) -> Result<Arc<Pro
 
 fn does_not_fit(weighing: &Weighing, needed: u64, disk: Disk, others: u64) -> PullFailure {
     let images = &weighing.images;
-    let mut who: Vec<&str> = images.iter().take(NAMED_MAX).map(String::as_str).collect();
+    let mut who: Vec<&str> = images.keys().take(NAMED_MAX).map(String::as_str).collect();
     if images.len() > NAMED_MAX {
         who.push("…");
     }
@@ -284,7 +303,7 @@ fn does_not_fit(weighing: &Weighing, needed: u64, disk: Disk, others: u64) -> Pu
         0 => String::new(),
         bytes => format!(", {} are promised to other images", Bytes(bytes).human()),
     };
-    let is_guess = weighing.needs.values().any(|need| need.is_guess);
+    let is_guess = weighing.needs().values().any(|need| need.is_guess);
     let guess = if is_guess { " (a guess by what is to be fetched)" } else { "" };
     refusal(format!("{who} about {needed}{guess}, {free} are free, {reserve} are in reserve{others}"))
 }
@@ -342,6 +361,25 @@ mod tests {
             let text = refused.unwrap_err().reason.text;
             assert!(text.contains("the 2 images one, two need about 40Mi, 49Mi are free, 10Mi are in"), "{text}");
         }
+    }
+
+    #[tokio::test]
+    async fn who_goes_while_he_waits_is_not_weighed() {
+        let (promises, first) = (Promises::default(), Ticket::alone());
+        let (second, looks) = (first.another(), first.another());
+        let disk = || disk(50, 0);
+        let withdrawn = first.weigh("large", [(chain(0), mib(90))], &promises, disk);
+        let stays = second.weigh("small", [(chain(1), mib(40))], &promises, disk);
+        let goes = async {
+            tokio::select! {
+                biased;
+                _ = withdrawn => panic!("nobody is told anything while one looks"),
+                () = tokio::task::yield_now() => {}
+            }
+            drop(looks);
+        };
+        let (promise, ()) = tokio::join!(stays, goes);
+        assert_eq!(promise.unwrap().outstanding(), 40 * MIB);
     }
 
     #[test]
