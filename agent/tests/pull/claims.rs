@@ -131,6 +131,16 @@ fn describe(shelf: &mut Shelf, digest: Digest, how_many: usize) {
     }
 }
 
+/// More than are looked at, of which the list does not say what they are.
+fn describe_untyped(shelf: &mut Shelf, digest: Digest) {
+    for number in 0..40 {
+        let layer = shelf.put("application/spdx+json", number.to_string());
+        let mut artifact = shelf.artifact("application/spdx+json", &[layer]);
+        artifact.as_object_mut().unwrap().remove("artifactType");
+        shelf.hang(digest, artifact);
+    }
+}
+
 #[test]
 fn bills_of_materials_before_a_signature_do_not_hide_it() {
     let (mut shelf, digest) = Shelf::with_sample();
@@ -142,13 +152,7 @@ fn bills_of_materials_before_a_signature_do_not_hide_it() {
         artifact["annotations"] = json!({"dev.sigstore.bundle.predicateType": "https://slsa.dev/provenance/v1"});
         shelf.hang(digest, artifact);
     }
-    // Lists that do not say what they list.
-    for number in 0..40 {
-        let layer = shelf.put("application/spdx+json", number.to_string());
-        let mut artifact = shelf.artifact("application/spdx+json", &[layer]);
-        artifact.as_object_mut().unwrap().remove("artifactType");
-        shelf.hang(digest, artifact);
-    }
+    describe_untyped(&mut shelf, digest);
     shelf.sign(digest, &key());
     let (server, pulled) = pull(&shelf, digest);
     pulled.unwrap();
@@ -186,12 +190,7 @@ fn a_list_in_parts_is_read_to_its_end() {
 #[test]
 fn what_a_later_part_says_to_be_a_signature_comes_before_what_may_be_one_in_the_first() {
     let (mut shelf, digest) = Shelf::with_sample();
-    for number in 0..40 {
-        let layer = shelf.put("application/spdx+json", number.to_string());
-        let mut artifact = shelf.artifact("application/spdx+json", &[layer]);
-        artifact.as_object_mut().unwrap().remove("artifactType");
-        shelf.hang(digest, artifact);
-    }
+    describe_untyped(&mut shelf, digest);
     shelf.sign(digest, &key());
     shelf.page = 35;
     pull(&shelf, digest).1.unwrap();
