@@ -26,14 +26,20 @@ fn key(factory: &Factory, name: &str) -> PathBuf {
     path
 }
 
+/// A device whose first generation is good, and the pid of its workload.
+fn device_that_runs(factory: &Factory, image: &str) -> (Device, i32) {
+    let device = factory.device("");
+    device.take(&factory.sign("first", &sleeper(1, image)));
+    device.wait_for_generation(1, "good");
+    let pid = device.pid("app");
+    (device, pid)
+}
+
 #[test]
 fn a_newer_root_takes_over_for_good_and_the_old_manifest_key_is_refused_by_name() {
     let factory = Factory::start();
     let image = factory.publish_busybox();
-    let device = factory.device("");
-    device.take(&factory.sign("first", &sleeper(1, &image)));
-    device.wait_for_generation(1, "good");
-    let pid = device.pid("app");
+    let (device, pid) = device_that_runs(&factory, &image);
 
     let (root_2, ops_2) = (key(&factory, "root2.key"), key(&factory, "ops2.key"));
     let first = factory.keys.trust_root();
@@ -201,10 +207,7 @@ fn a_web_server_with_files_is_enough() {
 fn a_root_without_a_stolen_image_key_lets_no_new_image_of_it_in_and_what_is_on_the_disk_goes_on() {
     let factory = Factory::start();
     let image = factory.publish_busybox();
-    let device = factory.device("");
-    device.take(&factory.sign("first", &sleeper(1, &image)));
-    device.wait_for_generation(1, "good");
-    let pid = device.pid("app");
+    let (device, pid) = device_that_runs(&factory, &image);
 
     let (first, second, images_2) =
         (factory.keys.trust_root(), factory.path("trust2.cose"), key(&factory, "images2.key"));
